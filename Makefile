@@ -1,0 +1,106 @@
+# make book    the rendered book, at _build/html/index.html
+# make test    style, types, tests, and every chapter run once more
+# make lab     JupyterLab on the chapters
+# make help    the other targets
+#
+# Everything runs from this folder. Needed beforehand: make and Python 3.11, 3.12 or 3.13 with its venv module.
+# Another Python than `python3`: make book PYTHON=python3.12
+
+PYTHON ?= python3
+SHELL := /bin/sh
+BIN := .venv/bin
+# Touched when the environment is complete, so that a broken installation is taken up again.
+ENV := .venv/complete
+
+MODULE := $(wildcard bsmamba2/*.py)
+CHAPTERS := $(sort $(wildcard book/*.ipynb))
+PARAMS := notebooks/params/train_small.yaml
+RESULT := book/results/first_run.ipynb
+
+.DEFAULT_GOAL := help
+.PHONY: help env book test lab train lint unit chapters format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make book      build the book: _build/html/index.html'
+	@echo 'make test      lint, unit and chapters: everything that CI runs besides the book'
+	@echo 'make lab       open the chapters in JupyterLab'
+	@echo 'make train     the training run that the book shows, if it is absent or older than the code'
+	@echo 'make lint      style, types and workflows'
+	@echo 'make unit      the tests in tests/'
+	@echo 'make chapters  run each chapter and compare its tagged outputs'
+	@echo 'make format    put code and chapters into the committed style'
+	@echo 'make env       only the environment, in .venv'
+	@echo 'make clean     remove what was made, but for .venv'
+
+# --- environment ------------------------------------------------------------------------------------------
+
+env: $(ENV)
+
+$(ENV): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "This book needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),env) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no working venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[book,test]'
+	$(BIN)/python -m pip check
+	@touch $@
+
+# --- training run -----------------------------------------------------------------------------------------
+
+train: $(RESULT)
+
+# Papermill leaves a notebook behind even when a cell failed: it becomes the result only after success. A
+# progress bar is one line for each of its steps in a stored notebook; coalescing leaves the last.
+$(RESULT): notebooks/train.ipynb $(PARAMS) $(MODULE) | $(ENV)
+	@mkdir -p _build $(@D)
+	$(BIN)/papermill notebooks/train.ipynb _build/first_run.ipynb -f $(PARAMS) || { \
+	  echo 'The training notebook failed; what it did until then is in _build/first_run.ipynb' >&2; exit 1; }
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --coalesce-streams _build/first_run.ipynb
+	mv _build/first_run.ipynb $@
+
+# --- book -------------------------------------------------------------------------------------------------
+
+book: $(ENV) $(RESULT) _build/code-seen-by-cache
+	$(BIN)/jupyter-book build . --all -n -W --keep-going
+	@echo 'The book is at _build/html/index.html'
+
+# The cache of executed notebooks is keyed on their cells alone. When the module, the training run or the
+# environment is newer than the cache, the stored outputs belong to other code.
+_build/code-seen-by-cache: $(MODULE) $(RESULT) $(ENV)
+	@mkdir -p $(@D)
+	rm -rf _build/.jupyter_cache
+	@touch $@
+
+lab: $(ENV) $(RESULT)
+	$(BIN)/jupyter lab book
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+test: lint unit chapters
+
+lint: $(ENV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --no-progress --config .github/zizmor.yml .github/workflows
+
+unit: $(ENV)
+	$(BIN)/pytest tests
+
+# Chapters may read the training run, so it is there first.
+chapters: $(ENV) $(RESULT)
+	$(BIN)/pytest --nbval-lax --nbval-cell-timeout=300 $(CHAPTERS)
+
+format: $(ENV)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/nbstripout --keep-id --keep-count $(CHAPTERS) notebooks/*.ipynb
+
+clean:
+	rm -rf _build book/results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find bsmamba2 tests -name __pycache__ -type d -prune -exec rm -rf {} +

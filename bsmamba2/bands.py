@@ -1,0 +1,130 @@
+"""Split a spectrogram into bands and give every band the same number of features.
+
+(b c f t) complex  →  (b t (f c 2)) real  →  K slices  →  unit norm, Linear  →  (b t k d)
+
+Book: "Bands". Source: section "Band split" of the published implementation of arXiv:2508.14556.
+Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def published_bands() -> tuple[int, ...]:
+    """Bins in each of the 62 published bands, low to high; their sum is 1,025."""
+    return (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)
+
+
+def generate_bands(count: int, bins: int = 1025, *, narrowest: int = 2, knee: float = 100.0) -> tuple[int, ...]:
+    """A table of `count` bands that are narrow at the bottom and wide at the top.
+
+    The rule is that of the mel scale, linear below a knee and logarithmic above it. Edge number i lies at
+
+        edge_i = bins · (exp(u·i/count) − 1) / (exp(u) − 1),    u = ln(knee),
+
+    rounded to a whole bin, but never less than `narrowest` bins above the edge before it; the last
+    edge is `bins` itself. The widest band is then about `knee` times as wide as the first would be
+    without the lower limit.
+
+    Args:
+        count: how many bands.
+        bins: frequency bins to cover.
+        narrowest: the least number of bins in a band.
+        knee: ratio of widths between top and bottom, above 1.
+
+    Returns:
+        Bins in each band, low to high; they sum to `bins`.
+
+    Raises:
+        ValueError: when the bands do not fit into the bins.
+    """
+    if count < 1 or narrowest < 1 or count * narrowest > bins:
+        raise ValueError(f"{count} bands of at least {narrowest} bins do not fit into {bins} bins")
+    if not knee > 1:
+        raise ValueError(f"knee={knee!r} must be above 1")
+    edges = [0]
+    for i in range(1, count):
+        edge = round(bins * math.expm1(math.log(knee) * i / count) / (knee - 1))
+        room = bins - narrowest * (count - i)
+        edges.append(min(max(edge, edges[-1] + narrowest), room))
+    edges.append(bins)
+    return tuple(high - low for low, high in itertools.pairwise(edges))
+
+
+def interleave(spectrogram: Tensor) -> Tensor:
+    """Real features per frame, frequency-major, so that a band is one contiguous slice.
+
+    Args:
+        spectrogram: complex (b, c, f, t).
+
+    Returns:
+        Real (b, t, f·c·2): for each bin, for each channel, the real and the imaginary part.
+    """
+    return torch.view_as_real(spectrogram).permute(0, 3, 2, 1, 4).flatten(2)
+
+
+def deinterleave(features: Tensor, channels: int) -> Tensor:
+    """The inverse of `interleave`.
+
+    Args:
+        features: real (b, t, f·c·2).
+        channels: c.
+
+    Returns:
+        Complex (b, c, f, t).
+    """
+    parts = features.unflatten(-1, (-1, channels, 2)).permute(0, 3, 2, 1, 4)  # (b, c, f, t, 2)
+    return torch.view_as_complex(parts.contiguous())
+
+
+class UnitNorm(nn.Module):
+    """Scale a vector to length sqrt(dim), times a learned gain per feature.
+
+        unit_norm(x) = x / max(‖x‖₂, 1e-12) · sqrt(dim) · gain
+
+    Not an RMS norm with its epsilon inside the root: that one lets near-silence fade out, this one
+    brings a frame at −180 dB to the same length as a loud one. Exact zeros stay zero.
+
+    Args:
+        dim: length of the last axis.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) → (..., dim)."""
+        return nn.functional.normalize(x, dim=-1, eps=1e-12) * self.gain * x.shape[-1] ** 0.5
+
+
+class BandSplit(nn.Module):
+    """Spectrogram → one feature vector for each band and frame.
+
+    Band k covers `bands[k]` bins, so 2·bins·c real numbers; its own `UnitNorm` and `Linear` turn them
+    into d features.
+
+    Args:
+        bands: bins in each band, low to high.
+        channels: c.
+        dim: d.
+    """
+
+    def __init__(self, bands: Sequence[int], channels: int, dim: int) -> None:
+        super().__init__()
+        self.widths = [2 * channels * bins for bins in bands]
+        self.bands = nn.ModuleList(nn.Sequential() for _ in bands)
+        for band, width in zip(self.bands, self.widths, strict=True):
+            band.add_module("norm", UnitNorm(width))
+            band.add_module("linear", nn.Linear(width, dim))
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        """Complex (b, c, f, t) → real (b, t, k, d)."""
+        slices = interleave(spectrogram).split(self.widths, dim=-1)
+        return torch.stack([band(part) for band, part in zip(self.bands, slices, strict=True)], dim=2)

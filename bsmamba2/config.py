@@ -1,0 +1,141 @@
+"""What a model is made of: one frozen, validated configuration (book: "The whole model").
+
+Axis letters used throughout the module, and in `book/notation.md`:
+
+    b  batch        c  audio channel      f  frequency bin     t  frame
+    k  band         d  feature            h  head              p  head width
+    n  state        s  stem
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .bands import generate_bands, published_bands
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of a `BSMamba2`, and nothing else.
+
+    The defaults are the published model (arXiv:2508.14556 and the authors' code). Every field is
+    checked on creation: `ValueError` names the field, its value and what would be accepted.
+
+    Attributes:
+        dim: features per band and frame, `d`.
+        layers: dual-path layers; each runs along time, then along bands.
+        bands: bins in each band, low to high; their sum must be `n_fft // 2 + 1`.
+        stems: names of the sources that the model gives, in order.
+        channels: audio channels that are separated jointly, `c`.
+        sample_rate: in hertz. The model itself never reads it; files are converted to it.
+        n_fft: STFT window and transform length, in samples.
+        hop: samples between frames.
+        state: width of the state-space state, `n`.
+        head_width: channels that share one decay, `p`.
+        expand: inner width of a Mamba-2 mixer as a multiple of `dim`.
+        conv_width: taps of the causal convolution.
+        mask_expand: hidden width of a mask estimator as a multiple of `dim`.
+    """
+
+    dim: int = 256
+    layers: int = 6
+    bands: tuple[int, ...] = published_bands()
+    stems: tuple[str, ...] = ("vocals",)
+    channels: int = 2
+    sample_rate: int = 44_100
+    n_fft: int = 2048
+    hop: int = 441
+    state: int = 128
+    head_width: int = 64
+    expand: int = 4
+    conv_width: int = 4
+    mask_expand: int = 4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("bands", "stems"):
+                if isinstance(value, str) or not hasattr(value, "__iter__"):
+                    raise ValueError(f"{field.name}={value!r} must be a sequence")
+                object.__setattr__(self, field.name, tuple(value))
+            elif not _is_positive_integer(value):
+                raise ValueError(f"{field.name}={value!r} must be a positive whole number")
+        if not self.bands or not all(_is_positive_integer(width) for width in self.bands):
+            raise ValueError(f"bands={self.bands!r} must be positive whole numbers of bins")
+        if sum(self.bands) != self.bins:
+            raise ValueError(
+                f"bands cover {sum(self.bands)} bins, but n_fft={self.n_fft} gives {self.bins}: "
+                f"make their sum n_fft // 2 + 1"
+            )
+        if not self.stems or not all(isinstance(stem, str) and stem for stem in self.stems):
+            raise ValueError(f"stems={self.stems!r} must be names, at least one")
+        if len(set(self.stems)) != len(self.stems):
+            raise ValueError(f"stems={self.stems!r} names a stem twice")
+        if self.n_fft % 2 or self.hop > self.n_fft // 2:
+            raise ValueError(
+                f"n_fft={self.n_fft} must be even and hop={self.hop} at most half of it, "
+                f"or the inverse STFT cannot rebuild the signal"
+            )
+        if self.inner % self.head_width:
+            raise ValueError(
+                f"expand * dim = {self.inner} is not a multiple of head_width={self.head_width}: "
+                f"heads must fill the inner width exactly"
+            )
+
+    @property
+    def bins(self) -> int:
+        """Frequency bins of the STFT, `f`."""
+        return self.n_fft // 2 + 1
+
+    @property
+    def inner(self) -> int:
+        """Inner width of a mixer, `h · p`."""
+        return self.expand * self.dim
+
+    @property
+    def heads(self) -> int:
+        """Heads of a mixer, `h`."""
+        return self.inner // self.head_width
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """A named size: `paper` (as published), `compact` (short GPUs) or `small` (two CPU cores).
+
+        Args:
+            name: the preset.
+            changes: fields that replace the preset's own.
+
+        Raises:
+            ValueError: for an unknown preset; `TypeError` for an unknown field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, one key per field."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration from a mapping (parsed JSON); unknown or bad fields raise ValueError."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(f"unknown configuration field {unknown[0]!r}; known: {', '.join(sorted(names))}")
+        return cls(**values)
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "compact": {"dim": 192, "layers": 4, "bands": generate_bands(48)},
+    "small": {"dim": 64, "layers": 2, "bands": generate_bands(32), "state": 32, "expand": 2, "head_width": 32},
+}

@@ -1,0 +1,207 @@
+"""What the book draws and plays: source code, sound, spectrograms, bands, masks, curves.
+
+Every figure function returns a matplotlib Figure that a notebook shows; nothing here computes what a
+chapter teaches. Needs the extra `book` (matplotlib, IPython). Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+import soundfile
+import torch
+from cycler import cycler
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from .spectrogram import stft
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, told apart by all
+STYLE: dict[Any, Any] = {
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "font.size": 10,
+    "image.cmap": "magma",
+}
+
+
+class Picture(Figure):
+    """A figure that a notebook shows by itself, whatever matplotlib backend is set."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=self.dpi)
+        return file.getvalue()
+
+
+@contextmanager
+def _figure(rows: int, columns: int, width: float, height: float, **kwargs: Any) -> Iterator[tuple[Figure, np.ndarray]]:
+    with matplotlib.rc_context(STYLE):
+        figure = Picture(figsize=(width, height))
+        yield figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def source(*objects: Callable[..., Any]) -> Markdown:
+    """The module's own text of some functions or classes, with the file they stand in."""
+    parts = []
+    for thing in objects:
+        module = inspect.getmodule(thing)
+        file = module.__name__.replace(".", "/") + ".py" if module else "?"
+        parts.append(f"`{file}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```")
+    return Markdown("\n\n".join(parts))
+
+
+def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
+    """Players, one above the other, all scaled by one factor so that their levels compare.
+
+    The sound is embedded as MP3: a few hundred kilobytes for six seconds, and every browser plays it.
+
+    Args:
+        signals: label → (c, samples).
+        sample_rate: in hertz.
+
+    Raises:
+        ValueError: for samples that are not finite.
+    """
+    peak = max(float(signal.abs().max()) for signal in signals.values())
+    if not np.isfinite(peak):
+        raise ValueError("a signal to play holds NaN or infinite samples")
+    players = []
+    for label, signal in signals.items():
+        file = io.BytesIO()
+        frames = (signal.detach().cpu() * (0.9 / max(peak, 1e-9))).T.numpy()
+        soundfile.write(file, frames, sample_rate, format="MP3")
+        data = base64.b64encode(file.getvalue()).decode()
+        name = html.escape(label)
+        players.append(
+            f'<figure class="player"><figcaption>{name}</figcaption>'
+            f'<audio controls preload="metadata" aria-label="{name}" src="data:audio/mpeg;base64,{data}"></audio>'
+            "</figure>"
+        )
+    return HTML("\n".join(players))
+
+
+def progress(iterable: Iterable[Any], total: int, label: str, unit: str = "step") -> Iterator[Any]:
+    """What is iterated over, with a progress bar that leaves one line behind in a stored notebook."""
+    yield from tqdm(iterable, total=total, desc=label, unit=unit, file=_Line(), mininterval=1, ascii=False, ncols=88)
+
+
+class _Line(io.TextIOBase):
+    """A text file of one line that is shown again and again in the same place of a notebook."""
+
+    def __init__(self) -> None:
+        self.handle = display(HTML("<pre></pre>"), display_id=True)
+
+    def write(self, text: str) -> int:
+        line = text.replace("\r", "").replace("\n", "")
+        if line.strip() and self.handle is not None:
+            self.handle.update(HTML(f"<pre>{html.escape(line)}</pre>"))
+        return len(text)
+
+
+def decibels(spectrogram: Tensor, floor: float = -80.0) -> Tensor:
+    """20 · log10 of the modulus relative to its largest value, not below `floor`; any shape, real or complex."""
+    modulus = spectrogram.abs()
+    return (20 * torch.log10(modulus / modulus.max().clamp(min=1e-12) + 1e-12)).clamp(min=floor)
+
+
+def spectrograms(
+    signals: Mapping[str, Tensor],
+    sample_rate: int = 44_100,
+    *,
+    top: float = 10_000.0,
+    n_fft: int = 2048,
+    hop: int = 441,
+) -> Figure:
+    """One spectrogram under the other, on one scale: 0 dB is the loudest bin of all.
+
+    Args:
+        signals: label → (c, samples); the mean of the channels' power is drawn.
+        sample_rate: in hertz.
+        top: highest frequency shown, in hertz.
+        n_fft: of the STFT, in samples.
+        hop: of the STFT, in samples.
+    """
+    power = {label: stft(signal, n_fft, hop).abs().square().mean(0) for label, signal in signals.items()}
+    loudest = max(float(values.max()) for values in power.values())
+    bins = int(top / sample_rate * n_fft)
+    with _figure(len(signals), 1, 7.5, 1.9 * len(signals), sharex=True) as (figure, axes):
+        for axis, (label, values) in zip(axes[:, 0], power.items(), strict=True):
+            level = 10 * torch.log10(values[:bins] / loudest + 1e-9)
+            extent = (0, values.shape[1] * hop / sample_rate, 0, top / 1000)
+            image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=-80, vmax=0)
+            axis.set(title=label, ylabel="frequency (kHz)")
+        axes[-1, 0].set_xlabel("time (s)")
+        figure.colorbar(image, ax=axes[:, 0].tolist(), label="level (dB)")
+    return figure
+
+
+def lines(
+    series: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str, *, height: float = 3.0, **limits: Any
+) -> Figure:
+    """Curves over one pair of axes. `limits` go to matplotlib's Axes.set (xscale, ylim, …)."""
+    styles = ("-", "--", "-.", ":")
+    with _figure(1, 1, 7.5, height) as (figure, axes):
+        for i, (label, (x, y)) in enumerate(series.items()):
+            axes[0, 0].plot(x, y, styles[i % len(styles)], label=label)
+        axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, **limits)
+        if len(series) > 1:
+            axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def images(
+    arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
+) -> Figure:
+    """Matrices side by side, row 0 on top unless `origin="lower"`; `options` go to matplotlib's imshow."""
+    with _figure(1, len(arrays), 7.5, height) as (figure, axes):
+        for axis, (label, array) in zip(axes[0], arrays.items(), strict=True):
+            image = axis.imshow(np.asarray(array), **{"aspect": "auto", "interpolation": "nearest", **options})
+            axis.set(title=label, xlabel=xlabel)
+            figure.colorbar(image, ax=axis, label=colour_label)
+        axes[0, 0].set_ylabel(ylabel)
+    return figure
+
+
+def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Figure:
+    """Band tables on a hertz axis: each band a block from its lowest to its highest frequency."""
+    with _figure(1, 1, 7.5, 0.9 + 0.55 * len(tables)) as (figure, axes):
+        axis = axes[0, 0]
+        for row, widths in enumerate(tables.values()):
+            hertz = sample_rate / 2 / (sum(widths) - 1)
+            edges = np.concatenate([[0], np.cumsum(widths)]) * hertz
+            for i, (low, high) in enumerate(itertools.pairwise(edges)):
+                axis.barh(row, high - low, left=low, height=0.7, color=COLOURS[i % 2], edgecolor="white", linewidth=0.3)
+        axis.set_xscale("symlog", linthresh=1000, linscale=1.2)
+        ticks = [0, 250, 500, 750, 1000, 2000, 4000, 8000, 16_000]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set(yticks=range(len(tables)), yticklabels=list(tables))
+        axis.set_xlabel("frequency (Hz): linear to 1 kHz, logarithmic above")
+        axis.invert_yaxis()
+    return figure
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
+    """A Markdown table of rows with the same keys; floats with two decimals."""
+
+    def text(value: Any) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    keys = list(rows[0])
+    head = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    return Markdown("\n".join([*head, *("| " + " | ".join(text(row[key]) for key in keys) + " |" for row in rows)]))

@@ -1,0 +1,51 @@
+"""Audio → complex spectrogram → audio (book: "The spectrogram").
+
+Periodic Hann window of n_fft samples, centred frames with reflected edges, not normalised; as
+published. Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stft(audio: Tensor, n_fft: int = 2048, hop: int = 441) -> Tensor:
+    """The short-time Fourier transform of the published model.
+
+    Args:
+        audio: (..., samples), real, more than n_fft // 2 samples (the edges are reflected).
+        n_fft: window and transform length, in samples.
+        hop: samples between frames.
+
+    Returns:
+        Complex (..., f, t) with f = n_fft // 2 + 1 and t = samples // hop + 1.
+
+    Raises:
+        ValueError: when the audio is too short for its edges to be reflected.
+    """
+    samples = audio.shape[-1]
+    if samples <= n_fft // 2:
+        raise ValueError(f"{samples} samples are too few for n_fft={n_fft}: pad the audio to more than {n_fft // 2}")
+    window = torch.hann_window(n_fft, dtype=audio.dtype, device=audio.device)
+    flat = audio.reshape(-1, samples)
+    spectrogram = torch.stft(flat, n_fft, hop, window=window, center=True, pad_mode="reflect", return_complex=True)
+    return spectrogram.unflatten(0, audio.shape[:-1]) if audio.dim() > 1 else spectrogram[0]
+
+
+def istft(spectrogram: Tensor, samples: int, n_fft: int = 2048, hop: int = 441) -> Tensor:
+    """The inverse of `stft`: least-squares overlap-add.
+
+    Args:
+        spectrogram: complex (..., f, t).
+        samples: length of the audio to return.
+        n_fft: window and transform length, in samples.
+        hop: samples between frames.
+
+    Returns:
+        Real (..., samples).
+    """
+    window = torch.hann_window(n_fft, dtype=spectrogram.real.dtype, device=spectrogram.device)
+    flat = spectrogram.reshape(-1, *spectrogram.shape[-2:])
+    audio = torch.istft(flat, n_fft, hop, window=window, center=True, length=samples)
+    return audio.unflatten(0, spectrogram.shape[:-2]) if spectrogram.dim() > 2 else audio[0]

@@ -1,0 +1,193 @@
+"""Every place that names versions says the same as pyproject.toml."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+# What `make env` installs, and so what environment.yml must.
+EXTRAS = {"book", "test"}
+
+
+def check_environment(environment: dict[str, Any], project: dict[str, Any]) -> list[str]:
+    """environment.yml: the same Python, everything else by way of pyproject.toml."""
+    said = []
+    plain = [item for item in environment["dependencies"] if isinstance(item, str)]
+    by_pip = [line for item in environment["dependencies"] if isinstance(item, dict) for line in item["pip"]]
+    python = [item.partition("python")[2].strip() for item in plain if re.match(r"python\b", item)]
+    if len(python) != 1 or SpecifierSet(python[0]) != SpecifierSet(project["requires-python"]):
+        said.append(f"environment.yml wants Python {python}, pyproject.toml {project['requires-python']}")
+    if others := [item for item in plain if not re.match(r"(python|pip)\b", item)]:
+        said.append(f"environment.yml names {others} itself: dependencies stand in pyproject.toml")
+    match = re.fullmatch(r"(?:-e|--editable) \.\[([\w,]+)\]", by_pip[0]) if len(by_pip) == 1 else None
+    if match is None:
+        said.append(f"environment.yml installs {by_pip} by pip: only `-e .[extras]` should stand there")
+        return said
+    named = set(match[1].split(","))
+    if unknown := named - set(project["optional-dependencies"]):
+        said.append(f"environment.yml names extras that do not exist: {sorted(unknown)}")
+    if named != EXTRAS:
+        said.append(f"environment.yml installs the extras {sorted(named)}, make env {sorted(EXTRAS)}")
+    return said
+
+
+def check_dependencies(project: dict[str, Any]) -> list[str]:
+    """Each package has one range among the dependencies and at most one pin among the extras, inside it."""
+    said = []
+    ranges: dict[str, Requirement] = {}
+    for line in project["dependencies"]:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name in ranges:
+            said.append(f"{name} stands twice among the dependencies")
+        if not any(spec.operator in {"<", "==", "~="} for spec in requirement.specifier):
+            said.append(f"{line} has no upper bound")
+        ranges[name] = requirement
+    pins: dict[str, str] = {}
+    for extra, lines in project["optional-dependencies"].items():
+        for line in lines:
+            requirement = Requirement(line)
+            name = canonicalize_name(requirement.name)
+            if name in pins:
+                said.append(f"{name} is pinned in {extra} and in {pins[name]}")
+            pins[name] = extra
+            exact = [spec.version for spec in requirement.specifier if spec.operator == "=="]
+            if len(exact) != 1 or len(requirement.specifier) != 1 or "*" in exact[0]:
+                said.append(f"{line} in {extra} is not exact")
+            elif name in ranges and exact[0] not in ranges[name].specifier:
+                said.append(f"{line} in {extra} is outside {ranges[name]}")
+    said += [
+        f"{name} is not pinned in an extra: the book's environment may rot"
+        for name in ranges
+        if name not in pins
+    ]
+    return said
+
+
+def check_classifiers(project: dict[str, Any]) -> list[str]:
+    """The minor versions of Python in the classifiers are those of requires-python."""
+    allowed = SpecifierSet(project["requires-python"])
+    expected = [f"3.{minor}" for minor in range(8, 30) if f"3.{minor}.0" in allowed]
+    found = [
+        match[1] for line in project["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))
+    ]
+    return [] if found == expected else [f"classifiers name Python {found}, requires-python means {expected}"]
+
+
+def test_environment_file_says_what_pyproject_says() -> None:
+    assert check_environment(ENVIRONMENT, PROJECT) == []
+
+
+def test_dependencies_are_bounded_and_the_book_exact() -> None:
+    assert check_dependencies(PROJECT) == []
+
+
+def test_classifiers_name_the_supported_pythons() -> None:
+    assert check_classifiers(PROJECT) == []
+
+
+def test_makefile_installs_the_same_extras_on_the_same_pythons() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.search(r"--editable '\.\[([\w,]+)\]'", makefile)
+    assert found is not None
+    assert set(found[1].split(",")) == EXTRAS
+    bounds = re.search(r"\((\d+), (\d+)\) <= sys\.version_info\[:2\] < \((\d+), (\d+)\)", makefile)
+    assert bounds is not None
+    low, low_minor, high, high_minor = bounds.groups()
+    assert SpecifierSet(f">={low}.{low_minor},<{high}.{high_minor}") == SpecifierSet(
+        PROJECT["requires-python"]
+    )
+
+
+def test_versions_of_the_release_agree() -> None:
+    found = re.search(
+        r'__version__ = "([^"]+)"', (ROOT / "bsmamba2" / "__init__.py").read_text(encoding="utf-8")
+    )
+    assert found is not None
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == found[1]
+    assert "arXiv:2508.14556" in {item["value"] for item in citation["references"][0]["identifiers"]}
+    assert f"[{found[1]}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_address_of_a_package_registry_is_written_down() -> None:
+    names = ["pyproject.toml", "environment.yml", "Makefile", ".ci/run", "_config.yml"]
+    paths = [ROOT / name for name in names] + sorted((ROOT / ".github").rglob("*.yml"))
+    for path in paths:
+        assert not re.search(
+            r"index-url|find-links|https?://[^\s]*(simple|pypi)", path.read_text(encoding="utf-8")
+        ), path
+
+
+def wrong_python(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    environment["dependencies"][0] = "python >=3.10,<3.14"
+
+
+def own_dependency(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    environment["dependencies"].insert(1, "numpy=2.0")
+
+
+def unknown_extra(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    environment["dependencies"][-1]["pip"] = ["-e .[book,test,gpu]"]
+
+
+def fewer_extras(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    environment["dependencies"][-1]["pip"] = ["-e .[book]"]
+
+
+def second_line(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    environment["dependencies"][-1]["pip"].append("torch==2.0")
+
+
+def pinned_twice(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    project["optional-dependencies"]["test"].append(project["optional-dependencies"]["book"][0])
+
+
+def pin_outside_the_range(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    project["dependencies"][0] = "torch>=2.6,<2.7"
+
+
+def loose_tool(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    project["optional-dependencies"]["book"].append("notebook>=7")
+
+
+def unbounded(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    project["dependencies"][0] = "torch>=2.6"
+
+
+def missing_classifier(environment: dict[str, Any], project: dict[str, Any]) -> None:
+    project["classifiers"].pop(3)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        wrong_python,
+        own_dependency,
+        unknown_extra,
+        fewer_extras,
+        second_line,
+        pinned_twice,
+        pin_outside_the_range,
+        loose_tool,
+        unbounded,
+        missing_classifier,
+    ],
+)
+def test_a_planted_fault_is_reported(plant: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    environment, project = copy.deepcopy(ENVIRONMENT), copy.deepcopy(PROJECT)
+    plant(environment, project)
+    assert check_environment(environment, project) + check_dependencies(project) + check_classifiers(project)
