@@ -59,9 +59,7 @@ def model() -> BSMamba2:
 
 def lightning(state: dict[str, Tensor], ema: object = None, **entries: object) -> dict[str, object]:
     """A checkpoint as Lightning and the EMA callback of the authors' training code write it."""
-    moments = {
-        i: {"step": torch.ones(()), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(state.values())
-    }
+    moments = {i: {"step": torch.ones(()), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(state.values())}
     optimiser: dict[str, object] = {"state": moments, "param_groups": [{"lr": 5e-4, "params": list(moments)}]}
     if ema is not None:
         optimiser = {"opt": optimiser, "ema": ema, "current_step": 7, "decay": 0.999, "every_n_steps": 1}
@@ -124,9 +122,7 @@ def test_names_both_ways_on_the_fixture(published):
     assert torch.equal(
         ours["layers.0.band.backwards.norm.weight"], published["layers.0.1.backward_blocks.0.norm.weight"]
     )
-    assert (
-        to_published({"other": transposed}) == {"other": transposed} == from_published({"other": transposed})
-    )
+    assert to_published({"other": transposed}) == {"other": transposed} == from_published({"other": transposed})
 
 
 def test_names_of_the_paper_preset():
@@ -134,9 +130,7 @@ def test_names_of_the_paper_preset():
     names = to_published(state)
     assert len(names) == 675
     assert sum(x.numel() for x in names.values()) == 48_098_188
-    block = [
-        f"layers.{i}.{j}.{way}_blocks.0." for i in range(6) for j in (0, 1) for way in ("forward", "backward")
-    ]
+    block = [f"layers.{i}.{j}.{way}_blocks.0." for i in range(6) for j in (0, 1) for way in ("forward", "backward")]
     parts = ["norm.weight"] + [
         f"mixer.{part}"
         for part in (
@@ -206,9 +200,7 @@ def test_round_trip_is_bit_exact(layout, model, tmp_path):
     assert_equal(dict(loaded.named_parameters()), dict(model.named_parameters()))
     assert all(p.requires_grad and p.device.type == "cpu" and p.is_contiguous() for p in loaded.parameters())
     assert not any(buffer.is_meta for buffer in loaded.buffers())
-    assert len({p.untyped_storage().data_ptr() for p in loaded.parameters()}) == len(
-        list(loaded.parameters())
-    )
+    assert len({p.untyped_storage().data_ptr() for p in loaded.parameters()}) == len(list(loaded.parameters()))
     assert read_checkpoint(path).layout == layout
     if layout == "bsmamba2":
         assert loaded.config == TINY
@@ -284,9 +276,7 @@ def test_ema_that_is_not_there_or_does_not_fit(published, tmp_path):
         with pytest.raises(CheckpointError, match=r"holds 0 EMA weights.*raw"):
             load_checkpoint(path, weights="ema")
     torch.save(lightning(published, tuple(published.values())[1:]), path)
-    with pytest.raises(
-        CheckpointError, match=f"holds {len(published) - 1} EMA weights for {len(published)}.*raw"
-    ):
+    with pytest.raises(CheckpointError, match=f"holds {len(published) - 1} EMA weights for {len(published)}.*raw"):
         load_checkpoint(path)
     torch.save(lightning(published, tuple(reversed(published.values()))), path)
     with pytest.raises(CheckpointError, match="EMA tensors of the wrong shape"):
@@ -381,9 +371,7 @@ def test_bare_pickle_never_runs(tmp_path):
 
 
 def test_every_fault_of_a_single_tensor_is_named():
-    config = dataclasses.replace(
-        TINY, layers=1, bands=(5, 12), stems=("vocals",)
-    )  # the fewest to outvote one
+    config = dataclasses.replace(TINY, layers=1, bands=(5, 12), stems=("vocals",))  # the fewest to outvote one
     whole = to_published(BSMamba2(config).state_dict())
     check(whole)
     for name, tensor in whole.items():
@@ -456,9 +444,7 @@ def test_sparse_and_empty_tensors_are_refused(published, tmp_path):
     name = "layers.0.0.linear.bias"
     for odd in (published[name].to_sparse(), torch.empty(32, device="meta")):
         torch.save(published | {name: odd}, tmp_path / "m")
-        with pytest.raises(
-            CheckpointError, match=f"{name}: torch.float32, torch.(sparse_coo|strided), (cpu|meta)"
-        ):
+        with pytest.raises(CheckpointError, match=f"{name}: torch.float32, torch.(sparse_coo|strided), (cpu|meta)"):
             load_checkpoint(tmp_path / "m")
 
 
@@ -558,9 +544,7 @@ def whole_files(tmp_path_factory) -> dict[str, bytes]:
     config = ModelConfig(dim=8, layers=1, bands=(2, 3), n_fft=8, hop=2, state=2, head_width=8, expand=1)
     for layout in LAYOUTS:
         save_checkpoint(BSMamba2(config), folder / layout, layout=layout)
-    torch.save(
-        to_published(BSMamba2(config).state_dict()), folder / "legacy", _use_new_zipfile_serialization=False
-    )
+    torch.save(to_published(BSMamba2(config).state_dict()), folder / "legacy", _use_new_zipfile_serialization=False)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -680,9 +664,7 @@ def test_what_cannot_be_saved(model, tmp_path):
         with pytest.raises(ValueError, match="under a name of your own"):
             save_checkpoint(model, path, metadata=metadata)
     lstm = BSMamba2(TINY, sequence_layer=lambda: torch.nn.LSTM(16, 16, batch_first=True))
-    with pytest.raises(
-        CheckpointError, match=r"the model to save.*missing: layers\.0\.time\.forwards\.mixer"
-    ):
+    with pytest.raises(CheckpointError, match=r"the model to save.*missing: layers\.0\.time\.forwards\.mixer"):
         save_checkpoint(lstm, path)
     with torch.no_grad():
         model.final_norm.gain[3] = torch.nan

@@ -1,0 +1,47 @@
+"""What several tests share: the reference values of the published model, and a model small enough to run at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bsmamba2 import BSMamba2, ModelConfig
+from bsmamba2.checkpoints import from_published
+
+FIXTURE = Path(__file__).parent / "data" / "published_model_small.safetensors"
+
+TINY = ModelConfig(
+    dim=16, layers=1, bands=(4, 8, 21, 32), n_fft=128, hop=32, sample_rate=8000, state=8, head_width=8, expand=2
+)
+
+
+@pytest.fixture(scope="session")
+def published() -> dict[str, Tensor]:
+    """A small instance of the published model: weights, input, activations, output, loss."""
+    return load_file(FIXTURE)
+
+
+@pytest.fixture(scope="session")
+def published_model(published: dict[str, Tensor]) -> BSMamba2:
+    """Our model with the published weights."""
+    config = ModelConfig(dim=32, layers=2, bands=(2, 2, 4, 12, 13), n_fft=64, hop=16, stems=("first", "second"))
+    model = BSMamba2(config).eval()
+    weights = {name.removeprefix("weights."): part for name, part in published.items() if name.startswith("weights.")}
+    model.load_state_dict(from_published(weights))
+    return model
+
+
+@pytest.fixture
+def tiny() -> BSMamba2:
+    """A model of some thousand parameters, always the same."""
+    torch.manual_seed(0)
+    return BSMamba2(TINY).eval()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest error relative to the largest expected value (or to 1e-12, where float32 has underflowed)."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-12))

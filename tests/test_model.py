@@ -1,0 +1,270 @@
+"""The model is the published one: activations, output, sizes; and it behaves at the edges."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from conftest import TINY, relative
+from torch import Tensor, nn
+
+from bsmamba2 import BSMamba2, ModelConfig, ssd
+from bsmamba2.bands import deinterleave, generate_bands, interleave, published_bands
+
+Weights = dict[str, Tensor]
+
+
+def by_frame(found: Tensor, expected: Tensor, axis: int) -> Tensor:
+    """Largest error of each frame, relative to that frame's largest value; where it is zero, absolute."""
+    other = [i for i in range(expected.dim()) if i != axis % expected.dim()]
+    scale = expected.abs().amax(other)
+    return (found - expected).abs().amax(other) / torch.where(scale == 0, 1.0, scale)
+
+
+@pytest.mark.parametrize("scan", [ssd.recurrent, ssd.matrix, ssd.chunked])
+def test_every_activation_is_the_published_one(published: Weights, published_model: BSMamba2, scan: ssd.Scan) -> None:
+    seen: Weights = {}
+
+    def keep(name: str):
+        return lambda module, inputs, output: seen.__setitem__(name, output.detach())
+
+    time, band = published_model.layers[0].time, published_model.layers[0].band
+    hooked = {
+        "band_split": (published_model.band_split, 1),
+        "layers.0.time.forward_mixer": (time.forwards.mixer, 1),
+        "layers.0.time": (time, 1),
+        "layers.0.band": (band, 0),
+        "final_norm": (published_model.final_norm, 1),
+    }
+    handles = [module.register_forward_hook(keep(name)) for name, (module, _) in hooked.items()]
+    for module in published_model.modules():
+        if hasattr(module, "scan"):
+            module.scan = scan
+    try:
+        spectrogram = torch.view_as_complex(published["input.spectrogram"])
+        with torch.inference_mode():
+            output = published_model.apply_to_spectrogram(spectrogram)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (_, axis) in hooked.items():
+        assert by_frame(seen[name], published[f"activations.{name}"], axis).max() < 1e-5, name
+    expected = torch.view_as_complex(published["output.spectrogram"])
+    assert by_frame(output, expected, -1).max() < 1e-5  # frames 5–8 are 1e-7 of the others' level
+    assert not output[..., 20:24].any()
+
+
+def test_the_fixture_notices_a_deliberate_error(published: Weights, published_model: BSMamba2) -> None:
+    spectrogram = torch.view_as_complex(published["input.spectrogram"])
+    expected = torch.view_as_complex(published["output.spectrogram"])
+    mixer = published_model.layers[0].time.forwards.mixer
+    with torch.inference_mode():
+        mixer.dt_bias.mul_(1.01)
+        found = published_model.apply_to_spectrogram(spectrogram)
+        mixer.dt_bias.div_(1.01)
+    assert by_frame(found, expected, -1).max() > 1e-5
+
+
+def test_size_at_the_paper_preset() -> None:
+    with torch.device("meta"):
+        model = BSMamba2(ModelConfig.preset("paper"))
+    assert sum(p.numel() for p in model.parameters()) == 48_098_188
+    assert len(model.state_dict()) == 675
+    mixer = model.layers[0].time.forwards.mixer
+    assert (mixer.in_proj.out_features, mixer.conv1d.out_channels, len(mixer.A_log)) == (2 * 1024 + 256 + 16, 1280, 16)
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    mixer = BSMamba2(ModelConfig(layers=1)).layers[0].time.forwards.mixer
+    steps = nn.functional.softplus(mixer.dt_bias)
+    assert 1e-3 * 0.999 < steps.min() < steps.max() < 1e-1 * 1.001
+    assert 1 <= mixer.A_log.exp().min() < mixer.A_log.exp().max() <= 16
+    assert mixer.D.eq(1).all()
+    assert mixer.norm.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("level", [1.0, 1e-7, 0.0])
+def test_gradients_are_finite_in_sound_and_silence(tiny: BSMamba2, level: float) -> None:
+    audio = (torch.randn(2, 2, 1000) * level).requires_grad_()
+    tiny(audio).square().sum().backward()
+    assert audio.grad is not None
+    for name, gradient in [("audio", audio.grad), *((name, p.grad) for name, p in tiny.named_parameters())]:
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+
+
+def test_half_silent_input_has_finite_gradients(tiny: BSMamba2) -> None:
+    audio = torch.randn(1, 2, 2000)
+    audio[..., 700:] = 0
+    audio[0, 1] = 0
+    tiny(audio).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tiny.parameters())
+
+
+def test_silence_in_gives_silence_out(tiny: BSMamba2) -> None:
+    assert not tiny(torch.zeros(1, 2, 1000)).any()
+
+
+@pytest.mark.parametrize("samples", [65, 128, 999, 1000, 1024])
+def test_audio_keeps_its_length(tiny: BSMamba2, samples: int) -> None:
+    assert tiny(torch.randn(2, 2, samples)).shape == (2, 1, 2, samples)
+
+
+def test_examples_in_a_batch_do_not_meet(tiny: BSMamba2) -> None:
+    audio = torch.randn(3, 2, 800)
+    together = tiny(audio)
+    alone = torch.cat([tiny(one[None]) for one in audio])
+    assert relative(together.detach(), alone.detach()) < 1e-5
+
+
+def test_channels_are_separated_jointly(tiny: BSMamba2) -> None:
+    audio = torch.randn(1, 2, 800)
+    changed = audio.clone()
+    changed[:, 1] = torch.randn(800)
+    assert (tiny(audio)[:, :, 0] - tiny(changed)[:, :, 0]).abs().max() > 1e-6
+
+
+def test_time_and_bands_are_not_scrambled(tiny: BSMamba2) -> None:
+    """A model whose band axis does nothing must treat each band by itself (a missing transpose mixes them)."""
+    layer = tiny.layers[0]
+    with torch.no_grad():
+        for parameter in layer.band.parameters():
+            parameter.zero_()
+    x = torch.randn(1, 20, 4, 16)
+    changed = x.clone()
+    changed[:, :, 2] += 1
+    difference = (layer(x) - layer(changed)).abs().amax((0, 1, 3))
+    assert difference[2] > 1e-3
+    assert not difference[[0, 1, 3]].any()
+
+
+def test_both_directions_and_both_axes_are_heard(tiny: BSMamba2) -> None:
+    x = torch.randn(1, 20, 4, 16)
+    changed = x.clone()
+    changed[0, 10, 2] += 1
+    heard = (tiny.layers[0](x) - tiny.layers[0](changed)).abs().amax(-1)[0]  # (t, k)
+    assert (heard > 0).all()
+
+
+def test_directions_have_their_own_weights(tiny: BSMamba2) -> None:
+    block = tiny.layers[0].time
+    assert not torch.equal(block.forwards.mixer.in_proj.weight, block.backwards.mixer.in_proj.weight)
+
+
+def test_the_sequence_layer_is_one_argument() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(16, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0]
+
+    model = BSMamba2(TINY, sequence_layer=Recurrent)
+    assert not any("A_log" in name for name in model.state_dict())
+    assert model(torch.randn(1, 2, 800)).shape == (1, 1, 2, 800)
+
+
+def test_bfloat16_autocast_stays_close_and_finite(tiny: BSMamba2) -> None:
+    audio = torch.randn(1, 2, 4000)
+    with torch.inference_mode():
+        exact = tiny(audio)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = tiny(audio)
+    assert rounded.dtype == torch.float32
+    assert relative(rounded, exact) < 5e-2
+
+
+def test_float64_model() -> None:
+    model = BSMamba2(TINY).double()
+    assert model(torch.randn(1, 2, 400, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 1000), "mixture"), ((1, 1, 1000), "c=2"), ((1, 2, 64), "64 samples are too few")],
+)
+def test_wrong_audio_is_named(tiny: BSMamba2, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny(torch.randn(shape))
+
+
+def test_wrong_spectrogram_is_named(tiny: BSMamba2) -> None:
+    with pytest.raises(ValueError, match="f=65"):
+        tiny.apply_to_spectrogram(torch.zeros(1, 2, 64, 5, dtype=torch.complex64))
+
+
+# --- bands ------------------------------------------------------------------------------------------------
+
+
+def test_published_bands() -> None:
+    bands = published_bands()
+    assert (len(bands), sum(bands), bands[0], bands[-2:]) == (62, 1025, 2, (128, 129))
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 48, 62, 200, 512])
+def test_generated_bands_fill_the_spectrum_and_widen(count: int) -> None:
+    bands = generate_bands(count)
+    assert (len(bands), sum(bands)) == (count, 1025)
+    assert min(bands) >= 2
+    assert all(low <= high + 1 for low, high in zip(bands, bands[1:], strict=False))  # but for rounding
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((600,), "600 bands"), ((0,), "0 bands")])
+def test_bands_that_do_not_fit(arguments: tuple[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate_bands(*arguments)
+
+
+def test_feature_order_is_frequency_then_channel_then_part() -> None:
+    spectrogram = torch.randn(1, 2, 3, 1, dtype=torch.complex64)
+    features = interleave(spectrogram)[0, 0]
+    expected = [
+        part for f in range(3) for c in range(2) for part in (spectrogram[0, c, f, 0].real, spectrogram[0, c, f, 0].imag)
+    ]
+    assert torch.equal(features, torch.stack(expected))
+    assert torch.equal(deinterleave(interleave(spectrogram), 2), spectrogram)
+
+
+def test_unit_norm_lifts_near_silence_and_keeps_silence() -> None:
+    norm = BSMamba2(TINY).band_split.bands[0].norm
+    x = torch.randn(16)
+    torch.testing.assert_close(norm(x * 1e-9), norm(x))
+    assert not norm(torch.zeros(16)).any()
+    assert norm(x).norm().item() == pytest.approx(4.0)
+
+
+# --- configuration ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 0}, "dim=0"),
+        ({"dim": 2.5}, "dim=2.5"),
+        ({"layers": True}, "layers=True"),
+        ({"bands": (1, 2)}, "bands cover 3 bins"),
+        ({"bands": "all"}, "bands='all'"),
+        ({"stems": ()}, "stems"),
+        ({"stems": ("a", "a")}, "twice"),
+        ({"hop": 1500}, "hop=1500"),
+        ({"head_width": 60}, "head_width=60"),
+    ],
+)
+def test_a_bad_configuration_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ModelConfig(**changes)
+
+
+def test_configuration_round_trip_and_unknown_names() -> None:
+    import json
+
+    for preset in ("paper", "compact", "small"):
+        config = ModelConfig.preset(preset)
+        assert ModelConfig.from_mapping(json.loads(config.to_json())) == config
+    with pytest.raises(ValueError, match="'tiny' is not one of paper, compact, small"):
+        ModelConfig.preset("tiny")
+    with pytest.raises(ValueError, match="unknown configuration field 'depth'"):
+        ModelConfig.from_mapping({"depth": 6})

@@ -1,0 +1,139 @@
+"""The scan: loop, matrix and chunks are one function, in outputs, states and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from conftest import relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bsmamba2 import ssd
+
+NAMES = ("y", "state", "d x", "d dt", "d A", "d B", "d C", "d D", "d initial_state")
+
+
+def problem(
+    t: int, h: int = 2, *, b: int = 2, p: int = 3, n: int = 4, dt: float = 0.1, decay: float = 8.0, seed: int = 0
+) -> list[Tensor]:
+    """Inputs x, dt, A, B, C, D, initial_state in float64 that float32 represents exactly."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    steps = torch.rand(b, t, h, generator=g) * dt
+    rates = -torch.rand(h, generator=g) * decay - 1e-3
+    parts = [normal(b, t, h, p), steps, rates, normal(b, t, n), normal(b, t, n), normal(h), normal(b, h, p, n)]
+    return [part.double() for part in parts]
+
+
+def everything(scan: Callable, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, state and all gradients of a random projection of both."""
+    inputs = [part.to(dtype, copy=True).requires_grad_() for part in inputs]
+    y, state = scan(*inputs[:6], initial_state=inputs[6], return_state=True)
+    g = torch.Generator().manual_seed(9)
+    dy, dstate = (torch.randn(part.shape, generator=g).to(part.dtype) for part in (y, state))
+    return dict(zip(NAMES, [y, state, *torch.autograd.grad([y, state], inputs, [dy, dstate])], strict=True))
+
+
+def assert_same(scan: Callable, inputs: list[Tensor], dtype: torch.dtype = torch.float32, bound: float = 1e-5) -> None:
+    expected = everything(ssd.recurrent, inputs, torch.float64)
+    for name, found in everything(scan, inputs, dtype).items():
+        assert found.isfinite().all(), name
+        assert relative(found.detach(), expected[name].detach()) < bound, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    t=st.integers(1, 70),
+    h=st.integers(1, 3),
+    chunk=st.sampled_from([1, 3, 16, 64]),
+    dt=st.sampled_from([1e-5, 1e-2, 1.0, 10.0]),
+    decay=st.sampled_from([1e-3, 1.0, 16.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_all_forms_agree(t: int, h: int, chunk: int, dt: float, decay: float, seed: int) -> None:
+    inputs = problem(t, h, dt=dt, decay=decay, seed=seed)
+    assert_same(ssd.matrix, inputs)
+    assert_same(partial(ssd.chunked, chunk=chunk), inputs)
+
+
+def test_float64_shows_that_the_algebra_is_exact() -> None:
+    assert_same(partial(ssd.chunked, chunk=16), problem(50), torch.float64, 1e-13)
+
+
+def test_a_huge_step_among_small_ones_keeps_its_precision() -> None:
+    # After it, float32 running sums stand at −2000 and lose the small differences: 1e-4 relative and worse.
+    inputs = problem(60, dt=0.1, decay=4.0)
+    inputs[1][:, 20] = 1000.0
+    assert_same(ssd.chunked, inputs, bound=1e-5)
+
+
+@pytest.mark.parametrize("scan", [ssd.recurrent, ssd.matrix, ssd.chunked])
+def test_a_sequence_in_two_pieces_is_the_sequence(scan: Callable) -> None:
+    x, dt, A, B, C, D, start = problem(40)
+    whole, end = scan(x, dt, A, B, C, D, initial_state=start, return_state=True)
+    for cut in (1, 17, 39):
+        first, state = scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, initial_state=start, return_state=True)
+        rest = scan(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, initial_state=state, return_state=True)
+        torch.testing.assert_close(torch.cat([first, rest[0]], 1), whole)
+        torch.testing.assert_close(rest[1], end)
+
+
+@pytest.mark.parametrize("scan", [ssd.matrix, ssd.chunked])
+def test_zeros_stay_zeros_with_finite_gradients(scan: Callable) -> None:
+    inputs = [torch.zeros_like(part) if i in (0, 3, 4, 6) else part for i, part in enumerate(problem(20))]
+    for name, found in everything(scan, inputs, torch.float32).items():
+        assert found.isfinite().all(), name
+    assert not everything(scan, inputs, torch.float32)["y"].any()
+
+
+def test_strided_inputs_are_read_as_they_are() -> None:
+    x, dt, A, B, C, D, start = problem(30)
+    packed = torch.cat([x.flatten(2), B, C, dt], -1)  # as a mixer's projection gives them
+    parts = packed.split([6, 4, 4, 2], -1)
+    views = (parts[0].unflatten(-1, (2, 3)), parts[3], A, parts[1], parts[2], D)
+    assert not views[0].is_contiguous()
+    found = ssd.chunked(*views, initial_state=start, chunk=8)
+    torch.testing.assert_close(found, ssd.recurrent(x, dt, A, B, C, D, initial_state=start))
+    back = ssd.chunked(*(v.flip(1) if v.dim() > 1 else v for v in views), initial_state=start)
+    torch.testing.assert_close(
+        back, ssd.recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), D, initial_state=start)
+    )
+
+
+def test_bfloat16_keeps_decay_and_state_wide() -> None:
+    # 8 bits of mantissa in x, B and C; the sums behind the decays must not add to that.
+    inputs = [part.to(torch.bfloat16) if i in (0, 3, 4) else part.float() for i, part in enumerate(problem(200))]
+    y, state = ssd.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+    expected, final = ssd.recurrent(
+        *(part.double() for part in inputs[:6]), initial_state=inputs[6].double(), return_state=True
+    )
+    assert y.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert relative(y, expected) < 2e-2
+    assert relative(state, final) < 1e-2
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_a_wrong_shape_is_named(position: int) -> None:
+    inputs = problem(10)[:6]
+    names = ("dt", "A", "B", "C", "D")
+    inputs[position + 1] = inputs[position + 1][..., :-1] if names[position] != "B" else inputs[position + 1][:, :-1]
+    with pytest.raises(ValueError, match=f"^{names[position]} "):
+        ssd.chunked(*inputs)
+
+
+def test_wrong_arguments() -> None:
+    x, dt, A, B, C, D, _ = problem(10)
+    with pytest.raises(ValueError, match="chunk=0"):
+        ssd.chunked(x, dt, A, B, C, D, chunk=0)
+    with pytest.raises(ValueError, match=r"x .* must be \(b, t, h, p\)"):
+        ssd.recurrent(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0])
+    with pytest.raises(ValueError, match="initial_state"):
+        ssd.matrix(x, dt, A, B, C, initial_state=torch.zeros(1))
