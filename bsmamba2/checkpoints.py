@@ -4,7 +4,7 @@
     published   torch.save of {published name: tensor}, as `bs_mamba2_vocals.ckpt`
     lightning   torch.save of {"state_dict": {"model." + published name: tensor}, ...}, as the authors' file
 
-Book: "Using the published weights". Sources: the authors' code (github.com/EuiYeonKim/BSMamba2, 42eb8c8) and,
+Book: "The whole model". Sources: the authors' code (github.com/EuiYeonKim/BSMamba2, 42eb8c8) and,
 for the EMA entry, the callback of the training code that it builds on (amanteur/BandSplitRNN-PyTorch,
 src/utils/callbacks.py, from NVIDIA NeMo). Nothing that a file holds is ever executed.
 Letters of the shapes below: d feature, h head, e inner width h·p, x = e + 2n, v convolution taps,

@@ -33,7 +33,7 @@ def bsmamba2_loss(
         Scalar, float32 or wider.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: when the shapes differ, or the signals are too short for the longest window.
     """
     difference = _difference(estimate, target)
     spectral = sum(spectral_loss(difference, window, hop) for window in windows)
@@ -50,7 +50,13 @@ def spectral_loss(difference: Tensor, window: int, hop: int = 147) -> Tensor:
         difference: ŝ − s, (..., samples).
         window: w, in samples.
         hop: samples between frames.
+
+    Raises:
+        ValueError: when the signal is too short for its edges to be reflected.
     """
+    if difference.shape[-1] <= max(window, 2048) // 2:
+        least = max(window, 2048) // 2 + 1
+        raise ValueError(f"{difference.shape[-1]} samples are too few for window={window}: give at least {least}")
     hann = torch.hann_window(window, dtype=difference.dtype, device=difference.device)
     n_fft = max(window, 2048)
     flat = difference.reshape(-1, difference.shape[-1])

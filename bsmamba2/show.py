@@ -168,12 +168,19 @@ def lines(
 def images(
     arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
 ) -> Figure:
-    """Matrices side by side, row 0 on top unless `origin="lower"`; `options` go to matplotlib's imshow."""
+    """Matrices side by side, row 0 on top unless `origin="lower"`; `options` go to matplotlib's imshow.
+
+    Given `vmin` and `vmax`, all share one scale and one colour bar.
+    """
+    shared = {"vmin", "vmax"} <= options.keys()
     with _figure(1, len(arrays), 7.5, height) as (figure, axes):
         for axis, (label, array) in zip(axes[0], arrays.items(), strict=True):
             image = axis.imshow(np.asarray(array), **{"aspect": "auto", "interpolation": "nearest", **options})
             axis.set(title=label, xlabel=xlabel)
-            figure.colorbar(image, ax=axis, label=colour_label)
+            if not shared:
+                figure.colorbar(image, ax=axis, label=colour_label)
+        if shared:
+            figure.colorbar(image, ax=axes[0].tolist(), label=colour_label)
         axes[0, 0].set_ylabel(ylabel)
     return figure
 

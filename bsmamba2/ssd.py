@@ -97,7 +97,7 @@ def chunked(
     *,
     initial_state: Tensor | None = None,
     return_state: bool = False,
-    chunk: int = 64,
+    chunk: int = 32,
 ) -> Any:
     """The matrix form inside chunks, the recurrence between them: time and memory linear in t.
 
@@ -105,7 +105,7 @@ def chunked(
     The backward pass computes the scores again instead of keeping them. See the module for shapes.
 
     Args:
-        chunk: frames in a chunk; the scores take chunk × chunk numbers per head and chunk.
+        chunk: most frames in a chunk; the scores take chunk × chunk numbers per head and chunk.
 
     Raises:
         ValueError: for a chunk below 1, or shapes that do not fit.
@@ -114,7 +114,7 @@ def chunked(
         raise ValueError(f"chunk={chunk!r} must be at least 1 frame")
     state = _first_state(x, dt, A, B, C, D, initial_state)
     t = x.shape[1]
-    q = min(chunk, t)
+    q = -(-t // -(-t // chunk))  # chunks of one length, as few as before
     padding = -t % q
     filled = [functional.pad(part, (0, 0, 0, padding)) if padding else part for part in (x.flatten(2), dt, B, C)]
     x_filled, dt, B, C = filled
@@ -179,13 +179,15 @@ class _Chunked(torch.autograd.Function):
         dB = dG.mT @ part.C + weighted @ after.to(narrow).flatten(2, 3)
         dC = dG @ part.B + dy_from_start @ starts.to(narrow).flatten(2, 3)
 
-        # Decays: dt_k A multiplies every path from a frame before k to one at or after it.
-        paths = products.mul_(lower[:, :, None].tril(-1))
-        crossing = paths.sum(-1, dtype=torch.float64) - paths.sum(-2, dtype=torch.float64)  # (b, m, h, q)
+        # Decays: dt_k A multiplies every path from a frame j < k to a frame i ≥ k. Sums of those paths alone:
+        # row sums minus column sums would be the same number, and lose it to cancellation.
+        paths = products.mul_(lower[:, :, None])
+        until = paths @ paths.new_ones(ctx.q, ctx.q).triu(1)  # Σ_{j<k} paths_ij, (b, m, h, q, q)
+        crossing = until.tril_().sum(-2).double().transpose(2, 3)  # (b, m, q, h)
         arrived = (dy_from_start * (part.C @ starts.to(narrow).flatten(2, 3).mT)).unflatten(-1, x.shape[2:]).sum(-1)
         departed = (part.x * part.dt * outside).sum(-1)  # (b, m, q, h)
         passing = (part.kept * starts * after).sum((-2, -1))  # (b, m, h)
-        rates = (crossing.transpose(2, 3) + arrived).flip(2).cumsum(2).flip(2)
+        rates = crossing + arrived.double().flip(2).cumsum(2).flip(2)
         rates = rates + (departed.double().cumsum(2) - departed) + passing[:, :, None]
         rates = rates.flatten(1, 2)  # (b, t, h), float64
 

@@ -43,5 +43,5 @@ def tiny() -> BSMamba2:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Largest error relative to the largest expected value (or to 1e-12, where float32 has underflowed)."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-12))
+    """Largest error relative to the largest expected value (or to 1e-7, where float32 has underflowed)."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-7))

@@ -34,17 +34,9 @@ SECTIONS = (
 EXERCISES = 3
 
 # Files of the module that no chapter builds.
-NO_CHAPTER = {"__init__.py", "__main__.py", "show.py"}
-# Files whose chapter is still to be written. It shrinks: a file that has its chapter must leave it.
-LATER = {
-    "checkpoints.py",
-    "data.py",
-    "evaluate.py",
-    "losses.py",
-    "metrics.py",
-    "separate.py",
-    "songs.py",
-}
+NO_CHAPTER = {"__init__.py", "__main__.py", "audio.py", "show.py"}
+# Files whose chapter is still to be written; a file that has its chapter must leave it.
+LATER: set[str] = set()
 
 # What bsmamba2.show offers that is no picture, and so needs no alternative text.
 NOT_PICTURES = {"source", "audio", "progress", "decibels", "table"}
@@ -161,9 +153,7 @@ def check_toc(toc: dict[str, Any], pages: list[str]) -> list[str]:
     """The table of contents names each page of book/ once, and none that is not there."""
     entries = toc_entries(toc)
     stems = [page.rsplit(".", 1)[0] for page in pages]
-    said = [
-        f"{entry} stands twice in the table of contents" for entry in set(entries) if entries.count(entry) > 1
-    ]
+    said = [f"{entry} stands twice in the table of contents" for entry in set(entries) if entries.count(entry) > 1]
     said += [f"two pages are called {stem}" for stem in set(stems) if stems.count(stem) > 1]
     # Results are made by `make train`, and not committed.
     said += [
@@ -182,14 +172,10 @@ def check_toc(toc: dict[str, Any], pages: list[str]) -> list[str]:
     return said
 
 
-def check_modules(
-    chapters: dict[str, Notebook], files: set[str], no_chapter: set[str], later: set[str]
-) -> list[str]:
+def check_modules(chapters: dict[str, Notebook], files: set[str], no_chapter: set[str], later: set[str]) -> list[str]:
     """Each file of the module has a chapter, or is named as one that has none, or none yet."""
     built = {
-        file
-        for notebook in chapters.values()
-        for file in notebook["metadata"].get("bsmamba2", {}).get("module", [])
+        file for notebook in chapters.values() for file in notebook["metadata"].get("bsmamba2", {}).get("module", [])
     }
     said = [f"{file} belongs to no chapter" for file in sorted(files - built - no_chapter - later)]
     said += [f"{file} has its chapter now: take it out of LATER" for file in sorted(later & built)]
@@ -224,8 +210,7 @@ def check_sections(notebook: Notebook) -> list[str]:
         missing = [name for name in SECTIONS if name not in names]
         extra = [name for name in names if name not in SECTIONS]
         said.append(
-            f"level-2 headings are not the nine in order; missing: {missing}, others: {extra}, "
-            f"found: {list(names)}"
+            f"level-2 headings are not the nine in order; missing: {missing}, others: {extra}, found: {list(names)}"
         )
     return said
 
@@ -248,9 +233,7 @@ def check_exercises(notebook: Notebook) -> list[str]:
             elif answer is None or answer["cell_type"] != "code" or "hide-cell" not in tags(answer):
                 said.append(f"Exercise {number} is not followed by an answer: a code cell tagged hide-cell")
     if numbers != list(range(1, max(EXERCISES, len(numbers)) + 1)):
-        said.append(
-            f"exercises are numbered {numbers}: at least {EXERCISES}, as ### Exercise 1, ### Exercise 2, …"
-        )
+        said.append(f"exercises are numbered {numbers}: at least {EXERCISES}, as ### Exercise 1, ### Exercise 2, …")
     return said
 
 
@@ -289,9 +272,7 @@ def check_pictures(notebook: Notebook) -> list[str]:
         )
         alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
         if draws and len(alt.split()) < 3:
-            said.append(
-                f"cell {i} draws and has no alternative text: metadata mystnb.image.alt, what to notice"
-            )
+            said.append(f"cell {i} draws and has no alternative text: metadata mystnb.image.alt, what to notice")
     for i, cell in cells(notebook, "markdown"):
         for alt in re.findall(r"!\[([^\]]*)\]\(", prose(cell)):
             if len(alt.split()) < 3:
@@ -329,14 +310,8 @@ def check_outputs(notebook: Notebook) -> list[str]:
         if cell["outputs"] and "check" not in tags(cell):
             said.append(f"cell {i} has outputs and is not tagged check: nbstripout --keep-id --keep-count")
         # nbval compares, and nbstripout keeps, what carries their own tag.
-        if (
-            cell["outputs"]
-            and "check" in tags(cell)
-            and not {"nbval-check-output", "keep_output"} <= set(tags(cell))
-        ):
-            said.append(
-                f"cell {i} is tagged check, and also needs the tags nbval-check-output and keep_output"
-            )
+        if cell["outputs"] and "check" in tags(cell) and not {"nbval-check-output", "keep_output"} <= set(tags(cell)):
+            said.append(f"cell {i} is tagged check, and also needs the tags nbval-check-output and keep_output")
     return said
 
 
@@ -380,9 +355,7 @@ def exports() -> dict[str, str]:
 
 def test_toc_names_every_page() -> None:
     pages = [
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "book").iterdir()
-        if path.suffix in {".md", ".ipynb"}
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "book").iterdir() if path.suffix in {".md", ".ipynb"}
     ]
     assert check_toc(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")), sorted(pages)) == []
 
@@ -401,8 +374,7 @@ def test_pictures_of_show_are_told_from_the_rest() -> None:
 def test_docstrings_name_chapters_by_title() -> None:
     titles = {title(read(path)) for path in CHAPTERS}
     titles |= {
-        path.read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0]
-        for path in (ROOT / "book").glob("*.md")
+        path.read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0] for path in (ROOT / "book").glob("*.md")
     }
     sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "bsmamba2").glob("*.py")}
     assert check_book_references(sources, titles) == []
@@ -439,15 +411,12 @@ def code(source: str, *names: str, **metadata: Any) -> dict[str, Any]:
 
 def sound_chapter() -> Notebook:
     """A chapter without faults."""
-    parts: dict[str, list[dict[str, Any]]] = {
-        name: [markdown(f"## {name}\n\nSome words.")] for name in SECTIONS
-    }
+    parts: dict[str, list[dict[str, Any]]] = {name: [markdown(f"## {name}\n\nSome words.")] for name in SECTIONS}
     parts["What you need"] += [code("import matplotlib.pyplot as plt\nfrom bsmamba2 import bands, show")]
     parts["Picture"] += [
         code("show.spectrogram(1)", mystnb={"image": {"alt": "Two lines that cross"}}),
         markdown(
-            "![Boxes from left to right](_static/boxes.svg)\n\n"
-            "```python\n# no heading\n```\n\n$\\hat{x}`$ [a](b)"
+            "![Boxes from left to right](_static/boxes.svg)\n\n```python\n# no heading\n```\n\n$\\hat{x}`$ [a](b)"
         ),
     ]
     parts["Read it"] += [code("%matplotlib inline\nshow.source(bands.BandSplit)")]
@@ -613,9 +582,7 @@ def test_faults_of_the_toc_are_reported(entries: list[str], pages: list[str], ex
 def test_a_module_file_without_a_chapter_is_reported() -> None:
     chapters = {"02_bands": sound_chapter()}
     assert check_modules(chapters, {"bands.py", "show.py", "data.py"}, {"show.py"}, {"data.py"}) == []
-    assert check_modules(chapters, {"bands.py", "masks.py"}, set(), set()) == [
-        "masks.py belongs to no chapter"
-    ]
+    assert check_modules(chapters, {"bands.py", "masks.py"}, set(), set()) == ["masks.py belongs to no chapter"]
     assert "take it out of LATER" in check_modules(chapters, {"bands.py"}, set(), {"bands.py"})[0]
     assert "does not exist" in check_modules(chapters, {"bands.py"}, set(), {"gone.py"})[0]
 

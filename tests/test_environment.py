@@ -69,11 +69,7 @@ def check_dependencies(project: dict[str, Any]) -> list[str]:
                 said.append(f"{line} in {extra} is not exact")
             elif name in ranges and exact[0] not in ranges[name].specifier:
                 said.append(f"{line} in {extra} is outside {ranges[name]}")
-    said += [
-        f"{name} is not pinned in an extra: the book's environment may rot"
-        for name in ranges
-        if name not in pins
-    ]
+    said += [f"{name} is not pinned in an extra: the book's environment may rot" for name in ranges if name not in pins]
     return said
 
 
@@ -81,9 +77,7 @@ def check_classifiers(project: dict[str, Any]) -> list[str]:
     """The minor versions of Python in the classifiers are those of requires-python."""
     allowed = SpecifierSet(project["requires-python"])
     expected = [f"3.{minor}" for minor in range(8, 30) if f"3.{minor}.0" in allowed]
-    found = [
-        match[1] for line in project["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))
-    ]
+    found = [match[1] for line in project["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))]
     return [] if found == expected else [f"classifiers name Python {found}, requires-python means {expected}"]
 
 
@@ -107,15 +101,11 @@ def test_makefile_installs_the_same_extras_on_the_same_pythons() -> None:
     bounds = re.search(r"\((\d+), (\d+)\) <= sys\.version_info\[:2\] < \((\d+), (\d+)\)", makefile)
     assert bounds is not None
     low, low_minor, high, high_minor = bounds.groups()
-    assert SpecifierSet(f">={low}.{low_minor},<{high}.{high_minor}") == SpecifierSet(
-        PROJECT["requires-python"]
-    )
+    assert SpecifierSet(f">={low}.{low_minor},<{high}.{high_minor}") == SpecifierSet(PROJECT["requires-python"])
 
 
 def test_versions_of_the_release_agree() -> None:
-    found = re.search(
-        r'__version__ = "([^"]+)"', (ROOT / "bsmamba2" / "__init__.py").read_text(encoding="utf-8")
-    )
+    found = re.search(r'__version__ = "([^"]+)"', (ROOT / "bsmamba2" / "__init__.py").read_text(encoding="utf-8"))
     assert found is not None
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == found[1]
@@ -127,9 +117,9 @@ def test_no_address_of_a_package_registry_is_written_down() -> None:
     names = ["pyproject.toml", "environment.yml", "Makefile", ".ci/run", "_config.yml"]
     paths = [ROOT / name for name in names] + sorted((ROOT / ".github").rglob("*.yml"))
     for path in paths:
-        assert not re.search(
-            r"index-url|find-links|https?://[^\s]*(simple|pypi)", path.read_text(encoding="utf-8")
-        ), path
+        assert not re.search(r"index-url|find-links|https?://[^\s]*(simple|pypi)", path.read_text(encoding="utf-8")), (
+            path
+        )
 
 
 def wrong_python(environment: dict[str, Any], project: dict[str, Any]) -> None:

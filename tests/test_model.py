@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_generated_bands_fill_the_spectrum_and_widen(count: int) -> None:
     bands = generate_bands(count)
     assert (len(bands), sum(bands)) == (count, 1025)
     assert min(bands) >= 2
-    assert all(low <= high + 1 for low, high in zip(bands, bands[1:], strict=False))  # but for rounding
+    assert all(low <= high + 1 for low, high in pairwise(bands))  # but for rounding
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((600,), "600 bands"), ((0,), "0 bands")])
@@ -222,7 +223,10 @@ def test_feature_order_is_frequency_then_channel_then_part() -> None:
     spectrogram = torch.randn(1, 2, 3, 1, dtype=torch.complex64)
     features = interleave(spectrogram)[0, 0]
     expected = [
-        part for f in range(3) for c in range(2) for part in (spectrogram[0, c, f, 0].real, spectrogram[0, c, f, 0].imag)
+        part
+        for f in range(3)
+        for c in range(2)
+        for part in (spectrogram[0, c, f, 0].real, spectrogram[0, c, f, 0].imag)
     ]
     assert torch.equal(features, torch.stack(expected))
     assert torch.equal(deinterleave(interleave(spectrogram), 2), spectrogram)

@@ -184,9 +184,7 @@ def test_voices_are_periodic_within_a_singers_range() -> None:
         assert len(found) > 0.4 * 4 * RATE / 1_024, seed  # most frames have a pitch
         centre = float(np.median(found))
         assert 75 < centre < 700, seed
-        assert np.log2(np.percentile(found, 90) / np.percentile(found, 10)) > 1 / 12, (
-            seed
-        )  # a melody, not a drone
+        assert np.log2(np.percentile(found, 90) / np.percentile(found, 10)) > 1 / 12, seed  # a melody, not a drone
         centres.append(centre)
     assert min(centres) < 200 < max(centres)  # low voices and high ones
 
@@ -195,11 +193,7 @@ def test_voices_have_formants_that_move() -> None:
     """Third-octave levels between 300 and 3,400 Hz stand in peaks and valleys, and change with the vowel."""
     for seed in (0, 3, 8):
         voice = synthesise(seed, occupancy=1.0).vocals.mean(dim=0)
-        power = (
-            torch.stft(voice, 2_048, 1_024, window=torch.hann_window(2_048), return_complex=True)
-            .abs()
-            .square()
-        )
+        power = torch.stft(voice, 2_048, 1_024, window=torch.hann_window(2_048), return_complex=True).abs().square()
         edges = [round(300 * 2 ** (i / 3) * 2_048 / RATE) for i in range(11)]
         bands = torch.stack([power[a:b].sum(dim=0) for a, b in pairwise(edges)])
         levels = 10 * torch.log10(bands[:, bands.sum(dim=0) > 0.1 * bands.sum(dim=0).mean()] + 1e-9)

@@ -38,14 +38,19 @@ def everything(scan: Callable, inputs: list[Tensor], dtype: torch.dtype) -> dict
     y, state = scan(*inputs[:6], initial_state=inputs[6], return_state=True)
     g = torch.Generator().manual_seed(9)
     dy, dstate = (torch.randn(part.shape, generator=g).to(part.dtype) for part in (y, state))
-    return dict(zip(NAMES, [y, state, *torch.autograd.grad([y, state], inputs, [dy, dstate])], strict=True))
+    results = [y, state, *torch.autograd.grad([y, state], inputs, [dy, dstate])]
+    return dict(zip(NAMES, (part.detach() for part in results), strict=True))
 
 
 def assert_same(scan: Callable, inputs: list[Tensor], dtype: torch.dtype = torch.float32, bound: float = 1e-5) -> None:
+    """Agreement with the loop in float64. d A and d D are sums over all frames, which can cancel: where they do,
+    no form is better than the loop in float32, and none may be much worse."""
     expected = everything(ssd.recurrent, inputs, torch.float64)
+    plain = everything(ssd.recurrent, inputs, dtype)
     for name, found in everything(scan, inputs, dtype).items():
         assert found.isfinite().all(), name
-        assert relative(found.detach(), expected[name].detach()) < bound, name
+        allowed = max(bound, 8 * relative(plain[name], expected[name])) if name in ("d A", "d D") else bound
+        assert relative(found, expected[name]) < allowed, name
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,7 +84,9 @@ def test_a_sequence_in_two_pieces_is_the_sequence(scan: Callable) -> None:
     x, dt, A, B, C, D, start = problem(40)
     whole, end = scan(x, dt, A, B, C, D, initial_state=start, return_state=True)
     for cut in (1, 17, 39):
-        first, state = scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, initial_state=start, return_state=True)
+        first, state = scan(
+            x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, initial_state=start, return_state=True
+        )
         rest = scan(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, initial_state=state, return_state=True)
         torch.testing.assert_close(torch.cat([first, rest[0]], 1), whole)
         torch.testing.assert_close(rest[1], end)

@@ -1,0 +1,80 @@
+"""`python -m bsmamba2 separate SONG... --checkpoint FILE -o DIR`: songs in, vocals and the rest out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import audio
+from .checkpoints import load_checkpoint
+from .model import BSMamba2
+from .separate import separate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 0 when every song was separated, 1 when one was not, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bsmamba2")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("separate", help="take the vocals out of songs")
+    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="WAV, FLAC, OGG or MP3")
+    command.add_argument("--checkpoint", type=Path, required=True, help="ours, or in a published layout")
+    command.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
+    command.add_argument("--segment", type=float, default=8.0, help="seconds in a segment (8)")
+    command.add_argument("--overlap", type=float, default=0.5, help="share that segments overlap (0.5)")
+    chosen = parser.parse_args(arguments)
+    try:
+        model = load_checkpoint(chosen.checkpoint)
+        chosen.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    failed = 0
+    for song in chosen.songs:
+        try:
+            written = separate_file(model, song, chosen.output, segment=chosen.segment, overlap=chosen.overlap)
+        except ValueError as error:
+            message = str(error)
+            print(message if str(song) in message else f"{song}: {message}", file=sys.stderr)
+            failed += 1
+        else:
+            print(*written, sep="\n")
+    return 1 if failed else 0
+
+
+def separate_file(model: BSMamba2, song: Path, output: Path, *, segment: float, overlap: float) -> list[Path]:
+    """Write `<song>.<stem>.wav` for each stem and `<song>.rest.wav`, the mixture less the stems.
+
+    Rate, length and channels are the song's own.
+
+    Raises:
+        AudioError: for a song that cannot be read or a result that cannot be written.
+    """
+    original, rate = audio.read(song)
+    config = model.config
+    mixture = audio.convert(original, rate, config.sample_rate, config.channels)
+
+    def progress(starts: range) -> Iterable[int]:
+        return tqdm(starts, desc=song.name, unit="segment")
+
+    stems = separate(model, mixture, segment=segment, overlap=overlap, progress=progress)
+    channels, samples = original.shape
+    results = {}
+    for name, stem in zip(config.stems, stems, strict=True):
+        back = audio.convert(stem, config.sample_rate, rate, config.channels)[:, :samples]
+        back = torch.nn.functional.pad(back, (0, samples - back.shape[1]))
+        results[name] = back if channels == config.channels else back.mean(0, keepdim=True)
+    results["rest"] = original - torch.stack(list(results.values())).sum(0)
+    paths = []
+    for name, signal in results.items():
+        paths.append(output / f"{song.stem}.{name}.wav")
+        audio.write(paths[-1], signal, rate)
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

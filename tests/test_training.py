@@ -1,0 +1,265 @@
+"""Loss, metrics, examples and the loop: what a training run stands on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from itertools import islice, pairwise
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+
+from bsmamba2 import BSMamba2
+from bsmamba2.data import Remixer, salient_windows
+from bsmamba2.evaluate import oracle, score
+from bsmamba2.losses import WINDOWS, bsmamba2_loss, spectral_loss
+from bsmamba2.metrics import csdr, usdr
+from bsmamba2.songs import Song, songs
+from bsmamba2.train import TrainConfig, Trainer, learning_rate, parameter_groups
+
+
+@pytest.fixture(scope="module")
+def pool() -> list[Song]:
+    return songs(3, seed=5, seconds=2.0, sample_rate=8000)
+
+
+# --- loss -------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_published_one(published: dict[str, Tensor]) -> None:
+    estimate, target = published["loss.prediction"], published["loss.target"]
+    terms = torch.stack([spectral_loss(estimate - target, window) for window in WINDOWS])
+    torch.testing.assert_close(terms, published["loss.spectral_by_window"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(10 * (estimate - target).abs().mean(), published["loss.time"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(bsmamba2_loss(estimate, target), published["loss.total"], rtol=1e-5, atol=0)
+
+
+def test_loss_hears_phase_and_is_float32() -> None:
+    s = torch.randn(2, 8000)
+    assert bsmamba2_loss(-s, s) > 1.9 * bsmamba2_loss(torch.zeros_like(s), s)  # loudness alone would say 0
+    assert bsmamba2_loss(s.bfloat16(), s.bfloat16()).dtype == torch.float32
+    assert bsmamba2_loss(s, s) == 0
+    with pytest.raises(ValueError, match="one shape"):
+        bsmamba2_loss(s, s[:1])
+    with pytest.raises(ValueError, match="2048 samples are too few"):
+        bsmamba2_loss(s[:, :2048], s[:, :2048])
+
+
+def test_loss_gradient_is_finite_where_the_estimate_is_perfect() -> None:
+    s = torch.zeros(1, 5000, requires_grad=True)
+    bsmamba2_loss(s, torch.zeros(1, 5000)).backward()
+    assert s.grad is not None
+    assert s.grad.isfinite().all()
+
+
+# --- metrics ----------------------------------------------------------------------------------------------
+
+
+def test_usdr_of_signals_whose_value_is_known() -> None:
+    s = torch.randn(2, 44_100)
+    assert usdr(s, torch.zeros_like(s)) == pytest.approx(0)
+    assert usdr(s, 0.9 * s) == pytest.approx(20, abs=1e-3)
+    assert usdr(s, -s) == pytest.approx(-20 * math.log10(2), abs=1e-3)
+    assert usdr(0 * s, 0 * s) == pytest.approx(0)
+    assert usdr(0 * s, s) < -100
+
+
+def test_csdr_drops_silent_seconds_and_the_tail() -> None:
+    s = torch.randn(2, 44_100 * 5 + 20_000)
+    estimate = s * torch.tensor([0.9, 0.5, 0.9, 0.5, 0.9]).repeat_interleave(44_100).tolist()[0]
+    assert csdr(s, estimate) == pytest.approx(20, abs=1e-3)
+    gains = torch.ones(s.shape[1])
+    for second, gain in enumerate((0.9, 0.99, 0.5, 0.9, 0.9)):
+        gains[second * 44_100 : (second + 1) * 44_100] = gain
+    assert csdr(s, s * gains) == pytest.approx(20, abs=1e-3)  # the median of 20, 40, 6, 20, 20
+    silent = s.clone()
+    silent[:, 44_100 : 3 * 44_100] = 0
+    leak = silent + 10 * (silent == 0)
+    leak[:, :44_100] *= 0.9
+    leak[:, 3 * 44_100 :] *= 0.9
+    assert csdr(silent, leak) == pytest.approx(20, abs=1e-3)
+    assert csdr(s, s) == math.inf
+    assert math.isnan(csdr(0 * s, s))
+    opposite = torch.stack([s[0], -s[0]])  # channels that sum to zero count as silence
+    assert math.isnan(csdr(opposite, s))
+
+
+def test_metrics_refuse_other_shapes() -> None:
+    with pytest.raises(ValueError, match=re.escape("(2, 5)")):
+        usdr(torch.zeros(2, 5), torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="not empty"):
+        csdr(torch.zeros(2, 0), torch.zeros(2, 0))
+
+
+def test_oracle_beats_every_constant_and_silence_stays_silent(pool: list[Song]) -> None:
+    song = next(song for song in pool if song.occupancy > 0.2)
+    best = usdr(song.vocals, oracle(song, 256, 64))
+    assert best > max(usdr(song.vocals, gain * song.mixture) for gain in (0, 0.25, 0.5, 1))
+    mute = dataclasses.replace(song, stems=song.stems * torch.tensor([0.0, 1, 1, 1])[:, None, None])
+    assert not oracle(mute, 256, 64).any()
+
+
+# --- examples ---------------------------------------------------------------------------------------------
+
+
+def test_salient_windows_by_hand() -> None:
+    stem = torch.zeros(2, 1000)
+    stem[:, 400:700] = torch.randn(2, 300)
+    assert salient_windows(stem, 200) == [400, 500]  # of 0, 100, …, 800: more than half of the chunks sound
+    assert salient_windows(stem * 1e-5, 200) == []
+    stem[1] = 0  # one channel only
+    assert salient_windows(stem, 200) == []
+    assert salient_windows(torch.randn(2, 150), 200) == []
+    with pytest.raises(ValueError, match="5 samples"):
+        salient_windows(stem, 5)
+
+
+def test_half_of_the_chunks_is_not_enough() -> None:
+    for loud, expected in ((5, []), (6, [0])):
+        stem = torch.zeros(1, 100)
+        stem[:, : loud * 10] = 0.5
+        assert salient_windows(stem, 100, quantile=0.0) == expected
+
+
+def test_batches_repeat_with_their_seed(pool: list[Song]) -> None:
+    def draw(seed: int) -> list[tuple[Tensor, Tensor]]:
+        return list(islice(Remixer(pool, 8000, 2, seed=seed), 3))
+
+    for one, two in zip(draw(1), draw(1), strict=True):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+    assert not torch.equal(draw(1)[0][0], draw(2)[0][0])
+
+
+def test_the_target_stands_in_the_mixture_with_its_gain(pool: list[Song]) -> None:
+    lonely = [dataclasses.replace(song, stems=song.stems[:1]) for song in pool]
+    for mixture, target in islice(Remixer(lonely, 8000, 4), 5):
+        assert torch.equal(mixture, target)
+
+
+def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
+    stems = torch.randn(4, 2, 1000, generator=torch.Generator().manual_seed(0))
+    one = Song("noise", stems, 8000, (), "", "")  # as long as a window, so that only the gains are left to draw
+    gains = []
+    for mixture, target in islice(Remixer([one], 1000, 8, silence=0.1), 250):
+        found = torch.linalg.lstsq(stems.flatten(1).T, mixture.flatten(1).T).solution.T  # (8, stem)
+        torch.testing.assert_close(found[:, 0, None, None] * stems[0], target, rtol=0, atol=1e-4)
+        gains.append(found)
+    drawn = torch.cat(gains)
+    sounding = drawn.abs() > 1e-3
+    for stem in range(4):
+        assert sounding[:, stem].float().mean().item() == pytest.approx(0.9, abs=0.03)
+        assert 0.499 < drawn[sounding[:, stem], stem].min() < 0.51
+        assert 1.49 < drawn[:, stem].max() < 1.501
+    assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 0.1
+
+
+def test_a_stem_that_is_never_heard_is_named(pool: list[Song]) -> None:
+    mute = [dataclasses.replace(song, stems=song.stems * torch.tensor([1.0, 1, 0, 1])[:, None, None]) for song in pool]
+    with pytest.raises(ValueError, match="stem 2 is never heard"):
+        Remixer(mute, 8000, 1)
+    with pytest.raises(ValueError, match="no song"):
+        Remixer([], 8000, 1)
+
+
+# --- loop -------------------------------------------------------------------------------------------------
+
+
+def noise(seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    while True:
+        target = torch.randn(2, 2, 3000, generator=g)
+        yield target + torch.randn(2, 2, 3000, generator=g), target
+
+
+def test_one_example_is_learned_by_heart(tiny: BSMamba2) -> None:
+    g = torch.Generator().manual_seed(0)
+    wave = torch.sin(torch.arange(3000) / 8000 * 2 * math.pi * 440).expand(1, 2, -1)
+    pair = (wave + 0.5 * torch.randn(1, 2, 3000, generator=g), wave)
+    steps = list(Trainer(tiny, TrainConfig(steps=60, lr=1e-2, schedule="cosine")).run([pair] * 60))
+    assert [step.number for step in steps] == list(range(1, 61))
+    assert steps[-1].loss < 0.5 * steps[0].loss
+
+
+def test_a_run_repeats_bit_for_bit() -> None:
+    def weights() -> list[Tensor]:
+        torch.manual_seed(0)
+        trainer = Trainer(BSMamba2(TINY), TrainConfig(steps=3))
+        list(trainer.run(noise()))
+        return [*trainer.model.parameters(), *trainer.averaged.parameters()]
+
+    assert all(torch.equal(one, two) for one, two in zip(weights(), weights(), strict=True))
+
+
+def test_the_average_is_the_moving_average(tiny: BSMamba2) -> None:
+    trainer = Trainer(tiny, TrainConfig(steps=4, ema_decay=0.5))
+    seen, average = [], None
+    for _ in trainer.run(noise()):
+        seen.append(tiny.final_norm.gain.detach().clone())
+        average = seen[-1] if average is None else 0.5 * average + 0.5 * seen[-1]
+    torch.testing.assert_close(trainer.averaged.final_norm.gain.detach(), average)
+    assert not torch.equal(average, seen[-1])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny: BSMamba2) -> None:
+    before = [p.detach().clone() for p in tiny.parameters()]
+    bad = [(torch.full((1, 2, 3000), math.nan), torch.zeros(1, 2, 3000))]
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+        list(Trainer(tiny, TrainConfig(steps=1)).run(bad))
+    assert all(torch.equal(one, two) for one, two in zip(before, tiny.parameters(), strict=True))
+
+
+def test_batches_that_run_out_are_an_error(tiny: BSMamba2) -> None:
+    with pytest.raises(ValueError, match="after 2 of 5"):
+        list(Trainer(tiny, TrainConfig(steps=5)).run(islice(noise(), 2)))
+
+
+def test_decays_and_skips_are_exempt_from_weight_decay(tiny: BSMamba2) -> None:
+    decayed, exempt = parameter_groups(tiny, 0.01)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
+    assert len(exempt["params"]) == 3 * 4  # A_log, D, dt_bias of four mixers
+    assert len(decayed["params"]) + len(exempt["params"]) == len(list(tiny.parameters()))
+
+
+def test_schedule() -> None:
+    config = TrainConfig(steps=100, lr=1.0, schedule="cosine")
+    rates = [learning_rate(number, config) for number in range(1, 101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(one > two for one, two in pairwise(rates[4:]))
+    assert 0 < rates[-1] < 1e-3
+    assert learning_rate(50, TrainConfig(steps=100, lr=0.5)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 2.0}, "steps=2.0"),
+        ({"lr": "1e-3"}, "lr='1e-3'"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+    ],
+)
+def test_a_bad_setting_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig(**{"steps": 1, **changes})
+
+
+def test_several_stems_are_refused() -> None:
+    with pytest.raises(ValueError, match="one stem"):
+        Trainer(BSMamba2(dataclasses.replace(TINY, stems=("a", "b"))), TrainConfig(steps=1))
+
+
+def test_scores_stand_beside_their_baselines(tiny: BSMamba2, pool: list[Song]) -> None:
+    song = next(song for song in pool if song.occupancy > 0.2)
+    found = score(tiny, song, segment=1.0)
+    assert found.silence == pytest.approx(0)
+    assert found.mixture == usdr(song.vocals, song.mixture)
+    assert found.oracle > max(found.mixture, 0)
+    with pytest.raises(ValueError, match="8000 Hz"):
+        score(tiny, dataclasses.replace(song, sample_rate=44_100))
