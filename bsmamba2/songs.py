@@ -544,11 +544,11 @@ def _sing(rng: Generator, score: _Score, phrases: Spans, rate: int, samples: int
     # Takes: the lead in the middle; sometimes doubles at the sides, or a harmony a third or a sixth above.
     takes = [(0.0, 1.0, 0.0)]
     extra = rng.random()
-    if extra < 0.2:
-        level = rng.uniform(0.25, 0.7)
+    if extra < 0.12:
+        level = rng.uniform(0.15, 0.4)
         takes += [(0.0, level, -rng.uniform(0.4, 1)), (0.0, level, rng.uniform(0.4, 1))][: rng.integers(1, 3)]
-    elif extra < 0.35:
-        takes += [(float(rng.choice([3.5, 7.0, 12.0, -12.0])), rng.uniform(0.25, 0.6), rng.uniform(-0.8, 0.8))]
+    elif extra < 0.24:
+        takes += [(float(rng.choice([3.5, 7.0, 12.0, -12.0])), rng.uniform(0.15, 0.4), rng.uniform(-0.6, 0.6))]
     out = np.zeros((2, samples), np.float32)
     for number, (interval, level, pan) in enumerate(takes):
         turn = singer.vibrato_rate * rng.uniform(0.95, 1.05) * frame * np.arange(frames) + rng.random()
@@ -860,7 +860,7 @@ def _voicing(chord: tuple[int, ...], low: int) -> list[int]:
 
 def _accompany(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
     """Two or three layers: chords that hold or are struck, an arpeggio, a solo line; (c, t)."""
-    choice = ["struck", "struck", "arpeggio", "solo", "solo"]
+    choice = ["struck", "struck", "struck", "arpeggio", "arpeggio", "solo"]  # a lead beside the voice is the exception
     layers = ["chords", *rng.choice(choice, rng.integers(1, 3), replace=False).tolist()]
     if rng.random() < 0.25:
         layers[0] = "struck"
@@ -882,8 +882,8 @@ def _accompany(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
             notes = [_Note(n.start, n.seconds, 40 + (n.pitch - 40) % 12, n.velocity) for n in lowest.values()]
         sound = _play(rng, notes, instrument, rate, samples, spread=rng.uniform(0, 0.8) if layer != "solo" else 0.0)
         power = np.sqrt(np.mean(sound**2)) + 1e-9
-        gain = 10 ** (rng.normal(2 if layer == "solo" else 0, 2.5) / 20) / power
-        balance = _pan(rng.uniform(-0.35, 0.35))
+        gain = 10 ** (rng.normal(-1 if layer == "solo" else 0, 2.5) / 20) / power
+        balance = _pan(rng.uniform(-0.85, 0.85))  # instruments stand aside, the voice in the middle
         out += sound * (np.float32(gain) * balance)
     return out
 
@@ -1144,9 +1144,9 @@ def _mix(rng: Generator, stems: dict[str, Array], phrases: Spans, score: _Score,
     levels = {}
     for s, name in enumerate(STEMS):
         equaliser = _equaliser(rng, rate)
-        most = {"vocals": 0.45 * (rng.random() < 0.7), "drums": 0.3, "bass": 0.0, "other": 0.5}[name]
+        most = {"vocals": 0.25 * (rng.random() < 0.7), "drums": 0.3, "bass": 0.0, "other": 0.5}[name]
         wet = most * rng.random()
-        levels[name] = rng.normal({"vocals": -5, "drums": 0, "bass": -1, "other": 0.5}[name], 2.5)
+        levels[name] = rng.normal({"vocals": 0, "drums": 0, "bass": -1, "other": 0.5}[name], 2.5)
         if stems[name].any():
             out[s] = _finish(stems[name], equaliser, room, wet)
     late = rng.random() < 0.1
@@ -1164,7 +1164,7 @@ def _mix(rng: Generator, stems: dict[str, Array], phrases: Spans, score: _Score,
             sung[round(start * rate) : round(end * rate)] = True
         band = out[1:].sum(axis=0)
         reference = float(np.mean(band[:, sung] ** 2)) or float(np.mean(band**2)) or 1.0
-        wanted = min(1.0, max(-11.0, float(levels["vocals"])))
+        wanted = min(6.0, max(-6.0, float(levels["vocals"])))
         out[0] *= math.sqrt(reference * 10 ** (wanted / 10) / (float(np.mean(out[0][:, sung] ** 2)) + 1e-20))
     peak = float(np.abs(out.sum(axis=0)).max())
     return out * np.float32(rng.uniform(0.5, 0.95) / (peak or 1.0))

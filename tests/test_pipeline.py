@@ -1,0 +1,65 @@
+"""From songs to a voice, in one go: the training notebook under papermill, its checkpoint, the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from bsmamba2 import load_checkpoint
+from bsmamba2.__main__ import main
+from bsmamba2.songs import songs
+
+ROOT = Path(__file__).parents[1]
+SHORT = {"songs": 3, "held_out_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
+
+
+def papermill(folder: Path, **parameters: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(folder / "run.ipynb")]
+    (folder / "parameters.json").write_text(json.dumps({**SHORT, "output_dir": str(folder / "run"), **parameters}))
+    command += ["-f", str(folder / "parameters.json"), "--no-progress-bar"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_steps_leaves_a_model_that_separates(tmp_path: Path) -> None:
+    done = papermill(tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    assert [step["number"] for step in steps] == [1, 2]
+    assert steps[0]["loss"] == summary["loss_first"] > 0
+    assert summary["usdr"]["silence"] == pytest.approx(0)
+    assert summary["usdr"]["oracle"] > summary["usdr"]["mixture"]
+    assert summary["real"]["oracle"] > summary["real"]["mixture"]
+    model = load_checkpoint(run / "checkpoint.safetensors")
+    assert sum(p.numel() for p in model.parameters()) == summary["model_parameters"]
+
+    song = songs(1, seed=3, seconds=2.0)[0]
+    soundfile.write(tmp_path / "song.wav", song.mixture.T.numpy(), song.sample_rate, subtype="FLOAT")
+    arguments = [str(tmp_path / "song.wav"), "--checkpoint", str(run / "checkpoint.safetensors")]
+    assert main(["separate", *arguments, "-o", str(tmp_path / "out")]) == 0
+    vocals, rate = soundfile.read(tmp_path / "out" / "song.vocals.wav", dtype="float32")
+    assert rate == 44_100
+    with torch.inference_mode():
+        padded = torch.nn.functional.pad(song.mixture, (0, 8 * 44_100 - song.mixture.shape[1]))
+        expected = model(padded[None])[0, 0, :, : song.mixture.shape[1]]
+    torch.testing.assert_close(torch.from_numpy(vocals.T.copy()), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"lr": "3e-3"}, "lr='3e-3'"), ({"batch": 1.5}, "batch=1.5"), ({"preset": "huge"}, "preset 'huge'")],
+)
+def test_a_bad_parameter_stops_the_notebook_at_once(tmp_path: Path, parameters: dict, message: str) -> None:
+    done = papermill(tmp_path, **parameters)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
