@@ -89,7 +89,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2) * functional.silu(z)))
 
 
-def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """SiLU of a depthwise convolution that sees a frame and the taps − 1 frames before it.
 
         y_t = SiLU(bias + Σ_i weight_i · x_{t − taps + 1 + i}),   x = 0 before the first frame
@@ -100,11 +100,12 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: (b, t, w).
         weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
-        bias: (w,).
+        bias: (w,), or none.
 
     Returns:
         (b, t, w), of the type of x.
     """
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     return _CausalConvSiLU.apply(x, weight[:, 0].mT.to(x.dtype), bias.to(x.dtype))
 
 

@@ -111,7 +111,7 @@ def test_mixture_is_the_sum_and_stems_have_names(made: list[Song]) -> None:
         song.stem("guitar")
 
 
-def test_vocals_are_five_decibels_under_the_band(made: list[Song]) -> None:
+def test_vocals_are_about_as_loud_as_the_band_while_sung(made: list[Song]) -> None:
     levels = []
     for song in made:
         sung = torch.zeros(song.stems.shape[-1], dtype=torch.bool)
@@ -120,10 +120,10 @@ def test_vocals_are_five_decibels_under_the_band(made: list[Song]) -> None:
         band = song.stems[1:].sum(dim=0)
         ratio = song.vocals[:, sung].square().mean() / band[:, sung].square().mean()
         levels.append(decibels(float(ratio)))
-    assert -8 < np.mean(levels) < -2
+    assert -2.5 < np.mean(levels) < 2.5
     assert 1 < np.std(levels) < 4.5
-    assert min(levels) > -11.5
-    assert max(levels) < 1.5
+    assert min(levels) > -6.5  # a quieter voice teaches silence, see the chapter on training
+    assert max(levels) < 6.5
 
 
 def test_most_songs_have_a_whole_band() -> None:
