@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .mamba2 import RMSNorm
 
+BLOCK = 1024
+"""Frames, over all sequences, that a layer reads at once on a CPU."""
+
 SequenceLayer = Callable[[], nn.Module]
 """Makes a layer (b, length, d) → (b, length, d); one that sees only the past, for a bidirectional block."""
 
@@ -68,9 +71,25 @@ class DualPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, k, d) → (b, t, k, d)."""
-        b, t, k, d = x.shape
-        x = x.transpose(1, 2).reshape(b * k, t, d)
-        x = self.time(x)
-        x = x.view(b, k, t, d).transpose(1, 2).reshape(b * t, k, d)
-        x = self.band(x)
-        return x.view(b, t, k, d)
+        b, t, k, _ = x.shape
+        x = block_by_block(self.time, x.transpose(1, 2).flatten(0, 1))
+        x = x.unflatten(0, (b, k)).transpose(1, 2)
+        x = block_by_block(self.band, x.flatten(0, 1))
+        return x.unflatten(0, (b, t))
+
+
+def block_by_block(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) for a layer that reads each sequence by itself, on a CPU a few sequences at a time.
+
+    What the layer computes in between then stays in the processor's cache, where the whole batch would go through
+    memory at every operation.
+
+    Args:
+        layer: (b, length, d) → (b, length, d).
+        x: (b, length, d).
+    """
+    if x.device.type != "cpu":
+        return layer(x)
+    b, length, _ = x.shape
+    most = max(1, BLOCK // length) if torch.is_grad_enabled() else max(8, BLOCK // length)
+    return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])

@@ -20,6 +20,12 @@ from torch.nn import functional
 from . import ssd
 
 EPS = 1e-5  # of every RMS norm in the published model
+PIECE = 64
+"""Frames that a mixer takes at once on a CPU, without gradients."""
+
+Memory = tuple[Tensor, Tensor]
+"""What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
+its scan, (b, h, p, n)."""
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +39,18 @@ class RMSNorm(nn.Module):
         """(..., dim) → (..., dim)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return functional.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), EPS).to(x.dtype)
+
+
+def norm_linear(x: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
+    """linear(norm(x)), (..., w) → (..., d), for a Linear without bias.
+
+    The gain goes into the matrix and the root mean square, one number a row, out of the product: the wide x is read
+    twice instead of written and read three times.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = (length.square() / x.shape[-1] + EPS).rsqrt()
+    return (functional.linear(x, linear.weight * norm.weight) * scale).to(x.dtype)
 
 
 class Mamba2(nn.Module):
@@ -66,6 +84,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"expand * dim = {inner} is not a multiple of head_width={head_width}")
         heads = inner // head_width
         self.head_width = head_width
+        self.past = conv_width - 1
         self.scan = scan
         self.widths = (inner, inner + 2 * state, heads)  # z, xBC, dt
         self.inner_widths = (inner, state, state)  # x, B, C
@@ -79,34 +98,73 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, d) → (b, t, d)."""
-        z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
-        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)
-        x, B, C = xBC.split(self.inner_widths, dim=-1)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.step(x)[0]
+        # Piece after piece, so that what lies between the projections stays in cache.
+        pieces, memory, parts = [], None, x.split(PIECE, dim=1)
+        for i, piece in enumerate(parts):
+            y, memory = self.step(piece, memory, keep=i + 1 < len(parts))
+            pieces.append(y.transpose(0, 1))
+        return torch.cat(pieces).transpose(0, 1)
+
+    def step(self, x: Tensor, memory: Memory | None = None, *, keep: bool = False) -> tuple[Tensor, Memory | None]:
+        """A piece of a sequence, exactly as if it came with what was before it.
+
+        Args:
+            x: (b, t, d).
+            memory: of the piece before; none at the start of a sequence.
+            keep: whether a piece will follow.
+
+        Returns:
+            (b, t, d), and with `keep` the memory after it.
+        """
+        before, state = (None, None) if memory is None else memory
+        # The frames come first in memory: (t, b, ...). A tap of the convolution is then a shift of whole rows, and the
+        # heads of all sequences one batch for the scan.
+        z, xBC, dt = self.in_proj(x.transpose(0, 1)).split(self.widths, dim=-1)
+        if keep:
+            before = xBC.new_zeros((self.past, *xBC.shape[1:])) if before is None else before
+            after = torch.cat((before, xBC[-self.past :]))[-self.past :]
+        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, before)
+        u, B, C = (part.transpose(0, 1) for part in xBC.split(self.inner_widths, dim=-1))
         wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = functional.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        dt = functional.softplus(dt.to(wide) + self.dt_bias.to(wide)).transpose(0, 1)
         A = -self.A_log.to(wide).exp()
-        y = self.scan(x.unflatten(-1, (-1, self.head_width)), dt, A, B, C, self.D)
-        return self.out_proj(self.norm(y.flatten(-2) * functional.silu(z)))
+        y = self.scan(
+            u.unflatten(-1, (-1, self.head_width)), dt, A, B, C, self.D, initial_state=state, return_state=keep
+        )
+        y, state = y if keep else (y, None)
+        y = y.flatten(-2).transpose(0, 1)
+        y = norm_linear(y * functional.silu(z), self.norm, self.out_proj).transpose(0, 1)
+        return y, (after, state) if keep else None
 
 
-def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None) -> Tensor:
     """SiLU of a depthwise convolution that sees a frame and the taps − 1 frames before it.
 
-        y_t = SiLU(bias + Σ_i weight_i · x_{t − taps + 1 + i}),   x = 0 before the first frame
+        y_t = SiLU(bias + Σ_i weight_i · x_{t − taps + 1 + i})
 
     The same as `conv1d` on the transposed and padded tensor, which takes two to four times as long on a CPU
     (forward and backward) because it moves the channels first and back.
 
     Args:
-        x: (b, t, w).
+        x: (t, b, w), frames first.
         weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
         bias: (w,), or none.
+        before: the frames before the first, (taps − 1, b, w); zeros when absent.
 
     Returns:
-        (b, t, w), of the type of x.
+        (t, b, w), of the type of x.
     """
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return _CausalConvSiLU.apply(x, weight[:, 0].mT.to(x.dtype), bias.to(x.dtype))
+    narrow, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)  # bfloat16 sums are slow on a CPU, and coarse
+    x, taps, bias = x.to(wide), weight[:, 0].mT.to(wide), bias.to(wide)
+    before = None if before is None else before.to(wide)
+    if not torch.is_grad_enabled():
+        return functional.silu(_convolve(x, taps, bias, before), inplace=True).to(narrow)
+    if before is not None:
+        return _CausalConvSiLU.apply(torch.cat((before, x)), taps, bias)[len(before) :].to(narrow)
+    return _CausalConvSiLU.apply(x, taps, bias).to(narrow)
 
 
 class _CausalConvSiLU(torch.autograd.Function):
@@ -121,25 +179,28 @@ class _CausalConvSiLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, taps, bias = ctx.saved_tensors
         gradient = torch.ops.aten.silu_backward(gradients[0], _convolve(x, taps, bias))
-        dx, dtaps = torch.zeros_like(x), torch.empty_like(taps)
-        for i, (earlier, later) in enumerate(_shifts(len(taps), x.shape[1])):
-            dx[:, earlier].addcmul_(gradient[:, later], taps[i])
-            dtaps[i] = (gradient[:, later] * x[:, earlier]).sum((0, 1))
-        return dx, dtaps, gradient.sum((0, 1))
+        dx, dtaps = gradient * taps[-1], [(gradient * x).sum((0, 1))]
+        for i, (earlier, later) in enumerate(_shifts(len(taps) - 1, len(x))):
+            dx[earlier].addcmul_(gradient[later], taps[i])
+            dtaps.insert(i, (gradient[later] * x[earlier]).sum((0, 1)))
+        return dx, torch.stack(dtaps), gradient.sum((0, 1))
 
 
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """(b, t, w), (taps, w), (w,) → (b, t, w)."""
-    y = torch.addcmul(bias, x, taps[-1])
-    for tap, (earlier, later) in zip(taps[:-1], _shifts(len(taps), x.shape[1]), strict=False):
-        y[:, later].addcmul_(x[:, earlier], tap)
+def _convolve(x: Tensor, taps: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+    """(t, b, w), (taps, w), (w,), (taps − 1, b, w) → (t, b, w)."""
+    past, frames = len(taps) - 1, len(x)
+    y = torch.addcmul(bias, x, taps[past])
+    for i, (earlier, later) in enumerate(_shifts(past, frames)):
+        y[later].addcmul_(x[earlier], taps[i])
+        if before is not None:
+            y[: past - i].addcmul_(before[i : i + frames], taps[i])
     return y
 
 
-def _shifts(taps: int, frames: int) -> Iterator[tuple[slice, slice]]:
-    """For each tap, the frames that it reads and the frames that it adds to."""
-    for i in range(taps):
-        shift = min(taps - 1 - i, frames)
+def _shifts(past: int, frames: int) -> Iterator[tuple[slice, slice]]:
+    """For each tap but the last, the frames that it reads and the frames that it adds to."""
+    for i in range(past):
+        shift = min(past - i, frames)
         yield slice(0, frames - shift), slice(shift, frames)
 
 

@@ -25,12 +25,12 @@ state the wider one. Shapes that do not fit raise ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 Scan = Callable[..., Any]
 """Any function with the signature above: the seam through which kernels enter the model."""
@@ -48,8 +48,8 @@ def recurrent(
     return_state: bool = False,
 ) -> Any:
     """The definition, frame by frame: t steps, memory for one state. See the module for shapes."""
-    state = _first_state(x, dt, A, B, C, D, initial_state)
-    wide = state.dtype
+    wide = _check(x, dt, A, B, C, D, initial_state)
+    state = _first_state(x, B, initial_state)
     y = x.new_empty(x.shape, dtype=wide)
     for i in range(x.shape[1]):
         decay = torch.exp(dt[:, i].to(wide) * A.to(wide))  # (b, h)
@@ -74,8 +74,8 @@ def matrix(
 
     L_ij = exp(Σ_{j<τ≤i} dt_τ A) below and on the diagonal, zero above (`decay_matrix`).
     """
-    state = _first_state(x, dt, A, B, C, D, initial_state)
-    wide = state.dtype
+    wide = _check(x, dt, A, B, C, D, initial_state)
+    state = _first_state(x, B, initial_state)
     clock = _clock(dt, A)  # (b, h, t)
     weighted = (x * dt[..., None]).to(wide).transpose(1, 2)  # (b, h, t, p)
     scores = (C.to(wide) @ B.to(wide).mT)[:, None] * decay_matrix(clock).to(wide)  # (b, h, t, t)
@@ -97,148 +97,209 @@ def chunked(
     *,
     initial_state: Tensor | None = None,
     return_state: bool = False,
-    chunk: int = 32,
+    chunk: int = 64,
 ) -> Any:
     """The matrix form inside chunks, the recurrence between them: time and memory linear in t.
 
-    Any length works: the last chunk is filled up with frames of dt = 0, which leave the state alone.
-    The backward pass computes the scores again instead of keeping them. See the module for shapes.
+    Any length works; a sequence of one chunk takes no state at all unless one is given or asked for. The backward
+    pass computes the scores again instead of keeping them. Fastest when the frames lie outermost in memory, as
+    `Mamba2` has them. See the module for shapes.
 
     Args:
-        chunk: most frames in a chunk; the scores take chunk × chunk numbers per head and chunk.
+        chunk: most frames in a chunk; the scores take chunk × chunk numbers per head and sequence.
 
     Raises:
         ValueError: for a chunk below 1, or shapes that do not fit.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be at least 1 frame")
-    state = _first_state(x, dt, A, B, C, D, initial_state)
+    wide = _check(x, dt, A, B, C, D, initial_state)
     t = x.shape[1]
     q = -(-t // -(-t // chunk))  # chunks of one length, as few as before
-    padding = -t % q
-    filled = [functional.pad(part, (0, 0, 0, padding)) if padding else part for part in (x.flatten(2), dt, B, C)]
-    x_filled, dt, B, C = filled
-    y, state = _Chunked.apply(
-        x_filled.unflatten(2, x.shape[2:]), dt.to(state.dtype), A, B.to(x.dtype), C.to(x.dtype), state, q
+    inputs = (
+        x.transpose(0, 1),
+        dt.to(wide).transpose(0, 1),
+        A.to(wide),
+        B.to(x.dtype).transpose(0, 1),
+        C.to(x.dtype).transpose(0, 1),
+        A.new_zeros(A.shape, dtype=wide) if D is None else D.to(wide),
+        None if initial_state is None else initial_state.to(wide).permute(0, 3, 1, 2),
+        q,
+        return_state,
     )
-    return _result(y[:, :t], x, D, state, return_state)
+    y, state = _Chunked.apply(*inputs) if torch.is_grad_enabled() else _chunk_by_chunk(*inputs)
+    y = y.transpose(0, 1)
+    return (y, state.permute(0, 2, 3, 1)) if return_state else y
 
 
 class _Chunked(torch.autograd.Function):
-    """`chunked` for whole chunks and no skip, with a backward pass that keeps only its inputs.
+    """`chunked` with the frames first, (t, b, ...), and a backward pass that keeps only its inputs.
 
-    Letters: m counts chunks, i and j frames in one chunk, S_m is the state before chunk m, r_i the sum
-    of dt·A up to frame i of a chunk, R that up to its end. With G = C Bᵀ, shared by the heads,
+    One chunk after the other, all its heads and sequences at once. i and j are frames of a chunk, r_i is the sum of
+    dt·A up to frame i, R that up to the end, S the state before the chunk. With G = C Bᵀ, shared by the heads,
 
-        y_i = Σ_{j≤i} e^{r_i − r_j} G_ij u_j + e^{r_i} S_m C_i,    u_j = dt_j x_j
-        S_{m+1} = e^R S_m + Σ_j e^{R − r_j} u_j B_jᵀ
+        y_i = Σ_{j≤i} M_ij x_j + e^{r_i} S C_i,    M_ij = e^{r_i − r_j} G_ij dt_j + D·[i = j]
+        S ← e^R S + Σ_j e^{R − r_j} dt_j x_j B_jᵀ
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.q = q
-        ctx.save_for_backward(x, dt, A, B, C, state)
-        part = _Chunks(x, dt, A, B, C, q)
-        scores = part.scores()
-        starts, state = part.states(state)
-        inside = (scores @ part.u.transpose(2, 3)).transpose(2, 3)  # (b, m, q, h, p)
-        before = (part.C @ starts.to(x.dtype).flatten(2, 3).mT).view_as(part.x)
-        y = inside * part.row + before * part.from_start
-        return y.to(x.dtype).flatten(1, 2), state
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, ctx.q, _ = inputs
+        ctx.save_for_backward(*tensors)
+        return _chunk_by_chunk(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, state = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, first = ctx.saved_tensors
         dy, dstate = gradients
-        part = _Chunks(x, dt, A, B, C, ctx.q)
-        narrow = x.dtype
-        dy = dy.unflatten(1, (-1, ctx.q))  # (b, m, q, h, p)
-        decays = part.decays()  # (b, m, h, q, q)
-        lower = (part.C @ part.B.mT).tril()  # G, (b, m, q, q)
-        starts, _ = part.states(state)
+        assert dy is not None
+        parts = [part for part, _ in _chunks(x, dt, A, B, C, ctx.q)]
+        states = [first]  # S before each chunk; none stands for zero
+        for part in parts[:-1]:
+            states.append(part.step(states[-1]))
 
-        # Between chunks, backwards: `after` is the gradient of the state at a chunk's end.
-        dy_from_start = (dy * part.from_start).to(narrow).flatten(3)  # (b, m, q, h·p)
-        to_starts = (dy_from_start.mT @ part.C).view_as(starts).to(dstate.dtype)
-        after = torch.empty_like(starts)
-        for m in reversed(range(starts.shape[1])):
-            after[:, m] = dstate
-            dstate = part.kept[:, m] * dstate + to_starts[:, m]
+        results = []
+        for part, state, dy_now in zip(reversed(parts), reversed(states), reversed(dy.split(ctx.q)), strict=True):
+            dy_by_head = _by_head(dy_now)
+            decays = part.decays()
 
-        # Inputs: what a frame gave inside its chunk, and to the states after it.
-        dy_row = (dy * part.row).to(narrow).transpose(2, 3)  # (b, m, h, q, p)
-        u = part.u.transpose(2, 3)
-        inside = ((decays * lower[:, :, None]).mT @ dy_row).transpose(2, 3) * part.column
-        outside = (part.B @ after.to(narrow).flatten(2, 3).mT).view_as(part.x) * part.to_end
-        du = inside + outside
-        products = (dy_row @ u.mT) * decays  # (b, m, h, q, q)
-        dG = products.sum(2).tril()
-        weighted = (part.x * (part.dt * part.to_end)).to(narrow).flatten(3)  # u e^{R − r}
-        dB = dG.mT @ part.C + weighted @ after.to(narrow).flatten(2, 3)
-        dC = dG @ part.B + dy_from_start @ starts.to(narrow).flatten(2, 3)
+            # Inside the chunk, through M.
+            dx = (part.mixing(decays, D).mT @ dy_by_head).transpose(0, 1).view_as(part.x)
+            dM = (dy_by_head @ part.x_by_head.mT).view(decays.shape)  # (b, h, q, q)
+            dD = dM.diagonal(dim1=-2, dim2=-1).double().sum((0, -1))
+            paths = decays.mul_(dM)
+            dG = (paths * part.dt_of_column).sum(1).to(x.dtype)
+            dB = dG.mT @ part.C  # (b, q, n)
+            dC = dG @ part.B
+            paths.mul_(part.products())
+            ddt = paths.sum(-2).permute(2, 0, 1).double()  # dt as a factor, (q, b, h)
 
-        # Decays: dt_k A multiplies every path from a frame j < k to a frame i ≥ k. Sums of those paths alone:
-        # row sums minus column sums would be the same number, and lose it to cancellation.
-        paths = products.mul_(lower[:, :, None])
-        until = paths @ paths.new_ones(ctx.q, ctx.q).triu(1)  # Σ_{j<k} paths_ij, (b, m, h, q, q)
-        crossing = until.tril_().sum(-2).double().transpose(2, 3)  # (b, m, q, h)
-        arrived = (dy_from_start * (part.C @ starts.to(narrow).flatten(2, 3).mT)).unflatten(-1, x.shape[2:]).sum(-1)
-        departed = (part.x * part.dt * outside).sum(-1)  # (b, m, q, h)
-        passing = (part.kept * starts * after).sum((-2, -1))  # (b, m, h)
-        rates = crossing + arrived.double().flip(2).cumsum(2).flip(2)
-        rates = rates + (departed.double().cumsum(2) - departed) + passing[:, :, None]
-        rates = rates.flatten(1, 2)  # (b, t, h), float64
+            # The decays. dt_k A multiplies every path from a frame j < k to a frame i ≥ k. Sums of those paths alone:
+            # row sums minus column sums would be the same number, and lose it to cancellation.
+            paths.mul_(part.dt_of_column)
+            until = paths @ paths.new_ones(paths.shape[-2:]).triu(1)  # Σ_{j<k} paths_ij
+            rates = until.tril_().sum(-2).permute(2, 0, 1).double()  # (q, b, h)
 
-        du = du.flatten(1, 2)
-        ddt = ((x * du).sum(-1) + rates * A.double()).to(dt.dtype)
-        dA = (rates * dt.double()).sum((0, 1)).to(A.dtype)
-        dx = (du * dt[..., None]).to(narrow)
-        return dx, ddt, dA, dB.flatten(1, 2).to(narrow), dC.flatten(1, 2).to(narrow), dstate, None
+            # Through the state: from its start, and to its end.
+            if state is not None:
+                early = (dy_now * part.from_start).to(x.dtype).flatten(2).transpose(0, 1)  # (b, q, h·p)
+                dC += early @ state.to(x.dtype).flatten(2).mT
+                arrived = (dy_now * part.read(state)).sum(-1).double() * part.from_start[..., 0]
+                rates += arrived.flip(0).cumsum(0).flip(0)
+            if dstate is not None:
+                dB += part.weighted() @ dstate.to(x.dtype).flatten(2).mT
+                outside = (part.B @ dstate.to(x.dtype).flatten(2)).transpose(0, 1).view(part.x.shape)
+                dx = torch.addcmul(dx, outside, part.weight)
+                departed = (part.x * outside).sum(-1).double() * part.to_end
+                ddt += departed
+                departed *= part.dt
+                rates += departed.cumsum(0) - departed
+            if state is not None:
+                added = (part.C.mT @ early).view(state.shape).to(state.dtype)
+                if dstate is None:
+                    dstate = added
+                else:
+                    rates += part.kept[:, 0, :, 0] * (state * dstate).sum((1, 3))
+                    dstate = torch.addcmul(added, dstate, part.kept)
+
+            ddt += rates * A
+            dA = (rates * part.dt).sum((0, 1))
+            results.append((dx, ddt, dA, dB.transpose(0, 1), dC.transpose(0, 1), dD))
+
+        dxs, ddts, dAs, dBs, dCs, dDs = zip(*reversed(results), strict=True)
+        return (
+            torch.cat(dxs).to(x.dtype),
+            torch.cat(ddts).to(dt.dtype),
+            torch.stack(dAs).sum(0).to(A.dtype),
+            torch.cat(dBs),
+            torch.cat(dCs),
+            torch.stack(dDs).sum(0).to(D.dtype),
+            dstate if first is not None else None,
+            None,
+            None,
+        )
 
 
-class _Chunks:
-    """A sequence cut into chunks, and the decays between its frames. Axes (b, m, q, ...), see `_Chunked`.
+def _chunk_by_chunk(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, q: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y (t, b, h, p), and with `keep` the last state (b, n, h, p). See `_Chunked`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for (part, last), y_now in zip(_chunks(x, dt, A, B, C, q), y.split(q), strict=True):
+        inside = (part.mixing(part.decays(), D) @ part.x_by_head).transpose(0, 1).view_as(part.x)
+        if state is None:
+            y_now.copy_(inside)
+        else:
+            torch.addcmul(inside, part.read(state), part.from_start.to(x.dtype), out=y_now)
+        if keep or not last:
+            state = part.step(state)
+    return y, state if keep else None
 
-    Sums of dt·A are taken in float64 and then split, r = high + low, both of the state's type: the
-    difference of two `high` is exact to that type's relative precision, and e^{low} goes into rows and
-    columns. One float32 alone loses up to 1e-3 where the sums are large.
+
+class _Chunk:
+    """One chunk, (q, b, ...), and the decays between its frames. Letters: see `_Chunked`.
+
+    Sums of dt·A come in float64 and in octaves, log2 e times as large, because PyTorch's exp2 is three times as fast
+    on a CPU as its exp. A difference of two of them in float32 would lose up to 1e-3 where they are large,
+    so each is split into r = high + low, both float32: the difference of two `high` is exact to that type's
+    relative precision.
     """
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> None:
-        self.x = x.unflatten(1, (-1, q))  # (b, m, q, h, p)
-        self.B, self.C = B.unflatten(1, (-1, q)), C.unflatten(1, (-1, q))  # (b, m, q, n)
-        dt = dt.unflatten(1, (-1, q))  # (b, m, q, h)
-        sums = (dt.double() * A.double()).cumsum(2)
-        high = sums.to(dt.dtype)
-        low = (sums - high).to(dt.dtype)
-        self.high = high.transpose(2, 3)  # (b, m, h, q)
-        self.dt = dt[..., None]
-        self.row = low.exp()[..., None]
-        self.column = (-low).exp()[..., None]
-        self.from_start = sums.exp().to(dt.dtype)[..., None]
-        self.to_end = (sums[:, :, -1:] - sums).exp().to(dt.dtype)[..., None]
-        self.kept = self.from_start[:, :, -1, :, :, None]  # (b, m, h, 1, 1)
-        self.u = (self.x * (self.dt * self.column)).to(x.dtype)  # u_j e^{−low_j}
+    def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, sums: Tensor) -> None:
+        self.x, self.dt, self.sums = x, dt, sums
+        self.x_by_head = _by_head(x)
+        self.B, self.C = B.transpose(0, 1), C.transpose(0, 1)  # (b, q, n)
+        self.dt_of_column = dt.permute(1, 2, 0)[..., None, :]  # (b, h, 1, q)
+        self.to_end = (sums[-1] - sums).exp2()  # e^{R − r_j}, (q, b, h), float64
+        self.weight = (dt * self.to_end).to(dt.dtype)[..., None]  # of a frame in the next state, (q, b, h, 1)
+        self.from_start = sums.exp2().to(dt.dtype)[..., None]  # e^{r_i}, (q, b, h, 1)
+        self.kept = self.from_start[-1][:, None]  # e^R, (b, 1, h, 1)
 
     def decays(self) -> Tensor:
-        """e^{high_i − high_j}, (b, m, h, q, q); 1 above the diagonal, for a lower triangle to mask."""
-        return (self.high[..., :, None] - self.high[..., None, :]).clamp_(max=0).exp_().to(self.x.dtype)
+        """e^{r_i − r_j}, zero above the diagonal, (b, h, q, q), of the type of dt."""
+        sums = self.sums.permute(1, 2, 0).contiguous()
+        high = sums.to(self.dt.dtype)
+        exponents = high[..., :, None] - high[..., None, :]
+        if self.x.dtype == torch.float32:
+            low = (sums - high).to(high.dtype)
+            exponents.add_(low[..., :, None]).sub_(low[..., None, :])
+        later = high.new_full(exponents.shape[-2:], -torch.inf).triu(1)
+        return exponents.add_(later).exp2_()
 
-    def scores(self) -> Tensor:
-        """e^{high_i − high_j} G_ij, zero above the diagonal: (b, m, h, q, q)."""
-        return self.decays().mul_((self.C @ self.B.mT).tril()[:, :, None])
+    def products(self) -> Tensor:
+        """G, (b, 1, q, q)."""
+        return (self.C @ self.B.mT)[:, None]
 
-    def states(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The states before every chunk (b, m, h, p, n), and the one after the last (b, h, p, n)."""
-        weighted = (self.x * (self.dt * self.to_end)).to(self.x.dtype).flatten(3)  # (b, m, q, h·p)
-        added = (weighted.mT @ self.B).unflatten(2, self.x.shape[3:])  # (b, m, h, p, n)
-        starts = torch.empty(added.shape, dtype=state.dtype, device=state.device)
-        for m in range(added.shape[1]):
-            starts[:, m] = state
-            state = self.kept[:, m] * state + added[:, m]
-        return starts, state
+    def mixing(self, decays: Tensor, D: Tensor) -> Tensor:
+        """M, (b·h, q, q), of the type of x."""
+        scores = decays * self.products()
+        scores.mul_(self.dt_of_column).diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+        return scores.to(self.x.dtype).flatten(0, 1)
+
+    def read(self, state: Tensor) -> Tensor:
+        """S C_i: (b, n, h, p) → (q, b, h, p)."""
+        return (self.C @ state.to(self.x.dtype).flatten(2)).transpose(0, 1).view(self.x.shape)
+
+    def weighted(self) -> Tensor:
+        """e^{R − r_j} dt_j x_j, (b, q, h·p)."""
+        return (self.x * self.weight.to(self.x.dtype)).flatten(2).transpose(0, 1)
+
+    def step(self, state: Tensor | None) -> Tensor:
+        """The state after the chunk from that before it, (b, n, h, p); none stands for zero."""
+        added = (self.B.mT @ self.weighted()).unflatten(2, self.x.shape[2:]).to(self.dt.dtype)
+        return added if state is None else torch.addcmul(added, state, self.kept)
+
+
+def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> Iterator[tuple[_Chunk, bool]]:
+    """Cut (t, b, ...) into chunks of q frames, the last one perhaps shorter; and whether it is the last."""
+    steps = (dt.double() * (A.double() * math.log2(math.e))).split(q)
+    for i, (sums, *parts) in enumerate(zip(steps, x.split(q), dt.split(q), B.split(q), C.split(q), strict=True)):
+        yield _Chunk(*parts, sums.cumsum(0)), i + 1 == len(steps)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """(q, b, h, p) → (b·h, q, p), a view where b and h lie side by side in memory."""
+    return x.flatten(1, 2).transpose(0, 1)
 
 
 def decay_matrix(clock: Tensor) -> Tensor:
@@ -263,10 +324,10 @@ def _clock(dt: Tensor, A: Tensor) -> Tensor:
     return (dt.double() * A.double()).cumsum(1).transpose(1, 2)
 
 
-def _first_state(
+def _check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
-) -> Tensor:
-    """Check the shapes and return the state before the first frame, (b, h, p, n), float32 or wider."""
+) -> torch.dtype:
+    """Check the shapes; the type of decay and state, float32 or wider."""
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(f"x {tuple(x.shape)} must be (b, t, h, p) with at least one frame")
     b, t, h, p = x.shape
@@ -279,10 +340,16 @@ def _first_state(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} to go with x {tuple(x.shape)}")
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _first_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The state before the first frame, (b, h, p, n), float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    if initial_state is None:
-        return x.new_zeros((b, h, p, n), dtype=wide)
-    return initial_state.to(wide)
+    if initial_state is not None:
+        return initial_state.to(wide)
+    b, _, h, p = x.shape
+    return x.new_zeros((b, h, p, B.shape[-1]), dtype=wide)
 
 
 def _result(y: Tensor, x: Tensor, D: Tensor | None, state: Tensor, return_state: bool) -> Any:
