@@ -11,6 +11,10 @@ SHELL := /bin/sh
 BIN := .venv/bin
 # Touched when the environment is complete, so that a broken installation is taken up again.
 ENV := .venv/complete
+# mamba-ssm, for the tests of its kernels alone: the book and the module run without it. Built without CUDA and
+# installed without what it depends on: its Mamba-2 kernels need Triton, which comes with torch, and einops.
+KERNELS := .venv/kernels
+MAMBA_SSM := mamba-ssm==2.3.2.post1
 
 MODULE := $(wildcard bsmamba2/*.py)
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
@@ -23,16 +27,17 @@ export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab train lint unit chapters format clean
+.PHONY: help env book test lab train lint unit kernels chapters format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book      build the book: _build/html/index.html'
-	@echo 'make test      lint, unit and chapters: everything that CI runs besides the book'
+	@echo 'make test      lint, unit, kernels and chapters: everything that CI runs besides the book'
 	@echo 'make lab       open the chapters in JupyterLab'
 	@echo 'make train     the training run that the book shows, if it is absent or older than the code'
 	@echo 'make lint      style, types and workflows'
 	@echo 'make unit      the tests in tests/'
+	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
 	@echo 'make chapters  run each chapter and compare its tagged outputs'
 	@echo 'make format    put code and chapters into the committed style'
 	@echo 'make env       only the environment, in .venv'
@@ -42,6 +47,7 @@ help:
 
 env: $(ENV)
 
+# pip check would miss what mamba-ssm is installed without, so it goes first, and `make kernels` puts it back.
 $(ENV): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 	  echo "This book needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
@@ -49,8 +55,14 @@ $(ENV): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' has no working venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip uninstall -qq --yes mamba-ssm
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[book,test]'
 	$(BIN)/python -m pip check
+	@touch $@
+
+$(KERNELS): $(ENV)
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)'
 	@touch $@
 
 # --- training run -----------------------------------------------------------------------------------------
@@ -84,7 +96,7 @@ lab: $(ENV) $(RESULT)
 
 # --- checks -----------------------------------------------------------------------------------------------
 
-test: lint unit chapters
+test: lint unit kernels chapters
 
 lint: $(ENV)
 	$(BIN)/ruff check
@@ -96,6 +108,15 @@ lint: $(ENV)
 
 unit: $(ENV)
 	$(BIN)/pytest tests
+
+# In a process of their own: the interpreter's switches hold for all of it. Triton is there on Linux only.
+ifeq ($(shell uname -s),Linux)
+kernels: $(KERNELS)
+	$(BIN)/pytest tests/kernels
+else
+kernels:
+	@echo 'Not run: the tests of the fused kernels need Triton, which comes with torch on Linux.'
+endif
 
 # Chapters may read the training run, so it is there first.
 chapters: $(ENV) $(RESULT)

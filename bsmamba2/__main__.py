@@ -1,4 +1,8 @@
-"""`python -m bsmamba2 separate SONG... --checkpoint FILE -o DIR`: songs in, vocals and the rest out."""
+"""The command line.
+
+python -m bsmamba2 separate SONG... --checkpoint FILE -o DIR    songs in, vocals and the rest out
+python -m bsmamba2 backends                                     which forms of the scan run here, and why not
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import audio
+from . import audio, kernels
 from .checkpoints import load_checkpoint
 from .model import BSMamba2
 from .separate import separate
@@ -26,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     command.add_argument("--segment", type=float, default=8.0, help="seconds in a segment (8)")
     command.add_argument("--overlap", type=float, default=0.5, help="share that segments overlap (0.5)")
+    commands.add_parser("backends", help="which forms of the scan run here, and what would make the others run")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "backends":
+        return print_backends()
     try:
         model = load_checkpoint(chosen.checkpoint)
         chosen.output.mkdir(parents=True, exist_ok=True)
@@ -44,6 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(*written, sep="\n")
     return 1 if failed else 0
+
+
+def print_backends() -> int:
+    """Print `kernels.backends` as a table, with a line below each backend that is not usable; return 0."""
+    rows = kernels.backends()
+    header = ("backend", "usable", "version", "why")
+    cells = [header, *((row.name, "yes" if row.usable else "no", row.version, row.why) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(3)]
+    mends = ["", *(row.mend for row in rows)]
+    for line, mend in zip(cells, mends, strict=True):
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]))
+        if mend:
+            print(f"  to use it: {mend}")
+    return 0
 
 
 def separate_file(model: BSMamba2, song: Path, output: Path, *, segment: float, overlap: float) -> list[Path]:

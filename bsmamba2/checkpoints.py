@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import ssd
 from .config import ModelConfig
 from .model import BSMamba2
 
@@ -109,21 +110,29 @@ class Checkpoint:
     state: dict[str, Tensor]
     metadata: dict[str, str]
 
-    def model(self) -> BSMamba2:
-        """The model, in evaluation mode, on the CPU; no random weights are drawn on the way."""
-        model = _blank(self.config)
+    def model(self, *, scan: ssd.Scan | str = "auto") -> BSMamba2:
+        """The model, in evaluation mode, on the CPU; no random weights are drawn on the way.
+
+        A checkpoint does not depend on the scan: `scan` is that of `BSMamba2`.
+        """
+        model = _blank(self.config, scan)
         model.load_state_dict(self.state, strict=True, assign=True)
         return model.eval()
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], *, weights: Weights = "auto", config: ModelConfig | None = None
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights = "auto",
+    config: ModelConfig | None = None,
+    scan: ssd.Scan | str = "auto",
 ) -> BSMamba2:
     """The model in a file of any layout, in evaluation mode, on the CPU, in float32.
 
-    `read_checkpoint` has the same arguments and errors, and also tells which weights were taken.
+    `read_checkpoint` has the same arguments and errors but for `scan`, which is that of `BSMamba2`, and also
+    tells which weights were taken.
     """
-    return read_checkpoint(path, weights=weights, config=config).model()
+    return read_checkpoint(path, weights=weights, config=config).model(scan=scan)
 
 
 def read_checkpoint(
@@ -423,9 +432,9 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _blank(config: ModelConfig) -> BSMamba2:
+def _blank(config: ModelConfig, scan: ssd.Scan | str = "auto") -> BSMamba2:
     with _NoDraws():
-        return BSMamba2(config)
+        return BSMamba2(config, scan=scan)
 
 
 class _Inert:

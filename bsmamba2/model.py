@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import ssd
+from . import kernels, ssd
 from .bands import BandSplit, UnitNorm
 from .config import ModelConfig
 from .dual_path import DualPath, SequenceLayer
@@ -27,17 +27,22 @@ class BSMamba2(nn.Module):
 
     Args:
         config: the architecture; `ModelConfig()` is the published one.
-        scan: any function with the signature in `bsmamba2.ssd`.
+        scan: "auto" (by the device of the input), "recurrent", "matrix", "chunked" or "fused", see
+            `bsmamba2.kernels`; or any function with the signature in `bsmamba2.ssd`.
         sequence_layer: makes the layer that reads a sequence in one direction, (b, length, d) to the
             same; a Mamba-2 mixer of the configuration's size when absent. This is the seam for
             ablations: pass one that makes an LSTM or attention.
+
+    Raises:
+        ValueError: for another name of a scan, or heads that do not fill the inner width.
+        kernels.BackendError: for "fused" on a machine that cannot run it.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        scan: ssd.Scan = ssd.chunked,
+        scan: ssd.Scan | str = "auto",
         sequence_layer: SequenceLayer | None = None,
     ) -> None:
         super().__init__()
@@ -49,7 +54,7 @@ class BSMamba2(nn.Module):
             head_width=config.head_width,
             expand=config.expand,
             conv_width=config.conv_width,
-            scan=scan,
+            scan=kernels.choose(scan),
         )
         self.band_split = BandSplit(config.bands, config.channels, config.dim)
         self.layers = nn.ModuleList(DualPath(config.dim, sequence_layer or mixer) for _ in range(config.layers))

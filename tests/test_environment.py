@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from bsmamba2.kernels import INSTALL_MAMBA
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
@@ -102,6 +104,17 @@ def test_makefile_installs_the_same_extras_on_the_same_pythons() -> None:
     assert bounds is not None
     low, low_minor, high, high_minor = bounds.groups()
     assert SpecifierSet(f">={low}.{low_minor},<{high}.{high_minor}") == SpecifierSet(PROJECT["requires-python"])
+
+
+def test_mamba_ssm_is_installed_as_the_module_says() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    pin = re.search(r"^MAMBA_SSM := (mamba-ssm==\S+)$", makefile, re.MULTILINE)
+    assert pin is not None
+    assert INSTALL_MAMBA.endswith(pin[1])
+    said = INSTALL_MAMBA.partition("&& ")[2]
+    flags = r"MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .*--no-build-isolation --no-deps"
+    assert re.search(flags, said)
+    assert re.search(flags, makefile.replace("\\\n", ""))
 
 
 def test_versions_of_the_release_agree() -> None:
