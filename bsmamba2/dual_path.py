@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .mamba2 import RMSNorm
+from .mamba2 import PIECE, RMSNorm
 
-BLOCK = 1024
-"""Frames, over all sequences, that a layer reads at once on a CPU."""
+BLOCK = 2**18
+"""Features, d for each frame of each sequence, that a layer reads at once on a CPU."""
 
 SequenceLayer = Callable[[], nn.Module]
 """Makes a layer (b, length, d) → (b, length, d); one that sees only the past, for a bidirectional block."""
@@ -90,6 +90,7 @@ def block_by_block(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         return layer(x)
-    b, length, _ = x.shape
-    most = max(1, BLOCK // length) if torch.is_grad_enabled() else max(8, BLOCK // length)
+    b, length, d = x.shape
+    frames = length if torch.is_grad_enabled() else min(length, PIECE)
+    most = max(1, BLOCK // (frames * d))
     return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import ssd
+from . import kernels, ssd
 
 EPS = 1e-5  # of every RMS norm in the published model
 PIECE = 64
@@ -125,18 +125,19 @@ class Mamba2(nn.Module):
         if keep:
             before = xBC.new_zeros((self.past, *xBC.shape[1:])) if before is None else before
             after = torch.cat((before, xBC[-self.past :]))[-self.past :]
-        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, before)
+        xBC = kernels.convolution(xBC, self.conv1d.weight, self.conv1d.bias, before, otherwise=causal_conv_silu)
         u, B, C = (part.transpose(0, 1) for part in xBC.split(self.inner_widths, dim=-1))
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = functional.softplus(dt.to(wide) + self.dt_bias.to(wide)).transpose(0, 1)
         A = -self.A_log.to(wide).exp()
-        y = self.scan(
-            u.unflatten(-1, (-1, self.head_width)), dt, A, B, C, self.D, initial_state=state, return_state=keep
-        )
-        y, state = y if keep else (y, None)
+        u = u.unflatten(-1, (-1, self.head_width))
+        y = self.scan(u, dt, A, B, C, self.D, initial_state=state, return_state=keep)
+        if keep:
+            y, state = y
+            memory = (after, state)
         y = y.flatten(-2).transpose(0, 1)
         y = norm_linear(y * functional.silu(z), self.norm, self.out_proj).transpose(0, 1)
-        return y, (after, state) if keep else None
+        return y, memory if keep else None
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None) -> Tensor:

@@ -116,7 +116,7 @@ def chunked(
     wide = _check(x, dt, A, B, C, D, initial_state)
     t = x.shape[1]
     q = -(-t // -(-t // chunk))  # chunks of one length, as few as before
-    inputs = (
+    inputs: Any = (
         x.transpose(0, 1),
         dt.to(wide).transpose(0, 1),
         A.to(wide),
@@ -129,7 +129,7 @@ def chunked(
     )
     y, state = _Chunked.apply(*inputs) if torch.is_grad_enabled() else _chunk_by_chunk(*inputs)
     y = y.transpose(0, 1)
-    return (y, state.permute(0, 2, 3, 1)) if return_state else y
+    return y if state is None else (y, state.permute(0, 2, 3, 1))
 
 
 class _Chunked(torch.autograd.Function):
@@ -293,8 +293,9 @@ class _Chunk:
 def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> Iterator[tuple[_Chunk, bool]]:
     """Cut (t, b, ...) into chunks of q frames, the last one perhaps shorter; and whether it is the last."""
     steps = (dt.double() * (A.double() * math.log2(math.e))).split(q)
-    for i, (sums, *parts) in enumerate(zip(steps, x.split(q), dt.split(q), B.split(q), C.split(q), strict=True)):
-        yield _Chunk(*parts, sums.cumsum(0)), i + 1 == len(steps)
+    parts = zip(x.split(q), dt.split(q), B.split(q), C.split(q), steps, strict=True)
+    for i, (x_now, dt_now, B_now, C_now, step) in enumerate(parts):
+        yield _Chunk(x_now, dt_now, B_now, C_now, step.cumsum(0)), i + 1 == len(steps)
 
 
 def _by_head(x: Tensor) -> Tensor:
