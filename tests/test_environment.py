@@ -20,8 +20,12 @@ from bsmamba2.kernels import INSTALL_MAMBA
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+GPU_ENVIRONMENT = yaml.safe_load((ROOT / "environment-gpu.yml").read_text(encoding="utf-8"))
 # What `make env` installs, and so what environment.yml must.
 EXTRAS = {"book", "test"}
+# The names on conda-forge of what pip calls otherwise.
+CONDA_NAMES = {"pytorch-gpu": "torch"}
+KERNELS = {"mamba-ssm", "causal-conv1d"}
 
 
 def check_environment(environment: dict[str, Any], project: dict[str, Any]) -> list[str]:
@@ -43,6 +47,34 @@ def check_environment(environment: dict[str, Any], project: dict[str, Any]) -> l
         said.append(f"environment.yml names extras that do not exist: {sorted(unknown)}")
     if named != EXTRAS:
         said.append(f"environment.yml installs the extras {sorted(named)}, make env {sorted(EXTRAS)}")
+    return said
+
+
+def check_gpu_environment(environment: dict[str, Any], project: dict[str, Any]) -> list[str]:
+    """environment-gpu.yml: both kernels and torch from conda-forge, in our ranges; pip replaces none of them."""
+    said = []
+    plain = [Requirement(item) for item in environment["dependencies"] if isinstance(item, str)]
+    by_pip = [line for item in environment["dependencies"] if isinstance(item, dict) for line in item["pip"]]
+    by_conda = {CONDA_NAMES.get(item.name, item.name): item.specifier for item in plain}
+    ranges = {item.name: item.specifier for item in map(Requirement, project["dependencies"])}
+    expected = {"python": SpecifierSet(project["requires-python"]), **ranges}
+    for name in sorted((KERNELS | {"python", "torch", "torchaudio", "numpy"}) - by_conda.keys()):
+        said.append(f"environment-gpu.yml has no {name} from conda")
+    for name, specifier in by_conda.items():
+        if name in expected and specifier != expected[name]:
+            said.append(f"environment-gpu.yml wants {name} {specifier}, pyproject.toml {expected[name]}")
+    if environment["channels"] != ["conda-forge"]:
+        said.append(f"environment-gpu.yml mixes channels: {environment['channels']}")
+    if "-e ." not in by_pip:
+        said.append("environment-gpu.yml does not install this package by `-e .`, without extras")
+    pins = {line for lines in project["optional-dependencies"].values() for line in lines}
+    for line in by_pip:
+        if line.startswith("-e "):
+            continue
+        if Requirement(line).name in by_conda:
+            said.append(f"{line} by pip replaces what conda installed")
+        elif line not in pins:
+            said.append(f"{line} in environment-gpu.yml is no pin of pyproject.toml")
     return said
 
 
@@ -87,6 +119,41 @@ def test_environment_file_says_what_pyproject_says() -> None:
     assert check_environment(ENVIRONMENT, PROJECT) == []
 
 
+def test_gpu_environment_agrees_with_pyproject() -> None:
+    assert check_gpu_environment(GPU_ENVIRONMENT, PROJECT) == []
+
+
+def without_kernel(environment: dict[str, Any]) -> None:
+    environment["dependencies"].remove("mamba-ssm >=2.3")
+
+
+def other_torch(environment: dict[str, Any]) -> None:
+    environment["dependencies"][1] = "pytorch-gpu >=2.6"
+
+
+def second_channel(environment: dict[str, Any]) -> None:
+    environment["channels"].append("nvidia")
+
+
+def with_extras(environment: dict[str, Any]) -> None:
+    environment["dependencies"][-1]["pip"][0] = "-e .[book]"
+
+
+def torch_by_pip(environment: dict[str, Any]) -> None:
+    environment["dependencies"][-1]["pip"].append("torch==2.14.1")
+
+
+def old_pin(environment: dict[str, Any]) -> None:
+    environment["dependencies"][-1]["pip"][1] = "jupyterlab==4.0.0"
+
+
+@pytest.mark.parametrize("plant", [without_kernel, other_torch, second_channel, with_extras, torch_by_pip, old_pin])
+def test_a_fault_of_the_gpu_environment_is_reported(plant: Callable[[dict[str, Any]], None]) -> None:
+    environment = copy.deepcopy(GPU_ENVIRONMENT)
+    plant(environment)
+    assert check_gpu_environment(environment, PROJECT) != []
+
+
 def test_dependencies_are_bounded_and_the_book_exact() -> None:
     assert check_dependencies(PROJECT) == []
 
@@ -127,7 +194,7 @@ def test_versions_of_the_release_agree() -> None:
 
 
 def test_no_address_of_a_package_registry_is_written_down() -> None:
-    names = ["pyproject.toml", "environment.yml", "Makefile", ".ci/run", "_config.yml"]
+    names = ["pyproject.toml", "environment.yml", "environment-gpu.yml", "Makefile", ".ci/run", "_config.yml"]
     paths = [ROOT / name for name in names] + sorted((ROOT / ".github").rglob("*.yml"))
     for path in paths:
         assert not re.search(r"index-url|find-links|https?://[^\s]*(simple|pypi)", path.read_text(encoding="utf-8")), (
