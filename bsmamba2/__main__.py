@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import audio, checkpoints, kernels
+from . import audio, checkpoints, evaluate, kernels, songs
 from .model import BSMamba2
 from .separate import DTYPES, Progress, separate_file
 
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_separate(commands)
     add_backends(commands)
+    add_evaluate(commands)
     chosen = parser.parse_args(arguments)
     try:
         return chosen.run(chosen)
@@ -118,6 +119,136 @@ def run_separate(chosen: argparse.Namespace) -> int:
         for path in done.paths.values():
             print(printable(path))
     return 1 if failed else 0
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------
+
+
+def add_evaluate(commands: Any) -> None:
+    """`evaluate [FOLDER] -o DIR`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a checkpoint on tracks whose vocals are known",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Separate every track, compare with its vocals, and write evaluation.json, rows.csv, by_segment.png and
+by_occupancy.png. A run that was stopped goes on where it was: tracks that are done are not done again, unless the
+checkpoint, the protocol or the track has changed.""",
+        epilog="protocols:\n"
+        + "\n".join(
+            f"  {card.name}: {card.segment:g} s segments, overlap {card.overlap:g}, {' + '.join(card.sources)}, "
+            f"{card.over_tracks} over tracks"
+            for card in evaluate.PROTOCOLS.values()
+        ),
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, metavar="FOLDER",
+        help="tracks as in MUSDB18-HQ: test/<track>/{mixture,vocals,drums,bass,other}.wav; "
+        "synthesised songs and the real excerpt when left out",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--protocol", choices=evaluate.PROTOCOLS, default="paper", help="named card (paper)")
+    parser.add_argument(
+        "--segments", type=lengths, default=evaluate.SEGMENTS, metavar="S,S,...",
+        help="segment lengths in seconds, besides the protocol's own (1,2,4,8,16); none: ''",
+    )  # fmt: skip
+    parser.add_argument("--songs", type=int, default=12, metavar="N", help="synthesised songs (12)")
+    parser.add_argument("--seconds", type=float, default=16.0, metavar="S", help="length of each (16)")
+    parser.add_argument("--seed", type=int, default=2_000_000, help="of the synthesised songs (2000000)")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def lengths(text: str) -> tuple[float, ...]:
+    """`1,2.5` → (1.0, 2.5)."""
+    values = tuple(float(part) for part in text.split(",") if part.strip())
+    if not all(0 < value <= 3600 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, with commas between")
+    return values
+
+
+def run_evaluate(chosen: argparse.Namespace) -> int:
+    """Evaluate every track at every segment length, then write and print the tables."""
+    protocol = evaluate.PROTOCOLS[chosen.protocol]
+    try:
+        model = load_model(chosen)
+        tracks = evaluate.tracks_in(chosen.folder) if chosen.folder else bundled(chosen)
+        chosen.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        say(error)
+        return 2
+    path = chosen.checkpoint or checkpoints.shipped()
+    sha256 = evaluate.fingerprint(path)
+    rows: list[evaluate.Row] = []
+    failures: list[evaluate.Failure] = []
+    total = len({protocol.segment, *chosen.segments}) * len(tracks.tracks)
+    try:
+        found = evaluate.run(
+            model, sha256, tracks, protocol, chosen.output,
+            segments=chosen.segments, batch=chosen.batch, dtype=DTYPES[chosen.dtype],
+        )  # fmt: skip
+        for one in tqdm(found, desc=f"tracks on {chosen.device}", total=total, unit="track", disable=None, leave=False):
+            if isinstance(one, evaluate.Failure):
+                failures.append(one)
+                if one.track not in {before.track for before in failures[:-1]}:
+                    say(one.message if one.track in one.message else f"{one.track}: {one.message}")
+            else:
+                rows.append(one)
+        result = evaluate.Evaluation(
+            checkpoint=path.name, checkpoint_sha256=sha256, tracks=tracks, protocol=protocol, dtype=chosen.dtype,
+            rows=tuple(rows), failures=tuple(failures),
+        )  # fmt: skip
+        paths = result.save(chosen.output) + draw(result, chosen.output)
+    except (OSError, torch.OutOfMemoryError) as error:
+        say(name(error, chosen.output))
+        return 1
+    for title, lines in (
+        ("segment length", result.segment_table()),
+        ("vocal occupancy", result.occupancy_table()),
+        ("published figures (dB)", result.comparison_table()),
+    ):
+        print(title)
+        for line in lines:
+            print("  " + "  ".join(f"{key} {figure(value)}".strip() for key, value in line.items()))
+    for path in paths:
+        print(printable(path))
+    return 1 if failures else 0
+
+
+def bundled(chosen: argparse.Namespace) -> evaluate.Tracks:
+    """Synthesised songs that no training run of the book has heard, and the real excerpt where it is installed."""
+    if chosen.songs < 1:
+        raise ValueError(f"--songs {chosen.songs}: must be at least 1")
+    made = songs.songs(chosen.songs, seed=chosen.seed, seconds=chosen.seconds)
+    try:
+        made.append(songs.excerpt())
+    except ImportError as error:
+        say(error)
+    return evaluate.tracks_of(made, f"{len(made)} bundled songs")
+
+
+def draw(result: evaluate.Evaluation, output: Path) -> list[Path]:
+    """The two plots, where matplotlib is installed."""
+    try:
+        from . import show
+    except ImportError as error:
+        say(f"no plots: {error}; pip install 'bsmamba2[book]'")
+        return []
+    measures = {"usdr": "uSDR (dB)", "csdr": "cSDR (dB)", "leak_relative": "leak into silence (dB)"}
+    pictures = {
+        "by_segment.png": show.scores(result.rows, "segment", "segment length (s)", measures, xscale="log"),
+        "by_occupancy.png": show.scores(result.own, "occupancy", "share of the track with vocals", measures),
+    }
+    for file, picture in pictures.items():
+        picture.savefig(output / file)
+    return [output / file for file in pictures]
+
+
+def figure(value: object) -> str:
+    """A number with two decimals, a dash for NaN and None, words as they are."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else printable(value)
 
 
 # --- backends ---------------------------------------------------------------------------------------------
