@@ -84,14 +84,14 @@ def run_separate(chosen: argparse.Namespace) -> int:
     """Separate every song that was named or found."""
     try:
         model = load_model(chosen)
-        chosen.output.mkdir(parents=True, exist_ok=True)
+        make_output(chosen.output)
     except (ValueError, OSError) as error:
         say(error)
         return 2
     failed = 0
     jobs: list[tuple[Path, Path]] = []  # song, base of its results
     for given in chosen.songs:
-        if given.is_dir():
+        if os.path.isdir(given):  # noqa: PTH112  (Path's raises in a closed folder)
             found, errors = audio.songs_in(given, without=[chosen.output])
             jobs += [(song, chosen.output / song.relative_to(given).with_suffix("")) for song in found]
             failed += len(errors)
@@ -173,7 +173,7 @@ def run_evaluate(chosen: argparse.Namespace) -> int:
     try:
         model = load_model(chosen)
         tracks = evaluate.tracks_in(chosen.folder) if chosen.folder else bundled(chosen)
-        chosen.output.mkdir(parents=True, exist_ok=True)
+        make_output(chosen.output)
     except (ValueError, OSError) as error:
         say(error)
         return 2
@@ -236,7 +236,7 @@ def draw(result: evaluate.Evaluation, output: Path) -> list[Path]:
         return []
     measures = {"usdr": "uSDR (dB)", "csdr": "cSDR (dB)", "leak_relative": "leak into silence (dB)"}
     pictures = {
-        "by_segment.png": show.scores(result.rows, "segment", "segment length (s)", measures, xscale="log"),
+        "by_segment.png": show.scores(result.rows, "segment", "segment length (s)", measures, ticks=result.segments),
         "by_occupancy.png": show.scores(result.own, "occupancy", "share of the track with vocals", measures),
     }
     for file, picture in pictures.items():
@@ -316,6 +316,19 @@ def load_model(chosen: argparse.Namespace) -> BSMamba2:
     if path.is_file() and (known := checkpoints.identify(path)):
         say(f"{path}: {known}")
     return checkpoints.load_checkpoint(path).to(device)
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder for the results, unless it is there.
+
+    Raises:
+        ValueError: when that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"{folder}: cannot be made a folder ({reason}); give another one with -o") from error
 
 
 @contextmanager

@@ -85,20 +85,22 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._mend = "give a WAV, FLAC, OGG or MP3 file"
+        mend = "give a WAV, FLAC, OGG or MP3 file"
         try:
             if self.path.exists() and not self.path.is_file():
-                raise AudioError(f"{self.path}: is no regular file; {self._mend}")
+                raise AudioError(f"{self.path}: is no regular file; {mend}")
+            with self.path.open("rb") as raw:
+                if not raw.read(1):
+                    raise AudioError(f"{self.path}: is empty, 0 bytes; {mend}")
+        except FileNotFoundError as error:
+            raise AudioError(f"{self.path}: does not exist; {mend}") from error
+        except OSError as error:
+            raise AudioError(f"{self.path}: cannot be read ({_reason(error)}); change that, or leave it out") from error
+        try:
             with self._quiet():
                 self._file = soundfile.SoundFile(_openable(self.path))
-        except (soundfile.LibsndfileError, OSError) as error:
-            if not os.path.lexists(self.path):
-                reason = "does not exist"
-            elif self.path.exists() and not self.path.stat().st_size:
-                reason = "is empty, 0 bytes"
-            else:
-                reason = f"cannot be read as audio ({_reason(error)})"
-            raise AudioError(f"{self.path}: {reason}; {self._mend}") from error
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.path}: cannot be read as audio ({_reason(error)}); {mend}") from error
         self.rate: int = self._file.samplerate
         self.channels: int = self._file.channels
         self.frames: int = self._file.frames

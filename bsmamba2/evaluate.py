@@ -588,7 +588,7 @@ class Evaluation:
         return self.table(by_occupancy(self.own))
 
     def comparison_table(self) -> list[dict[str, Any]]:
-        """Ours, then each published model, with its protocol's differences in words."""
+        """Ours, then each published model: its figures under ours when the protocol is the same, else in words only."""
         lines: list[dict[str, Any]] = [
             {
                 "model": f"{self.checkpoint}, {kind} over {len(self.own)} tracks",
@@ -599,16 +599,18 @@ class Evaluation:
             for kind in ("mean", "median")
         ]
         for one in compare(self.tracks, self.protocol):
-            words = "; ".join(one.differs)
-            lines.append(
-                {
-                    "model": one.published.model,
-                    "csdr": one.published.csdr,
-                    "usdr": one.published.usdr,
-                    "protocol": (f"NOT COMPARABLE: {words}" if words else "the same")
-                    + (f" ({one.note})" if one.note else ""),
-                }
-            )
+            figures = {"csdr": one.published.csdr, "usdr": one.published.usdr}
+            words = "the same"
+            if one.differs:
+                reported = " and ".join(
+                    f"{value:.2f} dB {name[0]}{name[1:].upper()}"
+                    for name, value in figures.items()
+                    if value is not None
+                )
+                words = f"not comparable: {'; '.join(one.differs)}; {reported} reported"
+                figures = dict.fromkeys(figures)
+            note = f" ({one.note})" if one.note else ""
+            lines.append({"model": one.published.model, **figures, "protocol": words + note})
         return lines
 
     def to_json(self) -> str:

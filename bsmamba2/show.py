@@ -165,27 +165,32 @@ def lines(
     return figure
 
 
-def scores(rows: Sequence[Any], across: str, xlabel: str, measures: Mapping[str, str], **limits: Any) -> Figure:
-    """A point for each track, and their mean where several share an x; one measure under the other.
+def scores(
+    rows: Sequence[Any], across: str, xlabel: str, measures: Mapping[str, str], *, ticks: Sequence[float] = ()
+) -> Figure:
+    """A point for each row, one measure under the other.
 
     Args:
         rows: with the attributes named below, `evaluate.Row` for instance; NaN and infinite values are not drawn.
         across: the attribute along x.
         xlabel: what it is, with its unit.
         measures: attribute → its label, with its unit.
-        limits: go to matplotlib's Axes.set (xscale, …).
+        ticks: when x has a few values only, these: evenly spaced by their logarithm, with a line through the means.
     """
     with _figure(len(measures), 1, 7.5, 2.3 * len(measures), sharex=True) as (figure, axes):
-        for axis, (measure, label), colour in zip(axes[:, 0], measures.items(), itertools.cycle(COLOURS)):
+        for axis, (measure, label), colour in zip(axes[:, 0], measures.items(), itertools.cycle(COLOURS), strict=False):
             points = [(getattr(row, across), getattr(row, measure)) for row in rows]
             points = [(x, y) for x, y in points if np.isfinite(y)]
             axis.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, alpha=0.5, label="a track")
-            shared = sorted({x for x, _ in points})
-            if len(shared) < len(points):
+            if ticks:
+                shared = sorted({x for x, _ in points})
                 means = [float(np.mean([y for x, y in points if x == place])) for place in shared]
                 axis.plot(shared, means, "-", color=colour, label="mean")
-                axis.legend(frameon=False)
-            axis.set(ylabel=label, **limits)
+                axis.set_xscale("log")
+                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.minorticks_off()
+                axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+            axis.set_ylabel(label)
         axes[-1, 0].set_xlabel(xlabel)
     return figure
 

@@ -361,7 +361,12 @@ def test_an_evaluation_in_json_and_csv(tmp_path: Path) -> None:
     assert result.segment_table()[1]["usdr"] == 4.0
     table = result.comparison_table()
     assert table[0]["model"] == "m.safetensors, mean over 2 tracks"
-    assert all(line["protocol"].startswith("NOT COMPARABLE: tracks:") for line in table[2:])
+    assert all(line["protocol"].startswith("not comparable: tracks:") for line in table[2:])
+    assert all(line["csdr"] is line["usdr"] is None for line in table[2:])
+    assert "11.03 dB cSDR and 10.70 dB uSDR reported" in table[2]["protocol"]
+    same = replace(result, tracks=Tracks(MUSDB, TWO.tracks)).comparison_table()
+    assert [(line["csdr"], line["usdr"]) for line in same[2:]] == [(11.03, 10.70), (10.47, 10.29), (None, None)]
+    assert same[2]["protocol"] == "the same (mean or median over tracks: not said)"
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -381,7 +386,7 @@ def test_command_on_a_folder(checkpoint: Path, tmp_path: Path, capfd: pytest.Cap
     assert {path.name for path in output.iterdir()} == {
         "rows", "evaluation.json", "rows.csv", "by_segment.png", "by_occupancy.png",
     }  # fmt: skip
-    assert "NOT COMPARABLE: tracks: MUSDB18-HQ test there, 2 tracks in test here" in said.out
+    assert "not comparable: tracks: MUSDB18-HQ test there, 2 tracks in test here" in said.out
     stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*.json") if path.parent != output}
     assert len(stamps) == 6
     assert main(arguments) == 0

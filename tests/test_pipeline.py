@@ -94,7 +94,7 @@ def test_the_evaluation_notebook_scores_a_checkpoint(tmp_path: Path, small_model
     assert len(content["rows"]) == len((tmp_path / "run" / "rows.csv").read_text().splitlines()) - 1 == 6
     outputs = (tmp_path / "run.ipynb").read_text()
     assert outputs.count("image/png") == 2
-    assert "NOT COMPARABLE" in outputs
+    assert "not comparable" in outputs
 
 
 @pytest.mark.slow

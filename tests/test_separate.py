@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, checkpoints, save_checkpoint
 from bsmamba2.__main__ import main
-from bsmamba2.audio import AudioError, _Sink, read
+from bsmamba2.audio import AudioError, Results, _Sink, read
 from bsmamba2.resample import resample
 from bsmamba2.separate import join_channels, separate, separate_blocks, separate_file, split_channels
 from bsmamba2.spectrogram import istft, stft
@@ -353,6 +354,33 @@ def test_what_passes_full_scale_is_said_and_never_clips(
     assert max(np.abs(vocals).max(), np.abs(rest).max()) == pytest.approx(1, abs=1e-3)
 
 
+def test_a_file_too_long_for_32_bits_is_written_with_64(tmp_path: Path) -> None:
+    for frames, container in ((1 << 20, "WAV"), (1 << 29, "RF64")):  # of 8 bytes
+        with Results({"vocals": tmp_path / "long.wav"}, 8000, 2, frames=frames) as results:
+            results.write({"vocals": torch.full((2, 100), 0.5)})
+        assert soundfile.info(tmp_path / "long.wav").format == container
+        assert torch.equal(read(tmp_path / "long.wav")[0], torch.full((2, 100), 0.5))
+
+
+def test_stopped_by_hand_nothing_is_left(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    song, calls = wave(tmp_path / "song.wav", frames=20_000), [0]
+    real = BSMamba2.forward
+
+    def forward(self: BSMamba2, mixture: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return real(self, mixture)
+
+    monkeypatch.setattr(BSMamba2, "forward", forward)
+    arguments = ["--checkpoint", str(checkpoint), "-o", str(tmp_path / "out"), "--segment", "0.5"]
+    assert main(["separate", str(song), *arguments]) == 130
+    assert capfd.readouterr().err == "stopped\n"
+    assert found_in(tmp_path / "out") == []
+
+
 def test_folders_are_searched_and_laid_out_likewise(checkpoint: Path, tmp_path: Path) -> None:
     album = tmp_path / "album"
     for name in ("b.wav", "disc 2/a.FLAC", "disc 2/deeper/c.ogg", ".hidden/d.wav", "._b.wav", "cover.jpg"):
@@ -507,30 +535,46 @@ def test_a_sound_stream_without_a_size_is_no_cut_file(tmp_path: Path) -> None:
     assert read(song)[0].shape == (2, 900)
 
 
-def test_an_unreadable_folder_is_one_line(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Within it we are nobody in particular: to root no folder is closed."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_one_line_each(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to other users
         place = Path(name)
         place.chmod(0o755)
         wave(folder(place / "album") / "good.wav")
-        wave(folder(place / "album" / "locked") / "hidden.wav")
+        hidden = wave(folder(place / "album" / "locked") / "hidden.wav")
+        secret = wave(place / "secret.wav")
         model = place / "model.safetensors"
         model.write_bytes(checkpoint.read_bytes())
         folder(place / "out").chmod(0o777)
-        (place / "album" / "locked").chmod(0)
-        root = os.geteuid() == 0
-        if root:
-            os.seteuid(65534)  # to root no folder is closed
-        try:
-            code = main(["separate", str(place / "album"), "--checkpoint", str(model), "-o", str(place / "out")])
-        finally:
-            if root:
-                os.seteuid(0)
-            (place / "album" / "locked").chmod(0o755)
-        lines = capfd.readouterr().err.splitlines()
+        hidden.parent.chmod(0)
+        secret.chmod(0)
+        songs = [str(hidden), str(secret), str(place / "album")]
+        with another_user():
+            code = main(["separate", *songs, "--checkpoint", str(model), "-o", str(place / "out")])
+            said = capfd.readouterr().err.splitlines()
+            assert main(["separate", *songs, "--checkpoint", str(model), "-o", str(place / "album" / "out")]) == 2
+        hidden.parent.chmod(0o755)
         assert code == 1
-        assert len(lines) == 1
-        assert "album/locked: the folder cannot be read (Permission denied); change its permissions" in lines[0]
+        assert said == [
+            f"{place}/album/locked: the folder cannot be read (Permission denied); change its permissions",
+            f"{hidden}: cannot be read (Permission denied); change that, or leave it out",
+            f"{secret}: cannot be read (Permission denied); change that, or leave it out",
+        ]
         assert found_in(place / "out") == ["good.rest.wav", "good.vocals.wav"]
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line == f"{place}/album/out: cannot be made a folder (Permission denied); give another one with -o"
 
 
 @pytest.fixture
@@ -643,6 +687,9 @@ def test_a_bad_checkpoint_is_one_line(
     [
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--device", "toaster"], "--device toaster"),
+        (["-o", __file__], "cannot be made a folder (is a file); give another one with -o"),
+        (["-o", f"{__file__}/out"], "cannot be made a folder (Not a directory); give another one with -o"),
+        (["-o", "/" + 300 * "x"], "(File name too long); give another one with -o"),
         (["--segment", "0.001"], "segment=0.001"),
         (["--overlap", "1"], "overlap=1.0"),
         (["--batch", "0"], "batch=0"),
