@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import audio, checkpoints, evaluate, kernels, songs
 from .model import BSMamba2
+from .protocol import PROTOCOLS, SEGMENTS
 from .separate import DTYPES, Progress, separate_file
 
 
@@ -138,7 +139,7 @@ checkpoint, the protocol or the track has changed.""",
         + "\n".join(
             f"  {card.name}: {card.segment:g} s segments, overlap {card.overlap:g}, {' + '.join(card.sources)}, "
             f"{card.over_tracks} over tracks"
-            for card in evaluate.PROTOCOLS.values()
+            for card in PROTOCOLS.values()
         ),
     )
     parser.add_argument(
@@ -147,9 +148,9 @@ checkpoint, the protocol or the track has changed.""",
         "synthesised songs and the real excerpt when left out",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--protocol", choices=evaluate.PROTOCOLS, default="paper", help="named card (paper)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="named card (paper)")
     parser.add_argument(
-        "--segments", type=lengths, default=evaluate.SEGMENTS, metavar="S,S,...",
+        "--segments", type=lengths, default=SEGMENTS, metavar="S,S,...",
         help="segment lengths in seconds, besides the protocol's own (1,2,4,8,16); none: ''",
     )  # fmt: skip
     parser.add_argument("--songs", type=int, default=12, metavar="N", help="synthesised songs (12)")
@@ -169,7 +170,7 @@ def lengths(text: str) -> tuple[float, ...]:
 
 def run_evaluate(chosen: argparse.Namespace) -> int:
     """Evaluate every track at every segment length, then write and print the tables."""
-    protocol = evaluate.PROTOCOLS[chosen.protocol]
+    protocol = PROTOCOLS[chosen.protocol]
     try:
         model = load_model(chosen)
         tracks = evaluate.tracks_in(chosen.folder) if chosen.folder else bundled(chosen)

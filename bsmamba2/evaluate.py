@@ -3,10 +3,6 @@
 song → separate → uSDR; and the same for the mixture, for silence and for the best mask             (`score`)
 checkpoint, tracks, protocol → a row for each track → means, medians, tables, files    (`run`, `Evaluation`)
 
-A figure means something only together with how it was found: segment, overlap, which silent seconds are dropped,
-how tracks are put together, and which tracks. `Protocol` is that card; `compare` puts published figures beside ours
-with every difference named.
-
 Book: "Training". Axis letters: see `bsmamba2.config`.
 """
 
@@ -35,6 +31,7 @@ from . import audio, metrics
 from .masks import oracle_mask
 from .metrics import csdr, usdr
 from .model import BSMamba2
+from .protocol import MUSDB, Protocol, compare
 from .separate import separate
 from .songs import STEMS, Song
 from .spectrogram import istft, stft
@@ -89,58 +86,6 @@ def mean(scores: Sequence[Score], field: str) -> float:
     return sum(getattr(one, field) for one in scores) / len(scores)
 
 
-# --- the card ---------------------------------------------------------------------------------------------
-
-SOURCES = ("vocals", "rest")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How figures are found. Checked on creation: `ValueError` names the field.
-
-    Attributes:
-        name: of the card.
-        segment: in seconds.
-        overlap: share of a segment that the next one covers too; 0: end to end, no window.
-        sources: what is evaluated together, the target first: `vocals`, and perhaps `rest`, the mixture less the
-            vocals. A second in which one of them is silent is dropped from the cSDR.
-        over_tracks: what the headline is, `mean` or `median`; both are always given.
-    """
-
-    name: str
-    segment: float = 8.0
-    overlap: float = 0.0
-    sources: tuple[str, ...] = ("vocals",)
-    over_tracks: str = "mean"
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("name='' must say something")
-        if not 0 < self.segment < math.inf:
-            raise ValueError(f"segment={self.segment!r} must be a positive number of seconds")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap={self.overlap!r} must lie in [0, 1)")
-        if self.sources not in (SOURCES[:1], SOURCES):
-            raise ValueError(f"sources={self.sources!r} must be ('vocals',) or ('vocals', 'rest')")
-        if self.over_tracks not in ("mean", "median"):
-            raise ValueError(f"over_tracks={self.over_tracks!r} must be mean or median")
-
-
-PROTOCOLS = {
-    card.name: card
-    for card in (
-        Protocol(name="paper"),
-        Protocol(name="paper-median", over_tracks="median"),
-        Protocol(name="overlapping", overlap=0.5),
-        Protocol(name="two-sources", sources=SOURCES),
-    )
-}
-"""`paper` is what the authors' evaluation does; the others change one thing each."""
-
-SEGMENTS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Segment lengths that the paper varies, in seconds."""
-
-
 # --- tracks -----------------------------------------------------------------------------------------------
 
 
@@ -165,9 +110,6 @@ class Tracks:
 
     name: str
     tracks: tuple[Track, ...]
-
-
-MUSDB = "MUSDB18-HQ test"
 
 
 def tracks_in(folder: str | os.PathLike[str]) -> Tracks:
@@ -393,12 +335,16 @@ def run(
             yield row
 
 
+ROWS = 1
+"""Raised when what a row holds is measured otherwise: rows of another number are not read."""
+
+
 def row_key(checkpoint: str, protocol: Protocol, dtype: torch.dtype = torch.float32) -> str:
     """What a row depends on besides its track, as 16 hexadecimal digits; mean or median is no part of it."""
     card = asdict(protocol)
     del card["name"], card["over_tracks"]
     fields = [field.name for field in dataclasses.fields(Row)]
-    text = json.dumps([checkpoint, card, str(dtype), fields], sort_keys=True)
+    text = json.dumps([ROWS, checkpoint, card, str(dtype), fields], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -453,85 +399,6 @@ def by_occupancy(rows: Sequence[Row]) -> dict[str, list[Row]]:
         "no vocals" if high == 0 else f"{low:.0%} – {high:.0%}": [row for row in rows if low < row.occupancy <= high]
         for low, high in OCCUPANCIES
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """Figures from elsewhere, with as much of their protocol as is known; None: not said."""
-
-    model: str
-    source: str
-    csdr: float | None
-    usdr: float | None
-    tracks: str | None
-    segment: float | None
-    overlap: float | None
-    sources: tuple[str, ...] | None
-    over_tracks: str | None
-
-
-_README = "README of the authors' code (github.com/EuiYeonKim/BSMamba2)"
-PUBLISHED = (
-    Published(
-        model="BSMamba2", source=_README, csdr=11.03, usdr=10.70,
-        tracks=MUSDB, segment=8.0, overlap=0.0, sources=("vocals",), over_tracks=None,
-    ),
-    Published(
-        model="BS-RoFormer, trained by the BSMamba2 authors", source=_README, csdr=10.47, usdr=10.29,
-        tracks=MUSDB, segment=8.0, overlap=0.0, sources=("vocals",), over_tracks=None,
-    ),
-    Published(
-        model="BS-RoFormer, 6 layers, MUSDB18-HQ only", source="arXiv:2309.02612", csdr=10.66, usdr=None,
-        tracks=MUSDB, segment=None, overlap=None, sources=None, over_tracks=None,
-    ),
-)  # fmt: skip
-"""Vocals, in dB."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A published model beside ours.
-
-    Attributes:
-        published: its figures.
-        differs: how its protocol differs from ours, or is not known; empty when they may be compared.
-        note: what to keep in mind even then.
-    """
-
-    published: Published
-    differs: tuple[str, ...]
-    note: str
-
-
-def compare(tracks: Tracks, protocol: Protocol) -> list[Comparison]:
-    """Each published model with the differences between its protocol and this one.
-
-    Where a figure does not say whether it is a mean or a median over tracks, that is a note and no difference: ours are
-    given as both.
-    """
-
-    def text(field: str, value: object) -> str:
-        return f"{value:g} s" if field == "segment" else " + ".join(value) if isinstance(value, tuple) else str(value)
-
-    ours = {
-        "tracks": tracks.name,
-        **{f: getattr(protocol, f) for f in ("segment", "overlap", "sources", "over_tracks")},
-    }
-    found = []
-    for published in PUBLISHED:
-        differs, note = [], ""
-        for field, here in ours.items():
-            there = getattr(published, field)
-            if there == here:
-                continue
-            if there is None and field == "over_tracks":
-                note = "mean or median over tracks: not said"
-            elif there is None:
-                differs.append(f"{field}: not stated there, {text(field, here)} here")
-            else:
-                differs.append(f"{field}: {text(field, there)} there, {text(field, here)} here")
-        found.append(Comparison(published, tuple(differs), note))
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -598,7 +465,7 @@ class Evaluation:
             }
             for kind in ("mean", "median")
         ]
-        for one in compare(self.tracks, self.protocol):
+        for one in compare(self.tracks.name, self.protocol):
             figures = {"csdr": one.published.csdr, "usdr": one.published.usdr}
             words = "the same"
             if one.differs:

@@ -17,6 +17,7 @@ Book: "The whole model". Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -255,13 +256,19 @@ def separate_file(
             raise ValueError(f"format={format!r} is not one of {', '.join(audio.FORMATS)}")
         suffix = audio.FORMATS[format].suffix
         paths = {name: base.with_name(f"{base.name}.{name}{suffix}") for name in names}
-        try:
-            for path in paths.values():
-                if not overwrite and os.path.lexists(path):
-                    raise AudioError(f"{path}: exists; give another folder with -o, or --overwrite")
+        for path in paths.values():
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AudioError(f"{base.parent}: cannot be written ({error.strerror}); give another folder") from error
+                there_already = stat.S_IFMT(path.lstat().st_mode)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+                raise AudioError(
+                    f"{path}: cannot be written ({reason}); give another folder, or rename the song"
+                ) from error
+            if not overwrite or there_already == stat.S_IFDIR:
+                raise AudioError(f"{path}: exists; give another folder with -o, or --overwrite")
         mixture = _Memory(file.blocks())
         songs = (split_channels(block, config.channels) for block in mixture)
         there = resample_blocks(songs, file.rate, config.sample_rate)
