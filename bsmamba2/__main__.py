@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bsmamba2", description="BSMamba2, a separator of voices.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_separate(commands)
-    add_backends(commands)
     add_evaluate(commands)
+    add_backends(commands)
     chosen = parser.parse_args(arguments)
     try:
         return chosen.run(chosen)
