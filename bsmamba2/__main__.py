@@ -1,60 +1,270 @@
-"""The command line.
+"""`python -m bsmamba2 COMMAND`: what the module does, from a command line.
 
-python -m bsmamba2 separate SONG... --checkpoint FILE -o DIR    songs in, vocals and the rest out
-python -m bsmamba2 backends                                     which forms of the scan run here, and why not
+Each command is two functions: `add_<command>` says its arguments, and what it sets as `run` does it and returns the
+exit code: 0 when all went well, 1 when something given could not be done (the rest was), 2 for wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import audio, kernels
-from .checkpoints import load_checkpoint
+from . import audio, checkpoints, evaluate, kernels, songs
 from .model import BSMamba2
-from .separate import separate
+from .protocol import PROTOCOLS, SEGMENTS
+from .separate import DTYPES, Progress, separate_file
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 when every song was separated, 1 when one was not, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bsmamba2")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("separate", help="take the vocals out of songs")
-    command.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="WAV, FLAC, OGG or MP3")
-    command.add_argument("--checkpoint", type=Path, required=True, help="ours, or in a published layout")
-    command.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
-    command.add_argument("--segment", type=float, default=8.0, help="seconds in a segment (8)")
-    command.add_argument("--overlap", type=float, default=0.5, help="share that segments overlap (0.5)")
-    commands.add_parser("backends", help="which forms of the scan run here, and what would make the others run")
+    """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
+    parser = argparse.ArgumentParser(prog="python -m bsmamba2", description="BSMamba2, a separator of voices.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_separate(commands)
+    add_evaluate(commands)
+    add_backends(commands)
     chosen = parser.parse_args(arguments)
-    if chosen.command == "backends":
-        return print_backends()
     try:
-        model = load_checkpoint(chosen.checkpoint)
-        chosen.output.mkdir(parents=True, exist_ok=True)
+        return chosen.run(chosen)
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+
+
+# --- separate ---------------------------------------------------------------------------------------------
+
+
+def add_separate(commands: Any) -> None:
+    """`separate SONG... -o DIR`."""
+    parser = commands.add_parser(
+        "separate",
+        help="take the vocals out of songs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Write NAME.vocals and NAME.rest (the mixture less the vocals) for every song, at the song's own rate, length and
+number of channels. Songs of any length take the same memory.
+
+Channels: a mono song is copied to the model's two channels, and the mean of the result written. Of more than two
+channels each two after each other (1 and 2, 3 and 4, ...) are separated as one stereo song, an odd last one as
+a mono song; nothing is mixed down.""",
+        epilog="""\
+Levels: what the model makes of loud music may pass full scale. The format wav holds it (32-bit float). With any other
+format both results of such a song are made quieter by the same factor, which is said; they never clip.
+
+Folders are searched for audio files, and the folders below them too; the results are laid out likewise. A song that
+cannot be separated is named in one line, with what to do; the others are still done, and the exit code is 1.""",
+    )
+    parser.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="WAV, FLAC, OGG or MP3, or a folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--segment", type=float, default=8.0, metavar="SECONDS", help="length of a segment (8)")
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, metavar="SHARE",
+        help="share that segments overlap, 0 to below 1 (0.5); 0 puts them end to end, as in the paper",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=audio.FORMATS, default="wav",
+        help="wav: 32-bit float (default); wav24, wav16, flac (24 bits): integers; ogg, mp3: lossy",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run_separate)
+
+
+def run_separate(chosen: argparse.Namespace) -> int:
+    """Separate every song that was named or found."""
+    try:
+        model = load_model(chosen)
+        make_output(chosen.output)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error)
         return 2
     failed = 0
-    for song in chosen.songs:
-        try:
-            written = separate_file(model, song, chosen.output, segment=chosen.segment, overlap=chosen.overlap)
-        except ValueError as error:
-            message = str(error)
-            print(message if str(song) in message else f"{song}: {message}", file=sys.stderr)
-            failed += 1
+    jobs: list[tuple[Path, Path]] = []  # song, base of its results
+    for given in chosen.songs:
+        if os.path.isdir(given):  # noqa: PTH112  (Path's raises in a closed folder)
+            found, errors = audio.songs_in(given, without=[chosen.output])
+            jobs += [(song, chosen.output / song.relative_to(given).with_suffix("")) for song in found]
+            failed += len(errors)
+            say(*errors)
         else:
-            print(*written, sep="\n")
+            jobs.append((given, chosen.output / given.stem))
+    taken: dict[Path, Path] = {}
+    for song, base in jobs:
+        try:
+            if base in taken:
+                raise audio.AudioError(f"{song}: its results would replace those of {taken[base]}; rename one of them")
+            with progress(f"{song.name} on {chosen.device}") as told:
+                done = separate_file(
+                    model, song, base, segment=chosen.segment, overlap=chosen.overlap, batch=chosen.batch,
+                    dtype=DTYPES[chosen.dtype], format=chosen.format, overwrite=chosen.overwrite, progress=told,
+                )  # fmt: skip
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            say(name(error, song))
+            failed += 1
+            continue
+        taken[base] = song
+        if done.gain < 1:
+            quieter = -20 * torch.tensor(done.gain).log10().item()
+            say(f"{song}: passes full scale, all results {quieter:.1f} dB quieter; --format wav keeps the level")
+        for path in done.paths.values():
+            print(printable(path))
     return 1 if failed else 0
 
 
-def print_backends() -> int:
-    """Print `kernels.backends` as a table, with a line below each backend that is not usable; return 0."""
+# --- evaluate ---------------------------------------------------------------------------------------------
+
+
+def add_evaluate(commands: Any) -> None:
+    """`evaluate [FOLDER] -o DIR`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a checkpoint on tracks whose vocals are known",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Separate every track, compare with its vocals, and write evaluation.json, rows.csv, by_segment.png and
+by_occupancy.png. A run that was stopped goes on where it was: tracks that are done are not done again, unless the
+checkpoint, the protocol or the track has changed.""",
+        epilog="protocols:\n"
+        + "\n".join(
+            f"  {card.name}: {card.segment:g} s segments, overlap {card.overlap:g}, {' + '.join(card.sources)}, "
+            f"{card.over_tracks} over tracks"
+            for card in PROTOCOLS.values()
+        ),
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, metavar="FOLDER",
+        help="tracks as in MUSDB18-HQ: test/<track>/{mixture,vocals,drums,bass,other}.wav; "
+        "synthesised songs and the real excerpt when left out",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="named card (paper)")
+    parser.add_argument(
+        "--segments", type=lengths, default=SEGMENTS, metavar="S,S,...",
+        help="segment lengths in seconds, besides the protocol's own (1,2,4,8,16); none: ''",
+    )  # fmt: skip
+    parser.add_argument("--songs", type=int, default=12, metavar="N", help="synthesised songs (12)")
+    parser.add_argument("--seconds", type=float, default=16.0, metavar="S", help="length of each (16)")
+    parser.add_argument("--seed", type=int, default=2_000_000, help="of the synthesised songs (2000000)")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def lengths(text: str) -> tuple[float, ...]:
+    """`1,2.5` → (1.0, 2.5)."""
+    values = tuple(float(part) for part in text.split(",") if part.strip())
+    if not all(0 < value <= 3600 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, with commas between")
+    return values
+
+
+def run_evaluate(chosen: argparse.Namespace) -> int:
+    """Evaluate every track at every segment length, then write and print the tables."""
+    protocol = PROTOCOLS[chosen.protocol]
+    try:
+        model = load_model(chosen)
+        tracks = evaluate.tracks_in(chosen.folder) if chosen.folder else bundled(chosen)
+        make_output(chosen.output)
+    except (ValueError, OSError) as error:
+        say(error)
+        return 2
+    path = chosen.checkpoint or checkpoints.shipped()
+    sha256 = evaluate.fingerprint(path)
+    rows: list[evaluate.Row] = []
+    failures: list[evaluate.Failure] = []
+    total = len({protocol.segment, *chosen.segments}) * len(tracks.tracks)
+    try:
+        found = evaluate.run(
+            model, sha256, tracks, protocol, chosen.output,
+            segments=chosen.segments, batch=chosen.batch, dtype=DTYPES[chosen.dtype],
+        )  # fmt: skip
+        for one in tqdm(found, desc=f"tracks on {chosen.device}", total=total, unit="track", disable=None, leave=False):
+            if isinstance(one, evaluate.Failure):
+                failures.append(one)
+                if one.track not in {before.track for before in failures[:-1]}:
+                    say(one.message if one.track in one.message else f"{one.track}: {one.message}")
+            else:
+                rows.append(one)
+        result = evaluate.Evaluation(
+            checkpoint=path.name, checkpoint_sha256=sha256, tracks=tracks, protocol=protocol, dtype=chosen.dtype,
+            rows=tuple(rows), failures=tuple(failures),
+        )  # fmt: skip
+        paths = result.save(chosen.output) + draw(result, chosen.output)
+    except (OSError, torch.OutOfMemoryError) as error:
+        say(name(error, chosen.output))
+        return 1
+    for title, lines in (
+        ("segment length", result.segment_table()),
+        ("vocal occupancy", result.occupancy_table()),
+        ("published figures (dB)", result.comparison_table()),
+    ):
+        print(title)
+        for line in lines:
+            print("  " + "  ".join(f"{key} {figure(value)}".strip() for key, value in line.items()))
+    for path in paths:
+        print(printable(path))
+    return 1 if failures else 0
+
+
+def bundled(chosen: argparse.Namespace) -> evaluate.Tracks:
+    """Synthesised songs that no training run of the book has heard, and the real excerpt where it is installed."""
+    if chosen.songs < 1:
+        raise ValueError(f"--songs {chosen.songs}: must be at least 1")
+    made = songs.songs(chosen.songs, seed=chosen.seed, seconds=chosen.seconds)
+    try:
+        made.append(songs.excerpt())
+    except ImportError as error:
+        say(error)
+    return evaluate.tracks_of(made, f"{len(made)} bundled songs")
+
+
+def draw(result: evaluate.Evaluation, output: Path) -> list[Path]:
+    """The two plots, where matplotlib is installed."""
+    try:
+        from . import show
+    except ImportError as error:
+        say(f"no plots: {error}; pip install 'bsmamba2[book]'")
+        return []
+    measures = {"usdr": "uSDR (dB)", "csdr": "cSDR (dB)", "leak_relative": "leak into silence (dB)"}
+    pictures = {
+        "by_segment.png": show.scores(result.rows, "segment", "segment length (s)", measures, ticks=result.segments),
+        "by_occupancy.png": show.scores(result.own, "occupancy", "share of the track with vocals", measures),
+    }
+    for file, picture in pictures.items():
+        picture.savefig(output / file)
+    return [output / file for file in pictures]
+
+
+def figure(value: object) -> str:
+    """A number with two decimals, a dash for NaN and None, words as they are."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else printable(value)
+
+
+# --- backends ---------------------------------------------------------------------------------------------
+
+
+def add_backends(commands: Any) -> None:
+    """`backends`."""
+    parser = commands.add_parser(
+        "backends", help="which forms of the scan run here, and what would make the others run"
+    )
+    parser.set_defaults(run=run_backends)
+
+
+def run_backends(chosen: argparse.Namespace) -> int:
+    """Print `kernels.backends` as a table, with a line below each backend that is not usable."""
     rows = kernels.backends()
     header = ("backend", "usable", "version", "why")
     cells = [header, *((row.name, "yes" if row.usable else "no", row.version, row.why) for row in rows)]
@@ -67,34 +277,94 @@ def print_backends() -> int:
     return 0
 
 
-def separate_file(model: BSMamba2, song: Path, output: Path, *, segment: float, overlap: float) -> list[Path]:
-    """Write `<song>.<stem>.wav` for each stem and `<song>.rest.wav`, the mixture less the stems.
+# --- what commands share ----------------------------------------------------------------------------------
 
-    Rate, length and channels are the song's own.
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it computes."""
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE",
+        help="ours, or in a published layout; the one that comes with the package when left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default) takes cuda when it is there"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32",
+        help="what the model computes in (float32); its spectrograms and masks stay in float32",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="segments computed at once (1)")
+
+
+def load_model(chosen: argparse.Namespace) -> BSMamba2:
+    """The model that was asked for, on its device; the device that `auto` means is put in its place.
 
     Raises:
-        AudioError: for a song that cannot be read or a result that cannot be written.
+        ValueError: for a checkpoint or device that cannot be used.
+        OSError: for a checkpoint that is not there.
     """
-    original, rate = audio.read(song)
-    config = model.config
-    mixture = audio.convert(original, rate, config.sample_rate, config.channels)
+    if chosen.device == "auto":
+        chosen.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(chosen.device)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch has a kind of its own for each way in which a device can be missing
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--device {chosen.device}: {reason}; use --device cpu") from error
+    path = chosen.checkpoint or checkpoints.shipped()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
+    if path.is_file() and (known := checkpoints.identify(path)):
+        say(f"{path}: {known}")
+    return checkpoints.load_checkpoint(path).to(device)
 
-    def progress(starts: range) -> Iterable[int]:
-        return tqdm(starts, desc=song.name, unit="segment")
 
-    stems = separate(model, mixture, segment=segment, overlap=overlap, progress=progress)
-    channels, samples = original.shape
-    results = {}
-    for name, stem in zip(config.stems, stems, strict=True):
-        back = audio.convert(stem, config.sample_rate, rate, config.channels)[:, :samples]
-        back = torch.nn.functional.pad(back, (0, samples - back.shape[1]))
-        results[name] = back if channels == config.channels else back.mean(0, keepdim=True)
-    results["rest"] = original - torch.stack(list(results.values())).sum(0)
-    paths = []
-    for name, signal in results.items():
-        paths.append(output / f"{song.stem}.{name}.wav")
-        audio.write(paths[-1], signal, rate)
-    return paths
+def make_output(folder: Path) -> None:
+    """Make the folder for the results, unless it is there.
+
+    Raises:
+        ValueError: when that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"{folder}: cannot be made a folder ({reason}); give another one with -o") from error
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """A bar on the terminal, none elsewhere: a function to call with the samples done and those of the whole."""
+    with tqdm(desc=printable(label), unit="sample", unit_scale=True, disable=None, leave=False) as bar:
+
+        def told(done: int, whole: int) -> None:
+            bar.total = whole
+            bar.update(done)
+
+        yield told
+
+
+def name(error: Exception, subject: Path) -> str:
+    """An error's message with its subject in front, unless it names a file already."""
+    if isinstance(error, audio.AudioError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"{subject}: too little memory; use a smaller --batch or --segment"
+    return f"{subject}: {error}"
+
+
+def say(*messages: object) -> None:
+    """Each message on a line of its own, on standard error."""
+    for message in messages:
+        print(printable(message), file=sys.stderr)
+
+
+def printable(message: object) -> str:
+    """A message in one line: a newline or another character that cannot be shown is written as its escape."""
+    text = os.fspath(message) if isinstance(message, Path) else str(message)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 if __name__ == "__main__":

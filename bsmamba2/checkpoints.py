@@ -86,6 +86,10 @@ TENSORS = (  # every tensor of the model: our name, the published one, shape
 )
 
 
+SHIPPED = Path(__file__).parent / "weights" / "small.safetensors"
+"""The checkpoint inside the package: what the commands take when none is named."""
+
+
 class CheckpointError(ValueError):
     """A file that cannot be read as a BSMamba2; the message names the file, the fault and the mend."""
 
@@ -282,6 +286,20 @@ def identify(path: str | os.PathLike[str]) -> str | None:
                 if hashlib.file_digest(file, "sha256").hexdigest() == digest:
                     return f"{name}; no licence is stated for the weights"
     return None
+
+
+def shipped() -> Path:
+    """The checkpoint that comes with the package.
+
+    Raises:
+        CheckpointError: when this copy of the package has none.
+    """
+    if not SHIPPED.is_file():
+        raise CheckpointError(
+            f"no checkpoint comes with this copy of bsmamba2 ({SHIPPED} is missing): name one with --checkpoint, "
+            f"or run `make train` and name book/results/first_run/checkpoint.safetensors"
+        )
+    return SHIPPED
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:

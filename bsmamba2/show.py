@@ -165,6 +165,36 @@ def lines(
     return figure
 
 
+def scores(
+    rows: Sequence[Any], across: str, xlabel: str, measures: Mapping[str, str], *, ticks: Sequence[float] = ()
+) -> Figure:
+    """A point for each row, one measure under the other.
+
+    Args:
+        rows: with the attributes named below, `evaluate.Row` for instance; NaN and infinite values are not drawn.
+        across: the attribute along x.
+        xlabel: what it is, with its unit.
+        measures: attribute → its label, with its unit.
+        ticks: when x has a few values only, these: evenly spaced by their logarithm, with a line through the means.
+    """
+    with _figure(len(measures), 1, 7.5, 2.3 * len(measures), sharex=True) as (figure, axes):
+        for axis, (measure, label), colour in zip(axes[:, 0], measures.items(), itertools.cycle(COLOURS), strict=False):
+            points = [(getattr(row, across), getattr(row, measure)) for row in rows]
+            points = [(x, y) for x, y in points if np.isfinite(y)]
+            axis.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, alpha=0.5, label="a track")
+            if ticks:
+                shared = sorted({x for x, _ in points})
+                means = [float(np.mean([y for x, y in points if x == place])) for place in shared]
+                axis.plot(shared, means, "-", color=colour, label="mean")
+                axis.set_xscale("log")
+                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.minorticks_off()
+                axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+            axis.set_ylabel(label)
+        axes[-1, 0].set_xlabel(xlabel)
+    return figure
+
+
 def images(
     arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
 ) -> Figure:
@@ -204,9 +234,11 @@ def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Fig
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
-    """A Markdown table of rows with the same keys; floats with two decimals."""
+    """A Markdown table of rows with the same keys; floats with two decimals, a dash for NaN and None."""
 
     def text(value: Any) -> str:
+        if value is None or value != value:
+            return "–"
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
     keys = list(rows[0])

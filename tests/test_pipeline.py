@@ -11,17 +11,21 @@ import pytest
 import soundfile
 import torch
 
-from bsmamba2 import load_checkpoint
+from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.__main__ import main
+from bsmamba2.bands import generate_bands
 from bsmamba2.songs import songs
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"songs": 3, "held_out_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
 
 
-def papermill(folder: Path, **parameters: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(folder / "run.ipynb")]
-    (folder / "parameters.json").write_text(json.dumps({**SHORT, "output_dir": str(folder / "run"), **parameters}))
+def papermill(
+    folder: Path, notebook: str = "train", short: dict | None = None, **parameters: object
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(folder / "run.ipynb")]
+    content = {**(SHORT if short is None else short), "output_dir": str(folder / "run"), **parameters}
+    (folder / "parameters.json").write_text(json.dumps(content))
     command += ["-f", str(folder / "parameters.json"), "--no-progress-bar"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
@@ -60,6 +64,51 @@ def test_a_run_of_two_steps_leaves_a_model_that_separates(tmp_path: Path) -> Non
 )
 def test_a_bad_parameter_stops_the_notebook_at_once(tmp_path: Path, parameters: dict, message: str) -> None:
     done = papermill(tmp_path, **parameters)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+BRIEF = {"songs": 2, "seconds_per_song": 2.0, "seed": 5, "segments": [1.0], "protocol": "overlapping"}
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = ModelConfig.preset("small", dim=16, layers=1, bands=generate_bands(8), state=8, head_width=8)
+    save_checkpoint(BSMamba2(config), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.slow
+def test_the_evaluation_notebook_scores_a_checkpoint(tmp_path: Path, small_model: Path) -> None:
+    done = papermill(tmp_path, "evaluate", BRIEF, checkpoint=str(small_model))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert content["protocol"]["name"] == "overlapping"
+    assert sorted(content["averages"]) == ["1 s", "8 s"]
+    assert [row["track"] for row in content["rows"]].count("falcon-69") == 2
+    assert content["failures"] == []
+    assert len(content["rows"]) == len((tmp_path / "run" / "rows.csv").read_text().splitlines()) - 1 == 6
+    outputs = (tmp_path / "run.ipynb").read_text()
+    assert outputs.count("image/png") == 2
+    assert "not comparable" in outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"segmnts": [1.0]}, "no parameter 'segmnts'"),
+        ({"segments": 1.0}, "segments=1.0 must be of type list[float]"),
+    ],
+)
+def test_a_bad_parameter_stops_the_evaluation_at_once(
+    tmp_path: Path, small_model: Path, parameters: dict, message: str
+) -> None:
+    done = papermill(tmp_path, "evaluate", BRIEF, checkpoint=str(small_model), **parameters)
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "run").exists()

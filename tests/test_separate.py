@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import math
+import os
 import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +22,34 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from bsmamba2 import BSMamba2, save_checkpoint
+from bsmamba2 import BSMamba2, checkpoints, save_checkpoint
 from bsmamba2.__main__ import main
-from bsmamba2.audio import AudioError, convert, read, write
-from bsmamba2.separate import separate
+from bsmamba2.audio import AudioError, Results, _Sink, read
+from bsmamba2.resample import resample
+from bsmamba2.separate import join_channels, separate, separate_blocks, separate_file, split_channels
 from bsmamba2.spectrogram import istft, stft
 
 
 class Identity(nn.Module):
-    """Gives back what it gets, as one stem, and remembers how long its segments were."""
+    """Gives back what it gets, as one stem, and remembers the shapes of its batches."""
 
     config = TINY
 
     def __init__(self) -> None:
         super().__init__()
-        self.lengths: list[int] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def forward(self, mixture: Tensor) -> Tensor:
-        self.lengths.append(mixture.shape[-1])
+        self.shapes.append(tuple(mixture.shape))
         return mixture[:, None]
+
+
+class Counting(Identity):
+    """Gives the number of the segment as every sample of it: an edge between segments is a step of 1."""
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        super().forward(mixture)
+        return torch.full_like(mixture, float(len(self.shapes)))[:, None]
 
 
 # --- spectrogram ------------------------------------------------------------------------------------------
@@ -56,45 +74,230 @@ def test_a_frame_is_the_windowed_transform() -> None:
 # --- whole songs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.25, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("samples", [1, 50, 799, 800, 801, 5000, 8123])
-def test_an_identity_gives_its_input_back(overlap: float, samples: int) -> None:
-    mixture = torch.randn(2, samples)
+def test_an_identity_gives_its_input_back_bit_for_bit(overlap: float, samples: int) -> None:
+    torch.manual_seed(samples)
+    mixture = torch.randn(2, samples) * torch.logspace(-38, 3, samples)
     model = Identity()
     found = separate(model, mixture, segment=0.1, overlap=overlap)  # type: ignore[arg-type]
     assert found.shape == (1, 2, samples)
-    torch.testing.assert_close(found[0], mixture, rtol=0, atol=1e-6 if overlap else 0)
-    assert set(model.lengths) == {800}
+    assert torch.equal(found[0], mixture)
+    assert set(model.shapes) == {(1, 2, 800)}
 
 
 def test_no_segment_is_spent_on_nothing() -> None:
     for samples, expected in ((800, 1), (801, 2), (1600, 2), (4000, 5)):
         model = Identity()
         separate(model, torch.randn(2, samples), segment=0.1, overlap=0)  # type: ignore[arg-type]
-        assert len(model.lengths) == expected
+        assert len(model.shapes) == expected
+
+
+def test_each_segment_begins_a_step_after_the_one_before() -> None:
+    """Against the definition: every segment cut out by hand, weighted, summed, divided."""
+    torch.manual_seed(0)
+    mixture, length, step = torch.randn(2, 3001), 800, 600
+    weight = torch.minimum(torch.arange(1.0, 801), torch.arange(800.0, 0, -1)).double()
+    top, bottom = torch.zeros(2, 4000).double(), torch.zeros(4000).double()
+    for number, start in enumerate(range(0, 2401, step), start=1):
+        top[:, start : start + length] += number * weight
+        bottom[start : start + length] += weight
+    found = separate(Counting(), mixture, segment=0.1, overlap=0.25)[0]  # type: ignore[arg-type]
+    torch.testing.assert_close(found.double(), (top / bottom)[:, :3001], rtol=1e-6, atol=0)
+
+
+def test_overlap_leaves_no_seam() -> None:
+    """Segments that disagree by 1: a click at overlap 0, else no step above 1/200 (1/200 and 2/400 by the weights)."""
+    mixture = torch.zeros(2, 8000)
+    largest = {
+        overlap: float(separate(Counting(), mixture, segment=0.1, overlap=overlap).diff().abs().max())  # type: ignore[arg-type]
+        for overlap in (0.0, 0.25, 0.5)
+    }
+    assert largest[0.0] == 1
+    assert largest[0.25] < 1 / 200
+    assert largest[0.5] < 1 / 200
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize("size", [1, 7, 800, 1234, 4001])
+def test_pieces_make_no_difference(tiny: BSMamba2, overlap: float, size: int) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 1601) if size == 1 else torch.randn(2, 4001)
+    whole = separate(tiny, mixture, segment=0.1, overlap=overlap)
+    blocks = [block[None] for block in mixture.split(size, -1)]
+    pieces = list(separate_blocks(tiny, blocks, segment=0.1, overlap=overlap))
+    assert max(piece.shape[-1] for piece in pieces) <= 800
+    assert torch.equal(torch.cat(pieces, -1)[0], whole)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+def test_the_batch_changes_nothing_but_the_last_bits(tiny: BSMamba2, overlap: float) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 5000)
+    one = separate(tiny, mixture, segment=0.1, overlap=overlap)
+    model = Identity()
+    for batch in (2, 3, 64):
+        many = separate(tiny, mixture, segment=0.1, overlap=overlap, batch=batch)
+        assert (many - one).abs().max() <= 2e-6 * one.abs().max()
+        same = separate(model, mixture, segment=0.1, overlap=overlap, batch=batch)  # type: ignore[arg-type]
+        assert torch.equal(same[0], mixture)
+    assert {shape[0] for shape in model.shapes} > {2, 3}
+
+
+def test_songs_side_by_side_are_separated_each_by_itself(tiny: BSMamba2) -> None:
+    torch.manual_seed(0)
+    songs = torch.randn(3, 2, 3000)
+    together = torch.cat(list(separate_blocks(tiny, songs.split(700, -1), segment=0.1, batch=4)), -1)
+    for song, found in zip(songs, together, strict=True):
+        torch.testing.assert_close(found, separate(tiny, song, segment=0.1), rtol=0, atol=1e-5)
+
+
+def test_silence_gives_silence(tiny: BSMamba2) -> None:
+    assert not separate(tiny, torch.zeros(2, 5000), segment=0.1).any()
+
+
+def test_a_narrower_type_is_close(tiny: BSMamba2) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 2000)
+    wide = separate(tiny, mixture, segment=0.1)
+    narrow = separate(tiny, mixture, segment=0.1, dtype=torch.bfloat16)
+    assert narrow.dtype == torch.float32
+    assert 0 < float((narrow - wide).norm() / wide.norm()) < 0.05
+
+
+def test_progress_counts_every_sample() -> None:
+    told: list[tuple[int, int]] = []
+    separate(Identity(), torch.zeros(2, 2345), segment=0.1, progress=lambda *done: told.append(done))  # type: ignore[arg-type]
+    assert sum(done for done, _ in told) == 2345
+    assert {whole for _, whole in told} == {2345}
+
+
+class Broken(Identity):
+    def forward(self, mixture: Tensor) -> Tensor:
+        return super().forward(mixture) / 0
 
 
 @pytest.mark.parametrize(
-    ("mixture", "options", "message"),
+    ("model", "mixture", "options", "message"),
     [
-        (torch.zeros(1, 100), {}, "c=2"),
-        (torch.zeros(2, 0), {}, "not empty"),
-        (torch.full((2, 100), math.nan), {}, "NaN"),
-        (torch.full((2, 100), math.inf), {}, "infinite"),
-        (torch.zeros(2, 100), {"overlap": 1.0}, "overlap=1.0"),
-        (torch.zeros(2, 100), {"segment": 0.001}, "segment=0.001"),
+        (Identity(), torch.zeros(1, 100), {}, "c=2"),
+        (Identity(), torch.zeros(2, 0), {}, "not empty"),
+        (Identity(), torch.full((2, 100), math.nan), {}, "NaN"),
+        (Identity(), torch.full((2, 100), math.inf), {}, "infinite"),
+        (Identity(), torch.zeros(2, 100), {"overlap": 1.0}, "overlap=1.0"),
+        (Identity(), torch.zeros(2, 100), {"overlap": math.nan}, "overlap=nan"),
+        (Identity(), torch.zeros(2, 100), {"segment": 0.001}, "segment=0.001"),
+        (Identity(), torch.zeros(2, 100), {"segment": math.inf}, "segment=inf"),
+        (Identity(), torch.zeros(2, 100), {"batch": 0}, "batch=0"),
+        (Broken(), torch.ones(2, 100), {}, "another checkpoint"),
+        (Broken(), torch.ones(2, 100), {"dtype": torch.bfloat16}, "float32"),
     ],
 )
-def test_wrong_arguments_are_named(mixture: Tensor, options: dict, message: str) -> None:
+def test_wrong_arguments_are_named(model: nn.Module, mixture: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        separate(Identity(), mixture, **options)  # type: ignore[arg-type]
+        separate(model, mixture, **options)  # type: ignore[arg-type]
 
 
 def test_separation_leaves_no_gradient(tiny: BSMamba2) -> None:
     assert not separate(tiny, torch.randn(2, 1000), segment=0.1).requires_grad
 
 
+# --- channels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 64])
+def test_channels_are_paired_in_order(count: int) -> None:
+    signal = torch.randn(count, 10)
+    songs = split_channels(signal, 2)
+    assert songs.shape == ((count + 1) // 2, 2, 10)
+    for channel in range(count):
+        assert torch.equal(songs[channel // 2, channel % 2], signal[channel])
+    if count % 2:
+        assert torch.equal(songs[-1, 1], signal[-1])
+    stems = torch.stack([songs, 2 * songs], dim=1)  # (b, stem, c, samples)
+    assert torch.equal(join_channels(stems, count), torch.stack([signal, 2 * signal]))
+
+
 # --- files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("subtype", "format"), [("FLOAT", "wav"), ("PCM_24", "wav24"), ("PCM_16", "wav16"), ("PCM_24", "flac")]
+)
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_an_identity_writes_the_file_it_read(
+    tmp_path: Path, overlap: float, subtype: str, format: str, channels: int
+) -> None:
+    rng = np.random.default_rng(0)
+    loud = 0.3 if subtype != "FLOAT" else 3.0
+    frames = (
+        np.clip(rng.normal(0, loud, (150_001, channels)), -1, 1)
+        if loud < 1
+        else rng.normal(0, loud, (150_001, channels))
+    )
+    song = tmp_path / ("song.flac" if format == "flac" else "song.wav")
+    soundfile.write(song, frames, 8000, subtype=subtype)
+    done = separate_file(Identity(), song, tmp_path / "out" / "song", segment=0.3, overlap=overlap, format=format)  # type: ignore[arg-type]
+    assert done.gain == 1
+    found, rate = read(done.paths["vocals"])
+    assert rate == 8000
+    assert torch.equal(found, read(song)[0])
+    assert soundfile.info(done.paths["vocals"]).subtype == subtype
+    assert not read(done.paths["rest"])[0].any()
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 44_100, 48_000, 96_000, 384_000, 7_919])
+def test_another_rate_comes_back_as_it_was(tmp_path: Path, rate: int) -> None:
+    """A tone that both rates hold survives two resamplings; length and rate stay, and vocals + rest are the song."""
+    time = np.arange(rate // 2 + 37) / rate
+    soundfile.write(tmp_path / "song.wav", 0.5 * np.sin(2 * np.pi * 440 * time), rate, subtype="FLOAT")
+    done = separate_file(Identity(), tmp_path / "song.wav", tmp_path / "song")  # type: ignore[arg-type]
+    song, vocals, rest = (read(path)[0] for path in (tmp_path / "song.wav", done.paths["vocals"], done.paths["rest"]))
+    assert soundfile.info(done.paths["vocals"]).samplerate == rate
+    assert vocals.shape == song.shape == (1, len(time))
+    torch.testing.assert_close(vocals + rest, song, rtol=0, atol=1e-7)
+    middle = slice(rate // 10, -rate // 10)
+    torch.testing.assert_close(vocals[:, middle], song[:, middle], rtol=0, atol=1e-4)
+
+
+def test_the_pieces_of_a_file_are_the_whole(tiny: BSMamba2, tmp_path: Path) -> None:
+    """Reading, resampling, separating, resampling and writing in pieces: the same as each of them on the whole."""
+    song = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    soundfile.write(tmp_path / "song.wav", song.T.numpy(), 11_025, subtype="FLOAT")
+    done = separate_file(tiny, tmp_path / "song.wav", tmp_path / "song", segment=0.5)
+    there = resample(song, 11_025, TINY.sample_rate)
+    expected = resample(separate(tiny, there, segment=0.5)[0], TINY.sample_rate, 11_025)[:, :200_000]
+    assert torch.equal(read(done.paths["vocals"])[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is reset through /proc")
+def test_two_hours_take_the_memory_of_two_minutes(tmp_path: Path) -> None:
+    peaks = {}
+    for minutes in (2, 120):
+        song = tmp_path / f"{minutes}.wav"
+        with soundfile.SoundFile(song, "w", 8000, 1, "PCM_16") as file:
+            for _ in range(minutes):
+                file.write(np.zeros(60 * 8000, dtype="int16"))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        done = separate_file(Identity(), song, tmp_path / "out" / song.stem)  # type: ignore[arg-type]
+        peaks[minutes] = resident("VmHWM") - before
+        assert soundfile.info(done.paths["vocals"]).frames == minutes * 60 * 8000
+        for path in (*done.paths.values(), song):
+            path.unlink()
+    assert peaks[120] < peaks[2] + 30, peaks  # 230 MB of samples in, twice as many out
+
+
+def resident(field: str) -> float:
+    """VmRSS, the memory in use, or VmHWM, its peak, in megabytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1000
+
+
+# --- the command ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -103,57 +306,468 @@ def checkpoint(tiny: BSMamba2, tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize(("rate", "channels"), [(8000, 2), (8000, 1), (44_100, 2), (11_025, 1)])
-def test_command_keeps_rate_length_and_channels(checkpoint: Path, tmp_path: Path, rate: int, channels: int) -> None:
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 2), (8000, 1), (44_100, 2), (11_025, 1), (8000, 6)])
+@pytest.mark.parametrize("format", ["wav", "ogg", "mp3"])
+def test_command_keeps_rate_length_and_channels(
+    checkpoint: Path, tmp_path: Path, rate: int, channels: int, format: str
+) -> None:
+    if format == "mp3" and channels > 2:
+        pytest.skip("MP3 has one or two channels")
     song = tmp_path / "a song – Lied.wav"
     samples = np.random.default_rng(0).normal(0, 0.1, (rate + 37, channels)).astype("float32")
     soundfile.write(song, samples, rate, subtype="FLOAT")
     output = tmp_path / "out"
-    assert main(["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.5"]) == 0
-    vocals, found_rate = soundfile.read(output / "a song – Lied.vocals.wav", always_2d=True)
-    rest, _ = soundfile.read(output / "a song – Lied.rest.wav", always_2d=True)
+    arguments = ["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.5"]
+    assert main([*arguments, "--format", format, "--batch", "3"]) == 0
+    vocals, found_rate = soundfile.read(output / f"a song – Lied.vocals.{format}", always_2d=True)
+    rest, _ = soundfile.read(output / f"a song – Lied.rest.{format}", always_2d=True)
     assert (vocals.shape, found_rate) == (samples.shape, rate)
-    np.testing.assert_allclose(vocals + rest, samples, atol=1e-6)
+    if format == "wav":
+        np.testing.assert_allclose(vocals + rest, samples, atol=1e-6)
     assert len(list(output.iterdir())) == 2
 
 
-def test_a_bad_song_does_not_stop_the_others(
+def test_what_passes_full_scale_is_said_and_never_clips(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
-    soundfile.write(good, np.zeros((4000, 2)), 8000)
-    bad.write_text("not audio")
-    code = main(["separate", str(bad), str(good), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")])
-    said = capsys.readouterr()
+    """3.0 in a float file: kept in a float file, scaled with its remainder in every other one."""
+    song = tmp_path / "loud.wav"
+    wave = 3 * np.sin(np.arange(12_000) / 7)[:, None] * [1, 0.5]
+    soundfile.write(song, wave, 8000, subtype="FLOAT")
+    for format in ("wav", "wav16", "wav24", "flac", "ogg", "mp3"):
+        done = separate_file(Identity(), song, tmp_path / format / "loud", format=format)  # type: ignore[arg-type]
+        found = soundfile.read(done.paths["vocals"])[0]
+        if format == "wav":
+            assert done.gain == 1
+            np.testing.assert_array_equal(found, wave.astype("float32"))
+        else:
+            assert done.gain == pytest.approx(1 / np.abs(wave).max(), rel=1e-4)
+            assert np.abs(found).max() < (1.0001 if format not in ("ogg", "mp3") else 1.1)
+            error = np.abs(found / done.gain - wave)[1000:-1000].max()
+            assert error < {"wav16": 1e-4, "wav24": 1e-6, "flac": 1e-6}.get(format, 0.5)
+    arguments = ["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--format", "wav16"]) == 0
+    assert re.search(r"loud\.wav: passes full scale, all results \d+\.\d dB quieter", capsys.readouterr().err)
+    vocals, rest = (soundfile.read(tmp_path / "out" / f"loud.{name}.wav")[0] for name in ("vocals", "rest"))
+    together = vocals + rest
+    gain = (together * wave).sum() / (wave * wave).sum()
+    np.testing.assert_allclose(together, gain * wave, atol=2 / 32768)
+    assert max(np.abs(vocals).max(), np.abs(rest).max()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_file_too_long_for_32_bits_is_written_with_64(tmp_path: Path) -> None:
+    for frames, container in ((1 << 20, "WAV"), (1 << 29, "RF64")):  # of 8 bytes
+        with Results({"vocals": tmp_path / "long.wav"}, 8000, 2, frames=frames) as results:
+            results.write({"vocals": torch.full((2, 100), 0.5)})
+        assert soundfile.info(tmp_path / "long.wav").format == container
+        assert torch.equal(read(tmp_path / "long.wav")[0], torch.full((2, 100), 0.5))
+
+
+def test_stopped_by_hand_nothing_is_left(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    song, calls = wave(tmp_path / "song.wav", frames=20_000), [0]
+    real = BSMamba2.forward
+
+    def forward(self: BSMamba2, mixture: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return real(self, mixture)
+
+    monkeypatch.setattr(BSMamba2, "forward", forward)
+    arguments = ["--checkpoint", str(checkpoint), "-o", str(tmp_path / "out"), "--segment", "0.5"]
+    assert main(["separate", str(song), *arguments]) == 130
+    assert capfd.readouterr().err == "stopped\n"
+    assert found_in(tmp_path / "out") == []
+
+
+def test_folders_are_searched_and_laid_out_likewise(checkpoint: Path, tmp_path: Path) -> None:
+    album = tmp_path / "album"
+    for name in ("b.wav", "disc 2/a.FLAC", "disc 2/deeper/c.ogg", ".hidden/d.wav", "._b.wav", "cover.jpg"):
+        (album / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("jpg"):
+            (album / name).write_bytes(b"no sound")
+        else:
+            soundfile.write(album / name, np.zeros((900, 2)), 8000)
+    output = album / "out"
+    arguments = ["separate", str(album), "--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.1"]
+    assert main(arguments) == 0
+    assert found_in(output) == sorted(
+        f"{base}.{stem}.wav" for base in ("b", "disc 2/a", "disc 2/deeper/c") for stem in ("rest", "vocals")
+    )
+    assert main([*arguments, "--overwrite"]) == 0  # and the results are no songs
+    assert len(found_in(output)) == 6
+
+
+def found_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+
+def wave(path: Path, rate: int = 8000, channels: int = 2, frames: int = 900, **options: object) -> Path:
+    soundfile.write(path, np.full((frames, channels), 0.25), rate, **options)  # type: ignore[arg-type]
+    return path
+
+
+def cut(path: Path, share: float = 0.6) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def with_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def with_samples(path: Path, *values: float) -> Path:
+    frames = np.zeros((90_000, 2))  # the bad sample lies in the second piece that is read
+    frames[80_000, 1] = values[0]
+    soundfile.write(path, frames, 8000, subtype="FLOAT")
+    return path
+
+
+def poke(path: Path, offset: int, content: bytes) -> Path:
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(content)] = content
+    return with_bytes(path, bytes(data))
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def taken(path: Path) -> Path:
+    (path.parent / "out").mkdir()
+    with_bytes(path.parent / "out" / "bad.vocals.wav", b"of somebody else")
+    return wave(path)
+
+
+def in_the_way(path: Path) -> Path:
+    folder(path.parent / "out")
+    folder(path.parent / "out" / "bad.rest.wav")
+    return wave(path)
+
+
+# What is given: what one line must say. Channels stand at byte 22 of a WAV file, its rate at byte 24.
+BAD = {
+    "missing": (lambda p: p / "bad.wav", "does not exist"),
+    "empty": (lambda p: with_bytes(p / "bad.wav", b""), "is empty"),
+    "text": (lambda p: with_bytes(p / "bad.wav", b"this is no sound\n" * 40), "cannot be read as audio"),
+    "cut WAV": (lambda p: cut(wave(p / "bad.wav")), "is cut short"),
+    "cut WAV, within its head": (lambda p: cut(wave(p / "bad.wav"), 0.008), "cannot be read as audio"),
+    "cut AIFF": (lambda p: cut(wave(p / "bad.aiff")), "is cut short"),
+    "cut FLAC": (lambda p: cut(wave(p / "bad.flac", frames=90_000)), "cut short"),
+    "cut OGG": (lambda p: cut(wave(p / "bad.ogg", frames=50_000)), "cut short"),
+    "cut MP3": (lambda p: cut(wave(p / "bad.mp3", frames=50_000)), "cut short"),
+    "damaged FLAC": (lambda p: poke(wave(p / "bad.flac", frames=90_000), 300, b"\x55" * 100), "damaged"),
+    "NaN": (lambda p: with_samples(p / "bad.wav", math.nan), "NaN or infinite"),
+    "infinite": (lambda p: with_samples(p / "bad.wav", -math.inf), "NaN or infinite"),
+    "zero length": (lambda p: wave(p / "bad.wav", frames=0), "holds no samples"),
+    "1 Hz": (lambda p: wave(p / "bad.wav", rate=1), "1 Hz is no rate"),
+    "2,000,000,000 Hz": (lambda p: poke(wave(p / "bad.wav"), 24, b"\0\x94\x35\x77"), "2,000,000,000 Hz"),
+    "0 channels": (lambda p: poke(wave(p / "bad.wav"), 22, b"\0\0"), "cannot be read as audio"),
+    "empty folder": (lambda p: folder(p / "bad"), "holds no WAV"),
+    "pipe": (lambda p: pipe(p / "bad.wav"), "no regular file"),
+    "output exists": (lambda p: taken(p / "bad.wav"), "exists; give another folder with -o, or --overwrite"),
+    "a folder in the output's place": (lambda p: in_the_way(p / "bad.wav"), "exists; give another folder"),
+    "a name too long for its results": (lambda p: wave(p / "b.wav").rename(p / f"bad{'x' * 247}.wav"), "too long"),
+    "newline in the name": (lambda p: p / "bad\nname.wav", "bad\\nname.wav: does not exist"),
+    "letters of no encoding": (lambda p: p / os.fsdecode(b"bad\xff.wav"), "bad\\udcff.wav: does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_the_others_are_done(
+    case: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make, message = BAD[case]
+    good = wave(tmp_path / "good.wav")
+    bad = make(tmp_path)
+    before = found_in(tmp_path)
+    output = tmp_path / "out"
+    arguments = ["--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.1"]
+    code = main(["separate", str(bad), str(good), *arguments])
+    said = capfd.readouterr()
     assert code == 1
-    assert "bad.wav" in said.err
-    assert "Traceback" not in said.err
-    assert (tmp_path / "out" / "good.vocals.wav").exists()
-    assert not list((tmp_path / "out").glob("*bad*"))
+    lines = said.err.splitlines()
+    assert len(lines) == 1, lines
+    assert "bad" in lines[0]
+    assert message in lines[0]
+    assert ";" in lines[0]  # behind it stands the mend
+    assert said.out.splitlines() == [str(output / f"good.{stem}.wav") for stem in ("vocals", "rest")]
+    assert set(found_in(tmp_path)) - set(before) == {"out/good.vocals.wav", "out/good.rest.wav"}
+    if case == "output exists":
+        assert (output / "bad.vocals.wav").read_bytes() == b"of somebody else"
 
 
-def test_a_bad_checkpoint_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.ckpt").write_text("no weights")
-    assert main(["separate", "song.wav", "--checkpoint", str(tmp_path / "x.ckpt"), "-o", str(tmp_path)]) == 2
-    assert "x.ckpt" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("rate", "channels", "frames", "name"),
+    [
+        (8000, 2, 1, "one sample.wav"),
+        (8000, 2, 60, "shorter than one window.wav"),
+        (384_000, 2, 5000, "384 kHz.wav"),
+        (8000, 64, 900, "64 channels.wav"),
+        (8000, 2, 900, "a name  with spaces.wav"),
+        (8000, 2, 900, "a name\nin two lines.wav"),
+        (8000, 2, 900, "песня 歌 🎵.wav"),
+        pytest.param(
+            8000,
+            2,
+            900,
+            os.fsdecode(b"old encoding \xe9.wav"),
+            marks=pytest.mark.skipif(sys.platform == "darwin", reason="a name is UTF-8 there"),
+        ),
+        (8000, 2, 900, "-o.wav"),
+        (8000, 2, 900, "x" * 230 + ".wav"),
+    ],
+)
+def test_strange_but_good_input_is_separated(
+    rate: int, channels: int, frames: int, name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    song = wave(tmp_path / "plain.wav", rate, channels, frames, subtype="FLOAT").rename(tmp_path / name)
+    output = tmp_path / "out"
+    assert main(["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.1"]) == 0
+    vocals, rest = (read(output / f"{song.stem}.{stem}.wav") for stem in ("vocals", "rest"))
+    assert vocals[1] == rest[1] == rate
+    assert vocals[0].shape == rest[0].shape == (channels, frames)
+    torch.testing.assert_close(vocals[0] + rest[0], torch.full((channels, frames), 0.25), rtol=0, atol=1e-6)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(AudioError, match="does not exist"):
-        read(tmp_path / "missing.wav")
-    soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), 8000)
-    with pytest.raises(AudioError, match="no samples"):
-        read(tmp_path / "empty.wav")
-    soundfile.write(tmp_path / "nan.wav", np.full((10, 2), np.nan), 8000, subtype="FLOAT")
-    with pytest.raises(AudioError, match="NaN"):
-        read(tmp_path / "nan.wav")
-    with pytest.raises(AudioError, match="3 channels"):
-        convert(torch.zeros(3, 10), 8000, 8000, 2)
+def test_a_sound_stream_without_a_size_is_no_cut_file(tmp_path: Path) -> None:
+    """ffmpeg, writing into a pipe, leaves 2^32 − 1 as the size of the data."""
+    song = wave(tmp_path / "song.wav", subtype="PCM_16")
+    at = song.read_bytes().index(b"data") + 4
+    poke(song, at, b"\xff\xff\xff\xff")
+    assert read(song)[0].shape == (2, 900)
 
 
-def test_write_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(AudioError, match="cannot be written"):
-        write(tmp_path / "no such folder" / "x.wav", torch.zeros(2, 10), 8000)
-    write(tmp_path / "loud.wav", torch.full((2, 10), 3.0), 8000)
-    assert soundfile.read(tmp_path / "loud.wav")[0].max() == 3.0
-    assert [path.name for path in tmp_path.iterdir()] == ["loud.wav"]
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Within it we are nobody in particular: to root no folder is closed."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_one_line_each(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to other users
+        place = Path(name)
+        place.chmod(0o755)
+        wave(folder(place / "album") / "good.wav")
+        hidden = wave(folder(place / "album" / "locked") / "hidden.wav")
+        secret = wave(place / "secret.wav")
+        model = place / "model.safetensors"
+        model.write_bytes(checkpoint.read_bytes())
+        folder(place / "out").chmod(0o777)
+        hidden.parent.chmod(0)
+        secret.chmod(0)
+        songs = [str(hidden), str(secret), str(place / "album")]
+        with another_user():
+            code = main(["separate", *songs, "--checkpoint", str(model), "-o", str(place / "out")])
+            said = capfd.readouterr().err.splitlines()
+            assert main(["separate", *songs, "--checkpoint", str(model), "-o", str(place / "album" / "out")]) == 2
+        hidden.parent.chmod(0o755)
+        assert code == 1
+        assert said == [
+            f"{place}/album/locked: the folder cannot be read (Permission denied); change its permissions",
+            f"{hidden}: cannot be read (Permission denied); change that, or leave it out",
+            f"{secret}: cannot be read (Permission denied); change that, or leave it out",
+        ]
+        assert found_in(place / "out") == ["good.rest.wav", "good.vocals.wav"]
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line == f"{place}/album/out: cannot be made a folder (Permission denied); give another one with -o"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 64 kB: a real one, where the system lets us mount it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        refusal = done.stderr.strip() if done.returncode else ""
+    except OSError as error:
+        refusal = str(error)
+    if refusal:
+        pytest.skip(f"no small disk can be mounted here: {refusal}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("format", ["wav", "wav16", "flac", "ogg", "mp3"])
+def test_a_full_disk_leaves_no_half_of_a_song(
+    checkpoint: Path, tmp_path: Path, small_disk: Path, format: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = wave(tmp_path / "long.wav", frames=120_000)
+    short = wave(tmp_path / "short.wav", frames=2000)
+    arguments = ["--checkpoint", str(checkpoint), "-o", str(small_disk), "--format", format]
+    code = main(["separate", str(long), str(short), *arguments])
+    said = capfd.readouterr()
+    assert code == 1
+    assert len(said.err.splitlines()) == 1
+    assert re.search(r"long\.\w+\.\w+: cannot be written \(No space left on device\); .* make room", said.err)
+    assert found_in(small_disk) == sorted(Path(line).name for line in said.out.splitlines())
+    assert all(line.startswith("short.") for line in found_in(small_disk))
+    assert len(found_in(small_disk)) == 2
+
+
+@pytest.mark.parametrize("format", ["wav", "wav16", "flac", "ogg", "mp3"])
+def test_a_disk_that_fills_up_at_any_byte(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same without a real disk: the write that passes a limit fails, wherever in a file that is."""
+    song = wave(tmp_path / "song.wav", frames=20_000)
+    room = [0]
+    whole = FileIO.write
+
+    def write(self: FileIO, data: bytes) -> int:
+        if len(data) > room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= len(data)
+        return whole(self, data)
+
+    monkeypatch.setattr(_Sink, "_store", write)
+    failures = 0
+    for room[0] in (0, 40, 100, 3000, 70_000, 200_000, 1 << 24):
+        output = tmp_path / f"out {room[0]}"
+        try:
+            separate_file(Identity(), song, output / "song", format=format)  # type: ignore[arg-type]
+        except AudioError as error:
+            failures += 1
+            assert "No space left on device" in str(error)  # noqa: PT017
+            assert not list(output.iterdir())
+        else:
+            assert len(list(output.iterdir())) == 2
+    assert 3 <= failures <= 6
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return os.mkdir, (str(self.target),)
+
+
+def of_another_model(path: Path) -> Path:
+    torch.save({"encoder.weight": torch.zeros(3, 3)}, path)
+    return path
+
+
+def that_runs_code(path: Path) -> Path:
+    torch.save({"state_dict": Payload(path.with_name("executed"))}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p, "does not exist; name a checkpoint file"),
+        (lambda p: with_bytes(p, b""), "truncated"),
+        (lambda p: with_bytes(p, b"no weights"), "is no checkpoint"),
+        (folder, "is a folder"),
+        (of_another_model, "none is of BSMamba2"),
+        (that_runs_code, "nothing in it was run"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line(
+    make: Callable[[Path], Path], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = make(tmp_path / "bad.ckpt")
+    assert main(["separate", "song.wav", "--checkpoint", str(path), "-o", str(tmp_path / "out")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "bad.ckpt" in line
+    assert message in line
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "toaster"], "--device toaster"),
+        (["-o", __file__], "cannot be made a folder (is a file); give another one with -o"),
+        (["-o", f"{__file__}/out"], "cannot be made a folder (Not a directory); give another one with -o"),
+        (["-o", "/" + 300 * "x"], "(File name too long); give another one with -o"),
+        (["--segment", "0.001"], "segment=0.001"),
+        (["--overlap", "1"], "overlap=1.0"),
+        (["--batch", "0"], "batch=0"),
+        (["--format", "mp3"], "choose --format wav"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    song = wave(tmp_path / "song.wav", rate=96_000)
+    base = ["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert main([*base, *arguments]) in (1, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists() or not found_in(tmp_path / "out")
+
+
+def test_without_a_checkpoint_the_one_in_the_package_is_taken(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    song = wave(tmp_path / "song.wav")
+    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "absent.safetensors")
+    assert main(["separate", str(song), "-o", str(tmp_path / "out")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--checkpoint" in line
+    assert "make train" in line
+    monkeypatch.setattr(checkpoints, "SHIPPED", checkpoint)
+    assert main(["separate", str(song), "-o", str(tmp_path / "out")]) == 0
+
+
+def test_a_published_checkpoint_is_recognised_and_its_licence_said_to_be_missing(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = checkpoint.read_bytes()
+    known = {hashlib.sha256(content).hexdigest(): (len(content), "the authors' own")}
+    monkeypatch.setattr(checkpoints, "KNOWN", known)
+    song = wave(tmp_path / "song.wav")
+    assert main(["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]) == 0
+    assert capfd.readouterr().err == f"{checkpoint}: the authors' own; no licence is stated for the weights\n"
+
+
+def test_two_songs_with_one_name_do_not_replace_each_other(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = wave(tmp_path / "song.wav"), wave(tmp_path / "song.flac", frames=800)
+    arguments = ["--checkpoint", str(checkpoint), "-o", str(tmp_path / "out"), "--overwrite"]
+    assert main(["separate", str(first), str(second), *arguments]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "song.flac: its results would replace those of" in line
+    assert read(tmp_path / "out" / "song.vocals.wav")[0].shape[1] == 900
+
+
+def test_silence_in_a_file_gives_silence(checkpoint: Path, tmp_path: Path) -> None:
+    for rate in (8000, 44_100):
+        soundfile.write(tmp_path / f"{rate}.wav", np.zeros((30_000, 2)), rate)
+        arguments = ["--checkpoint", str(checkpoint), "-o", str(tmp_path / "out"), "--format", "wav16"]
+        assert main(["separate", str(tmp_path / f"{rate}.wav"), *arguments]) == 0
+        for stem in ("vocals", "rest"):
+            assert not soundfile.read(tmp_path / "out" / f"{rate}.{stem}.wav")[0].any()
+
+
+def test_help_says_what_happens_to_more_channels(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["separate", "--help"])
+    assert stop.value.code == 0
+    assert "Of more than two\nchannels each two after each other" in capsys.readouterr().out
