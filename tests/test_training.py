@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Remixer, salient_windows
@@ -218,6 +221,108 @@ def test_batches_that_run_out_are_an_error(tiny: BSMamba2) -> None:
         list(Trainer(tiny, TrainConfig(steps=5)).run(islice(noise(), 2)))
 
 
+def clips(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(mixture[:1], target[:1]) for mixture, target in islice(noise(), count)]
+
+
+def gradients(batches: list[tuple[Tensor, Tensor]], **options: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = BSMamba2(TINY)
+    Trainer(model, TrainConfig(steps=1, accumulate=len(batches), **options)).backward(batches)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_accumulated_batches_give_the_gradient_of_the_large_one() -> None:
+    four = clips(4)
+    large = tuple(torch.cat(parts) for parts in zip(*four, strict=True))
+    one, two = gradients(four), gradients([large])
+    assert len(one) == len(list(BSMamba2(TINY).parameters()))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    different = gradients(four[:2])
+    assert any(not torch.allclose(one[name], different[name], rtol=1e-2) for name in one)
+
+
+def test_a_step_takes_as_many_batches_as_it_accumulates(tiny: BSMamba2) -> None:
+    taken = []
+    batches = (taken.append(number) or pair for number, pair in enumerate(noise()))
+    for step in Trainer(tiny, TrainConfig(steps=2, accumulate=3)).run(batches):
+        assert len(taken) == 3 * step.number
+    with pytest.raises(ValueError, match="after 1 of 5"):
+        list(Trainer(tiny, TrainConfig(steps=5, accumulate=3)).run(islice(noise(), 5)))
+
+
+def test_recomputed_layers_give_the_same_gradient_and_are_computed_again() -> None:
+    plain, again = gradients(clips(1)), gradients(clips(1), checkpointing=True)
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=1e-5, atol=1e-7, msg=name)
+    calls = []
+    model = BSMamba2(TINY)
+    trainer = Trainer(model, TrainConfig(steps=1, checkpointing=True))
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.backward(clips(1))
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(clips(1)[0][0])
+    assert len(calls) == 3
+
+
+class Products(TorchDispatchMode):
+    """Notes the types that matrix products are given, forwards and backwards, and those of transforms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm", "mv", "convolution"):
+            self.seen.setdefault("products", set()).update(a.dtype for a in args[:3] if isinstance(a, Tensor))
+        elif "fft" in name:
+            self.seen.setdefault("transforms", set()).update(a.dtype for a in args[:1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)], ids=["bfloat16", "float32"]
+)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_every_matrix_product_has_the_precision_asked_for(
+    tiny: BSMamba2, precision: str, dtype: torch.dtype, checkpointing: bool
+) -> None:
+    trainer = Trainer(tiny, TrainConfig(steps=1, precision=precision, checkpointing=checkpointing))
+    with Products() as products:
+        trainer.backward(clips(1))
+    assert products.seen["products"] == {dtype}
+    assert products.seen["transforms"] <= {torch.float32, torch.complex64}  # the STFT of the model and of the loss
+    assert {p.dtype for p in tiny.parameters()} == {p.grad.dtype for p in tiny.parameters()} == {torch.float32}
+    assert trainer.separate(clips(1)[0][0]).dtype == torch.float32
+
+
+def test_bfloat16_is_near_float32_and_not_equal() -> None:
+    one, two = gradients(clips(1)), gradients(clips(1), precision="bfloat16")
+    norm = math.sqrt(sum(float(one[name].square().sum()) for name in one))
+    apart = math.sqrt(sum(float((one[name] - two[name]).square().sum()) for name in one)) / norm
+    assert 1e-5 < apart < 0.1
+
+
+def test_where_compiling_fails_one_warning_is_given_and_training_goes_on(
+    tiny: BSMamba2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("no C++ compiler here\nand a long trace")
+
+        return fail
+
+    plain = copy.deepcopy(tiny)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.warns(UserWarning, match=r"without it \(RuntimeError: no C\+\+ compiler here\)") as warned:
+        steps = list(Trainer(tiny, TrainConfig(steps=2, compile=True)).run(clips(2)))
+    assert len(warned) == 1
+    assert steps == list(Trainer(plain, TrainConfig(steps=2)).run(clips(2)))
+
+
 def test_decays_and_skips_are_exempt_from_weight_decay(tiny: BSMamba2) -> None:
     decayed, exempt = parameter_groups(tiny, 0.01)
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
@@ -243,6 +348,12 @@ def test_schedule() -> None:
         ({"lr": math.nan}, "lr=nan"),
         ({"schedule": "linear"}, "schedule='linear'"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"precision": "float16"}, "precision='float16'"),
+        ({"checkpointing": 1}, "checkpointing=1"),
+        ({"clip": True}, "clip=True"),
+        ({"loss_windows": ()}, "loss_windows=()"),
+        ({"loss_windows": 2048}, "loss_windows=2048"),
     ],
 )
 def test_a_bad_setting_is_named(changes: dict, message: str) -> None:
