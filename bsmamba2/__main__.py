@@ -7,9 +7,11 @@ python -m bsmamba2 backends                                     which forms of t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 from tqdm import tqdm
@@ -17,6 +19,8 @@ from tqdm import tqdm
 from . import audio, kernels
 from .checkpoints import load_checkpoint
 from .model import BSMamba2
+from .processes import together
+from .recipe import Recipe, read_parameters
 from .separate import separate
 
 
@@ -34,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.command == "backends":
         return print_backends()
+    add_train(commands)
+    chosen = parser.parse_args(arguments)
+    if hasattr(chosen, "run"):
+        return chosen.run(chosen)
     try:
         model = load_checkpoint(chosen.checkpoint)
         chosen.output.mkdir(parents=True, exist_ok=True)
@@ -95,6 +103,61 @@ def separate_file(model: BSMamba2, song: Path, output: Path, *, segment: float, 
         paths.append(output / f"{song.stem}.{name}.wav")
         audio.write(paths[-1], signal, rate)
     return paths
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+def add_train(commands: Any) -> None:
+    """`train --params FILE`, and a flag for every parameter."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model, or go on with a run that was stopped",
+        argument_default=argparse.SUPPRESS,
+        description="""\
+Train a model on synthesised songs, or on a folder of stems (--data). The run lives in --output-dir: after Ctrl-C, a
+crash or a power cut, the same command goes on where it was.""",
+        epilog="Many GPUs: torchrun --standalone --nproc-per-node 2 -m bsmamba2 train ...",
+    )
+    parser.add_argument("--params", type=Path, metavar="FILE", help="YAML or JSON with any of the names below")
+    types = get_type_hints(Recipe)
+    for one in dataclasses.fields(Recipe):
+        flag, kind = f"--{one.name.replace('_', '-')}", types[one.name]
+        text = f"{one.metadata['help']} ({one.default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif kind in (str, int, float):
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+        else:
+            parser.add_argument(flag, type=int, nargs="+", metavar="INT", help=text)
+    parser.set_defaults(run=run_train)
+
+
+def run_train(chosen: argparse.Namespace) -> int:
+    """Train to the end; 0 when it is reached, 1 when the run stopped before, 2 for wrong parameters."""
+    values = {name: value for name, value in vars(chosen).items() if name not in ("params", "command", "run")}
+    try:
+        given = read_parameters(chosen.params) if "params" in chosen else {}
+        recipe = Recipe.from_mapping({**given, **values})
+        with together(recipe.device) as device:
+            run, batches = recipe.run(device)
+            done = run.trainer.number
+            bar = tqdm(
+                run.steps(batches), "training", total=recipe.steps, initial=done, unit="step", disable=not run.writer
+            )
+            for step in bar:
+                bar.set_postfix(loss=f"{step.loss:.3f}", best="" if run.best is None else f"{run.best[0]:.2f} dB")
+    except (ValueError, OSError, FloatingPointError) as error:
+        notes = getattr(error, "__notes__", [])  # a run that had begun says where it stopped
+        print(error, *notes, sep="\n", file=sys.stderr)
+        return 1 if notes else 2
+    except KeyboardInterrupt as error:
+        print(error or "stopped at once", file=sys.stderr)
+        return 130
+    if run.writer:
+        best = "" if run.best is None else f", best {run.best[0]:.2f} dB uSDR at step {run.best[1]}"
+        print(f"{run.trainer.number} steps done{best}: {run.folder}")
+    return 0
 
 
 if __name__ == "__main__":

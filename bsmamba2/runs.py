@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from .checkpoints import save_checkpoint, write_whole
 from .model import BSMamba2
-from .train import Batch, Step, Trainer, rank, world
+from .processes import from_first, gather, rank, world
+from .train import Batch, Step, Trainer
 
 STATES_KEPT = 2
 
@@ -118,7 +118,7 @@ class Run:
                     usdr = self._validated() if last or step.number % self.validate_every == 0 else {}
                     line = {**asdict(step), "seconds": round(time.monotonic() - started, 4), **usdr}
                     write(line)
-                    leave = _any(stop.is_set())
+                    leave = any(gather(stop.is_set()))
                     if last or leave or step.number % self.save_every == 0:
                         self.save()
                     started = time.monotonic()
@@ -138,7 +138,7 @@ class Run:
             OSError: when they cannot be written, a full disk for one; the older ones are still there.
         """
         path = self.folder / f"state-{self.trainer.number:08d}.pt"
-        random_numbers = _gather(_random_state(self.trainer.device))
+        random_numbers = gather(_random_state(self.trainer.device))
         if self.writer:
             state = {**self.trainer.state(), "settings": json.dumps(self.settings), "best": self.best}
             buffer = io.BytesIO()
@@ -165,7 +165,7 @@ class Run:
 
     def _take_up(self) -> None:
         """Load the newest state that can be read, in every process."""
-        payload = _from_first(self._newest() if self.writer else None)
+        payload = from_first(self._newest() if self.writer else None)
         if payload is None:
             return
         state = _load(payload)
@@ -282,25 +282,3 @@ def _tensorboard(folder: Path, number: int) -> Any:
     except ImportError as error:
         raise RunError("tensorboard=True takes the tensorboard package: pip install tensorboard") from error
     return SummaryWriter(str(folder), purge_step=number + 1)
-
-
-def _any(here: bool) -> bool:
-    """Whether it is so in any process."""
-    return any(_gather(here))
-
-
-def _gather(value: Any) -> list[Any]:
-    """The value of every process, in order, in each of them."""
-    if world() == 1:
-        return [value]
-    values = [None] * world()
-    distributed.all_gather_object(values, value)
-    return values
-
-
-def _from_first(value: Any) -> Any:
-    """The first process's value, in each of them."""
-    values = [value]
-    if world() > 1:
-        distributed.broadcast_object_list(values)
-    return values[0]

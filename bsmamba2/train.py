@@ -22,12 +22,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .losses import WINDOWS, bsmamba2_loss
 from .model import BSMamba2
+from .processes import total, world
 
 Batch = Sequence[Any]
 """(mixture, target) or (mixture, target, names): two tensors (b, c, samples), and b strings that say where from."""
@@ -165,10 +166,7 @@ class Trainer:
             group["lr"] = lr
         losses = self.backward(batches)
         gradient = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        loss = losses.mean()
-        if self.together is not None:
-            distributed.all_reduce(loss)
-            loss /= world()
+        loss = total(losses.mean()) / world()
         if not (loss.isfinite() and gradient.isfinite()):
             bad = [batch for batch, one in zip(batches, losses, strict=True) if not one.isfinite()] or batches
             names = [name for batch in bad for name in (batch[2] if len(batch) > 2 else ())]
@@ -252,16 +250,6 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.number = state["number"]
-
-
-def world() -> int:
-    """How many processes train together; 1 without a process group."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Which of them this is, from 0."""
-    return distributed.get_rank() if world() > 1 else 0
 
 
 def learning_rate(number: int, config: TrainConfig) -> float:

@@ -16,8 +16,8 @@ from conftest import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bsmamba2 import BSMamba2
-from bsmamba2.data import Remixer, salient_windows
+from bsmamba2 import BSMamba2, data
+from bsmamba2.data import Batch, Loader, Remixer, Validation, find_windows, salient_windows
 from bsmamba2.evaluate import oracle, score
 from bsmamba2.losses import WINDOWS, bsmamba2_loss, spectral_loss
 from bsmamba2.metrics import csdr, usdr
@@ -129,7 +129,7 @@ def test_half_of_the_chunks_is_not_enough() -> None:
 
 
 def test_batches_repeat_with_their_seed(pool: list[Song]) -> None:
-    def draw(seed: int) -> list[tuple[Tensor, Tensor]]:
+    def draw(seed: int) -> list[Batch]:
         return list(islice(Remixer(pool, 8000, 2, seed=seed), 3))
 
     for one, two in zip(draw(1), draw(1), strict=True):
@@ -140,7 +140,7 @@ def test_batches_repeat_with_their_seed(pool: list[Song]) -> None:
 
 def test_the_target_stands_in_the_mixture_with_its_gain(pool: list[Song]) -> None:
     lonely = [dataclasses.replace(song, stems=song.stems[:1]) for song in pool]
-    for mixture, target in islice(Remixer(lonely, 8000, 4), 5):
+    for mixture, target, _ in islice(Remixer(lonely, 8000, 4), 5):
         assert torch.equal(mixture, target)
 
 
@@ -148,7 +148,7 @@ def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
     stems = torch.randn(4, 2, 1000, generator=torch.Generator().manual_seed(0))
     one = Song("noise", stems, 8000, (), "", "")  # as long as a window, so that only the gains are left to draw
     gains = []
-    for mixture, target in islice(Remixer([one], 1000, 8, silence=0.1), 250):
+    for mixture, target, _ in islice(Remixer([one], 1000, 8, silence=0.1), 250):
         found = torch.linalg.lstsq(stems.flatten(1).T, mixture.flatten(1).T).solution.T  # (8, stem)
         torch.testing.assert_close(found[:, 0, None, None] * stems[0], target, rtol=0, atol=1e-4)
         gains.append(found)
@@ -159,6 +159,71 @@ def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
         assert 0.499 < drawn[sounding[:, stem], stem].min() < 0.51
         assert 1.49 < drawn[:, stem].max() < 1.501
     assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 0.1
+
+
+def equal(one: Any, two: Any) -> bool:
+    return torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
+
+
+def test_examples_say_where_they_are_from_and_skipping_draws_the_same(pool: list[Song]) -> None:
+    batches = list(islice(Remixer(pool, 8000, 2, seed=4), 6))
+    skipped = Remixer(pool, 8000, 2, seed=4)
+    skipped.skip(5)
+    assert equal(next(iter(skipped)), batches[5])
+    by_label = {song.label(stem): (song, stem) for song in pool for stem in range(4)}
+    checked = 0
+    for _, targets, names in batches:
+        for target, name in zip(targets, names, strict=True):
+            label, _, place = name.split(" + ")[0].partition(" at ")
+            song, stem = by_label[label]
+            if stem == 0:
+                start = round(float(place.removesuffix(" s")) * 8000)
+                source = song.stems[0, :, start : start + 8000]
+                gain = (target * source).sum() / source.square().sum()
+                torch.testing.assert_close(target, source * gain)
+                checked += 1
+    assert checked > 6
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")  # of Python 3.12 on; the workers are torch's own
+def test_the_batches_of_a_loader_do_not_depend_on_its_workers(pool: list[Song]) -> None:
+    before = torch.get_rng_state()
+    plain = list(islice(Loader(Remixer(pool, 8000, 2, seed=4)), 6))
+    working = list(islice(Loader(Remixer(pool, 8000, 2, seed=4), workers=2), 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(equal, plain, working))
+    assert not any(equal(one, two) for one, two in pairwise(plain))
+    later = Loader(Remixer(pool, 8000, 2, seed=4))
+    later.skip(4)
+    assert equal(next(iter(later)), plain[4])
+    other = Loader(Remixer(pool, 8000, 2, seed=5))
+    assert not equal(next(iter(other)), plain[0])
+
+
+def test_processes_share_the_examples_of_one_large_batch(pool: list[Song], monkeypatch: pytest.MonkeyPatch) -> None:
+    large = list(islice(Loader(Remixer(pool, 8000, 4, seed=4)), 3))
+    monkeypatch.setattr(data, "world", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        shares.append(list(islice(Loader(Remixer(pool, 8000, 2, seed=4)), 3)))
+    for whole, first, second in zip(large, *shares, strict=True):
+        joined = torch.cat((first[0], second[0])), torch.cat((first[1], second[1])), first[2] + second[2]
+        assert equal(whole, joined)
+
+
+def test_validation_is_the_mean_over_windows_where_the_target_is_heard(tiny: BSMamba2, pool: list[Song]) -> None:
+    windows = find_windows(pool, 8000)[0]
+    expected = []
+    for song, start in windows:
+        with torch.inference_mode():
+            estimate = tiny(song.mixture[None, :, start : start + 8000])[0, 0]
+        expected.append(usdr(song.vocals[:, start : start + 8000], estimate))
+    assert Validation(windows, 8000)(tiny) == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+    few = Validation(windows, 8000, count=2).windows
+    assert few == [windows[0], windows[len(windows) // 2]]
+    with pytest.raises(ValueError, match="no song for validation"):
+        Validation([], 8000)
 
 
 def test_a_stem_that_is_never_heard_is_named(pool: list[Song]) -> None:
