@@ -10,8 +10,9 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from tqdm import tqdm
@@ -128,8 +129,8 @@ crash or a power cut, the same command goes on where it was.""",
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif kind in (str, int, float):
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-        else:
-            parser.add_argument(flag, type=int, nargs="+", metavar="INT", help=text)
+        else:  # tuple[kind, ...]
+            parser.add_argument(flag, type=get_args(kind)[0], nargs="+", help=text)
     parser.set_defaults(run=run_train)
 
 
@@ -140,14 +141,14 @@ def run_train(chosen: argparse.Namespace) -> int:
         given = read_parameters(chosen.params) if "params" in chosen else {}
         recipe = Recipe.from_mapping({**given, **values})
         with together(recipe.device) as device:
-            run, batches = recipe.run(device)
+            run, batches = recipe.run(device, partial(tqdm, desc="looking for activity", unit="file"))
             done = run.trainer.number
             bar = tqdm(
                 run.steps(batches), "training", total=recipe.steps, initial=done, unit="step", disable=not run.writer
             )
             for step in bar:
                 bar.set_postfix(loss=f"{step.loss:.3f}", best="" if run.best is None else f"{run.best[0]:.2f} dB")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         notes = getattr(error, "__notes__", [])  # a run that had begun says where it stopped
         print(error, *notes, sep="\n", file=sys.stderr)
         return 1 if notes else 2

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -103,13 +103,12 @@ class Remixer:
     `gains`. The mixture is the sum; the target is the first stem as it stands in that sum.
 
     Args:
-        songs: what to draw from; stems (stem, c, samples), the target first.
+        songs: what to draw from, the target being their first stem; or their windows, from `find_windows`.
         samples: length of an example.
         batch: examples in a batch.
         seed: the same seed gives the same batches.
         silence: probability that a stem is absent, the target included.
         gains: lowest and highest gain.
-        windows: where the stems are heard, if that is known; found in the songs if not.
 
     Raises:
         ValueError: when a stem has no salient window in any song.
@@ -117,22 +116,22 @@ class Remixer:
 
     def __init__(
         self,
-        songs: Sequence[Track],
+        songs: Sequence[Track] | Windows,
         samples: int,
         batch: int,
         *,
         seed: int = 0,
         silence: float = 0.1,
         gains: tuple[float, float] = (0.5, 1.5),
-        windows: Windows | None = None,
     ) -> None:
         if not songs:
             raise ValueError("there is no song to draw from")
         self.samples, self.batch, self.seed, self.silence, self.gains = samples, batch, seed, silence, gains
-        self.windows = find_windows(songs, samples) if windows is None else windows
+        known = isinstance(songs[0], Sequence)
+        self.windows = cast(Windows, songs) if known else find_windows(cast(Sequence[Track], songs), samples)
         for stem, found in enumerate(self.windows):
             if not found:
-                raise ValueError(f"stem {stem} is never heard for {samples} samples in {len(songs)} songs")
+                raise ValueError(f"stem {stem} is never heard for {samples} samples in any song")
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 
 from .config import PRESETS, ModelConfig
-from .data import Loader, Remixer, Track, Validation, find_windows
+from .data import Loader, Remixer, Validation, Windows, find_windows
 from .losses import WINDOWS
 from .model import BSMamba2
-from .processes import world
+from .processes import from_first, rank, world
 from .runs import Run
-from .songs import songs
+from .songs import STEMS, songs
+from .tracks import DataError, Progress, cache_of, musdb_sample, open_folder, scan
 from .train import TrainConfig, Trainer
 
 
@@ -41,7 +43,9 @@ class Recipe:
     """
 
     preset: str = _parameter("small", f"size of the model: {', '.join(PRESETS)}")
-    data: str = _parameter("songs", "`songs`: synthesised ones; or a folder, MUSDB18-HQ for one")
+    data: str = _parameter("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
+    stems: tuple[str, ...] = _parameter(STEMS, "names of the files in a song's folder, the target first")
+    faulty: str = _parameter("stop", "files that cannot be used: stop, or skip their songs")
     songs: int = _parameter(160, "synthesised songs to learn from")
     seconds_per_song: float = _parameter(6.0, "length of each")
     held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
@@ -73,10 +77,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if kind == tuple[int, ...]:
-                if isinstance(value, list):
+            if kind in (tuple[int, ...], tuple[str, ...]):
+                if isinstance(value, list):  # as JSON and YAML have it
                     object.__setattr__(self, name, tuple(value))
-                continue  # TrainConfig looks at the items
+                continue  # the items are looked at below
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
             if not fits or (isinstance(value, bool) and kind is not bool):
                 hint = "; in YAML write 1.0e-3, not 1e-3" if kind is float and isinstance(value, str) else ""
@@ -90,6 +94,10 @@ class Recipe:
         for name in ("seconds_per_song", "segment"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
+        if self.faulty not in ("stop", "skip"):
+            raise ValueError(f"faulty={self.faulty!r} must be stop or skip")
+        if len(self.stems) < 1 or not all(isinstance(stem, str) for stem in self.stems):
+            raise ValueError(f"stems={self.stems!r} must be names")
         self.model_config  # noqa: B018  # each checks its own
         self.train_config  # noqa: B018
 
@@ -117,20 +125,44 @@ class Recipe:
         """Length of a training example."""
         return round(self.segment * self.model_config.sample_rate)
 
-    def tracks(self) -> tuple[Sequence[Track], Sequence[Track]]:
-        """What to learn from, and what to validate with."""
-        if self.data != "songs":
-            raise ValueError(f"data={self.data!r} must be songs")
-        rate = self.model_config.sample_rate
-        training = songs(self.songs, seed=self.seed, seconds=self.seconds_per_song, sample_rate=rate)
-        held_out = songs(
-            self.held_out_songs, seed=self.seed + 1_000_000, seconds=self.seconds_per_song, sample_rate=rate
-        )
-        return training, held_out
+    def windows(self, progress: Progress) -> tuple[Windows, Windows]:
+        """Where stems are heard, in what to learn from and in what to validate with; the first process looks.
 
-    def run(self, device: torch.device | None = None) -> tuple[Run, Remixer | Loader]:
+        Raises:
+            DataError: for faults in a folder, all at once, with `faulty="stop"`; with `skip` it is a warning.
+        """
+        config = self.model_config
+        if self.data == "songs":
+            parts = [
+                songs(count, seed=seed, seconds=self.seconds_per_song, sample_rate=config.sample_rate)
+                for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
+            ]
+            return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)
+        if self.data == "musdb-sample":
+            excerpts = musdb_sample(self.samples)
+            return find_windows(excerpts[0], self.samples), find_windows(excerpts[1], self.samples)
+        folder = Path(self.data)
+        found = None
+        if rank() == 0:
+            *kinds, faults = open_folder(
+                folder, self.samples, stems=self.stems, sample_rate=config.sample_rate, channels=config.channels
+            )
+            everything = [track for kind in kinds for track in kind]
+            windows, inside = scan(everything, self.samples, cache_of(folder, self.samples), progress=progress)
+            faults += inside
+            if faults and self.faulty == "stop":
+                raise DataError(folder, faults, "mend or remove them, or leave these songs out: faulty=skip")
+            if faults:
+                warnings.warn(str(DataError(folder, faults, "their songs are left out")), stacklevel=3)
+            found = [[[one for one in stem if one[0] in kind] for stem in windows] for kind in map(set, kinds)]
+        training, validation = from_first(found)
+        return training, validation
+
+    def run(
+        self, device: torch.device | None = None, progress: Progress = lambda files: files
+    ) -> tuple[Run, Remixer | Loader]:
         """The run in its folder, taken up where it was, and its batches: `run.steps(batches)` trains."""
-        training, held_out = self.tracks()
+        training, held_out = self.windows(progress)
         remixer = Remixer(training, self.samples, self.batch, seed=self.seed)
         in_order = not self.workers and world() == 1
         torch.manual_seed(self.seed)
@@ -140,9 +172,9 @@ class Recipe:
             settings={
                 **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
                 "examples": "in order" if in_order else "by number",
-                "windows": [len(found) for found in remixer.windows],
+                "windows": [len(found) for found in training],
             },
-            validate=Validation(find_windows(held_out, self.samples)[0], self.samples, count=self.validation_windows),
+            validate=Validation(held_out[0], self.samples, count=self.validation_windows),
             save_every=self.save_every,
             validate_every=self.validate_every,
             tensorboard=self.tensorboard,
