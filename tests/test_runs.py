@@ -65,6 +65,7 @@ def killed(folder: Path, kills: int, seed: int) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     alone, hunted = tmp_path / "alone", tmp_path / "hunted"
     assert killed(alone, 0, 0) == 0
