@@ -19,10 +19,14 @@ from tqdm import tqdm
 
 from . import audio, kernels
 from .checkpoints import load_checkpoint
+from .config import PRESETS, ModelConfig
+from .cost import training_cost
 from .model import BSMamba2
 from .processes import together
 from .recipe import Recipe, read_parameters
 from .separate import separate
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "backends":
         return print_backends()
     add_train(commands)
+    add_cost(commands)
     chosen = parser.parse_args(arguments)
     if hasattr(chosen, "run"):
         return chosen.run(chosen)
@@ -158,6 +163,64 @@ def run_train(chosen: argparse.Namespace) -> int:
     if run.writer:
         best = "" if run.best is None else f", best {run.best[0]:.2f} dB uSDR at step {run.best[1]}"
         print(f"{run.trainer.number} steps done{best}: {run.folder}")
+    return 0
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+def add_cost(commands: Any) -> None:
+    """`cost --preset NAME`: will it fit, and how long will it take."""
+    parser = commands.add_parser(
+        "cost",
+        help="what training takes: operations, memory, time",
+        description="Count what a batch takes, without running one. For the time, give the peaks of your device.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="size of the model (paper)")
+    parser.add_argument("--batch", type=int, default=5, metavar="N", help="examples in a batch of one device (5)")
+    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of an example (8)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of matrix products (fp32)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute layers twice to keep less")
+    parser.add_argument(
+        "--loss-hop", type=int, default=147, metavar="N", help="samples between frames of the loss (147)"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="T", help="the device's peak, in 10^12 operations a second"
+    )
+    parser.add_argument("--bandwidth", type=float, metavar="GB", help="its memory's peak, in 10^9 bytes a second")
+    parser.add_argument(
+        "--batches", type=int, default=1, metavar="N", help="batches of the whole run, for its time (1)"
+    )
+    parser.set_defaults(run=run_cost)
+
+
+def run_cost(chosen: argparse.Namespace) -> int:
+    """Print the cost, a line for each number."""
+    try:
+        cost = training_cost(
+            ModelConfig.preset(chosen.preset), batch=chosen.batch, seconds=chosen.seconds, dtype=DTYPES[chosen.dtype],
+            checkpointing=chosen.checkpointing, loss_hop=chosen.loss_hop,
+        )  # fmt: skip
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    total = sum(cost.forward.values())
+    parts = ", ".join(f"{part} {flops / total:.0%}" for part, flops in cost.forward.items())
+    lines = {
+        "parameters": f"{cost.parameters:,}",
+        "forward, a second of audio": f"{cost.flops_per_second / 1e9:,.1f} GFLOP ({parts})",
+        "a batch, forward and backward": f"{cost.step / 1e12:,.3f} TFLOP",
+        "memory, weights and optimiser": f"{cost.state / 1e9:,.2f} GB",
+        "memory, activations": f"{cost.activations / 1e9:,.2f} GB",
+        "memory, together": f"{(cost.state + cost.activations) / 1e9:,.2f} GB",
+    }
+    if chosen.peak_tflops and chosen.bandwidth:
+        seconds = cost.seconds(chosen.peak_tflops * 1e12, chosen.bandwidth * 1e9)
+        lines["a batch, at the device's peaks"] = f"{seconds:,.3f} s"
+        if chosen.batches > 1:
+            lines[f"{chosen.batches:,} batches"] = f"{seconds * chosen.batches / 3600:,.1f} h"
+    for name, text in lines.items():
+        print(f"{name + ':':<34}{text}")
     return 0
 
 
