@@ -146,7 +146,8 @@ def run_train(chosen: argparse.Namespace) -> int:
         given = read_parameters(chosen.params) if "params" in chosen else {}
         recipe = Recipe.from_mapping({**given, **values})
         with together(recipe.device) as device:
-            run, batches = recipe.run(device, partial(tqdm, desc="looking for activity", unit="file"))
+            windows = recipe.windows(partial(tqdm, desc="looking for activity", unit="file"))
+            run, batches = recipe.start(*windows, device), recipe.batches(windows[0])
             done = run.trainer.number
             bar = tqdm(
                 run.steps(batches), "training", total=recipe.steps, initial=done, unit="step", disable=not run.writer

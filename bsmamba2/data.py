@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from .metrics import usdr
 from .model import BSMamba2
 from .processes import gather, rank, world
+from .songs import Song
 
 Example = tuple[Tensor, Tensor, str]
 """Mixture and target, each (c, samples) float32, and where they are from."""
@@ -222,6 +223,23 @@ class _Shares:
             yield list(range(start, start + self.batch))
 
 
+def pick(windows: Sequence[tuple[Track, int]], count: int) -> list[tuple[Track, int]]:
+    """At most `count` windows, spread over all of them."""
+    places = np.linspace(0, len(windows), min(count, len(windows)), endpoint=False).astype(int)
+    return [windows[place] for place in places]
+
+
+def whole_windows(windows: Sequence[tuple[Track, int]], samples: int, count: int) -> list[Song]:
+    """Stretches of tracks as songs: all stems at `count` of the target's windows."""
+    found = []
+    for track, start in pick(windows, count):
+        stems = torch.stack([track.read(stem, start, samples) for stem in range(len(track.stems))])
+        place, rate = start / track.sample_rate, track.sample_rate
+        sung = ((0.0, samples / rate),)
+        found.append(Song(f"{track.name} at {place:.1f} s", stems, rate, sung, "see the data set", track.label(0)))
+    return found
+
+
 class Validation:
     """Scores a model on stretches of whole songs: mean uSDR in dB of the target, all stems as they were recorded.
 
@@ -241,8 +259,7 @@ class Validation:
         if not windows:
             raise ValueError("no song for validation has a window in which the target is heard")
         self.samples = samples
-        picked = np.linspace(0, len(windows), min(count, len(windows)), endpoint=False).astype(int)
-        self.windows = [windows[i] for i in picked]
+        self.windows = pick(windows, count)
 
     def __call__(self, model: BSMamba2) -> float:
         """Mean uSDR in dB of the model's first stem."""

@@ -104,11 +104,15 @@ class Recipe:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
         """A recipe from names and values; ValueError for a name that is no parameter."""
-        known = {one.name for one in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - set(cls.names()))
         if unknown:
-            raise ValueError(f"unknown parameters {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            raise ValueError(f"unknown parameters {', '.join(unknown)}; known: {', '.join(cls.names())}")
         return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The parameters' names."""
+        return [one.name for one in dataclasses.fields(cls)]
 
     @property
     def model_config(self) -> ModelConfig:
@@ -125,7 +129,7 @@ class Recipe:
         """Length of a training example."""
         return round(self.segment * self.model_config.sample_rate)
 
-    def windows(self, progress: Progress) -> tuple[Windows, Windows]:
+    def windows(self, progress: Progress = lambda files: files) -> tuple[Windows, Windows]:
         """Where stems are heard, in what to learn from and in what to validate with; the first process looks.
 
         Raises:
@@ -158,20 +162,20 @@ class Recipe:
         training, validation = from_first(found)
         return training, validation
 
-    def run(
-        self, device: torch.device | None = None, progress: Progress = lambda files: files
-    ) -> tuple[Run, Remixer | Loader]:
-        """The run in its folder, taken up where it was, and its batches: `run.steps(batches)` trains."""
-        training, held_out = self.windows(progress)
+    def batches(self, training: Windows) -> Remixer | Loader:
+        """The supply of examples: one stream of random numbers, or by number for workers and many processes."""
         remixer = Remixer(training, self.samples, self.batch, seed=self.seed)
-        in_order = not self.workers and world() == 1
+        return remixer if not self.workers and world() == 1 else Loader(remixer, workers=self.workers)
+
+    def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> Run:
+        """A new model in a run of its own, in `output_dir`, or the run that is there, taken up where it was."""
         torch.manual_seed(self.seed)
-        run = Run(
+        return Run(
             Path(self.output_dir),
             Trainer(BSMamba2(self.model_config).to(device or "cpu"), self.train_config),
             settings={
                 **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
-                "examples": "in order" if in_order else "by number",
+                "examples": "by number" if self.workers or world() > 1 else "in order",
                 "windows": [len(found) for found in training],
             },
             validate=Validation(held_out[0], self.samples, count=self.validation_windows),
@@ -179,7 +183,6 @@ class Recipe:
             validate_every=self.validate_every,
             tensorboard=self.tensorboard,
         )
-        return run, remixer if in_order else Loader(remixer, workers=self.workers)
 
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
