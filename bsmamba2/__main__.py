@@ -2,6 +2,8 @@
 
 python -m bsmamba2 separate SONG... --checkpoint FILE -o DIR    songs in, vocals and the rest out
 python -m bsmamba2 backends                                     which forms of the scan run here, and why not
+python -m bsmamba2 train --params FILE                          a model from songs, or a stopped run taken up again
+python -m bsmamba2 cost --preset NAME                           what training takes, before it is started
 """
 
 from __future__ import annotations
@@ -40,12 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--segment", type=float, default=8.0, help="seconds in a segment (8)")
     command.add_argument("--overlap", type=float, default=0.5, help="share that segments overlap (0.5)")
     commands.add_parser("backends", help="which forms of the scan run here, and what would make the others run")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "backends":
-        return print_backends()
     add_train(commands)
     add_cost(commands)
     chosen = parser.parse_args(arguments)
+    if chosen.command == "backends":
+        return print_backends()
     if hasattr(chosen, "run"):
         return chosen.run(chosen)
     try:

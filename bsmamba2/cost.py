@@ -181,7 +181,7 @@ def kept_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_h
     found = []
     with FakeTensorMode():
         for layers in (1, 2):
-            model = BSMamba2(dataclasses.replace(config, layers=layers))
+            model = BSMamba2(dataclasses.replace(config, layers=layers), scan="chunked")
             mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
             saved = _Saved()
             with saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -333,7 +333,10 @@ def test_recomputed_layers_give_the_same_gradient_and_are_computed_again() -> No
 
 
 class Products(TorchDispatchMode):
-    """Notes the types that matrix products are given, forwards and backwards, and those of transforms."""
+    """Notes the types that matrix products are given, forwards and backwards, and those of transforms.
+
+    One product is a sum in disguise: the scan's backward pass adds up decays with a triangle of ones, in float32.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,7 +344,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm", "baddbmm", "mv", "convolution"):
+        if name == "mm" and torch.equal(args[1], torch.ones_like(args[1]).triu(1)):
+            self.seen.setdefault("sums", set()).update(a.dtype for a in args)  # of decays, as a product with ones
+        elif name in ("mm", "bmm", "addmm", "baddbmm", "mv", "convolution"):
             self.seen.setdefault("products", set()).update(a.dtype for a in args[:3] if isinstance(a, Tensor))
         elif "fft" in name:
             self.seen.setdefault("transforms", set()).update(a.dtype for a in args[:1])
@@ -359,6 +364,7 @@ def test_every_matrix_product_has_the_precision_asked_for(
     with Products() as products:
         trainer.backward(clips(1))
     assert products.seen["products"] == {dtype}
+    assert products.seen.get("sums", {torch.float32}) == {torch.float32}
     assert products.seen["transforms"] <= {torch.float32, torch.complex64}  # the STFT of the model and of the loss
     assert {p.dtype for p in tiny.parameters()} == {p.grad.dtype for p in tiny.parameters()} == {torch.float32}
     assert trainer.separate(clips(1)[0][0]).dtype == torch.float32
