@@ -69,13 +69,15 @@ $(KERNELS): $(ENV)
 
 train: $(RESULT)
 
-# Papermill leaves a notebook behind even when a cell failed: it becomes the result only after success. A
+# A run that was stopped goes on where it was; one that has finished leaves no state to go on from, so that newer code
+# trains anew. Papermill leaves a notebook behind even when a cell failed: it becomes the result only after success. A
 # progress bar is one line for each of its steps in a stored notebook; coalescing leaves the last.
 $(RESULT): notebooks/train.ipynb $(PARAMS) $(MODULE) | $(ENV)
 	@mkdir -p _build $(@D)
 	$(BIN)/papermill notebooks/train.ipynb _build/first_run.ipynb -f $(PARAMS) || { \
 	  echo 'The training notebook failed; what it did until then is in _build/first_run.ipynb' >&2; exit 1; }
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --coalesce-streams _build/first_run.ipynb
+	rm -f $(@D)/first_run/state-*.pt
 	mv _build/first_run.ipynb $@
 
 # --- book -------------------------------------------------------------------------------------------------

@@ -7,21 +7,29 @@ exit code: 0 when all went well, 1 when something given could not be done (the r
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from tqdm import tqdm
 
 from . import audio, checkpoints, evaluate, kernels, songs
+from .config import PRESETS, ModelConfig
+from .cost import training_cost
 from .model import BSMamba2
+from .processes import together
 from .protocol import PROTOCOLS, SEGMENTS
+from .recipe import Recipe, read_parameters
 from .separate import DTYPES, Progress, separate_file
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_separate(commands)
     add_evaluate(commands)
+    add_train(commands)
+    add_cost(commands)
     add_backends(commands)
     chosen = parser.parse_args(arguments)
     try:
@@ -274,6 +284,124 @@ def run_backends(chosen: argparse.Namespace) -> int:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]))
         if mend:
             print(f"  to use it: {mend}")
+    return 0
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+def add_train(commands: Any) -> None:
+    """`train --params FILE`, and a flag for every parameter."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model, or go on with a run that was stopped",
+        argument_default=argparse.SUPPRESS,
+        description="""\
+Train a model on synthesised songs, or on a folder of stems (--data). The run lives in --output-dir: after Ctrl-C, a
+crash or a power cut, the same command goes on where it was.""",
+        epilog="Many GPUs: torchrun --standalone --nproc-per-node 2 -m bsmamba2 train ...",
+    )
+    parser.add_argument("--params", type=Path, metavar="FILE", help="YAML or JSON with any of the names below")
+    types = get_type_hints(Recipe)
+    for one in dataclasses.fields(Recipe):
+        flag, kind = f"--{one.name.replace('_', '-')}", types[one.name]
+        text = f"{one.metadata['help']} ({one.default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif kind in (str, int, float):
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+        else:  # tuple[kind, ...]
+            parser.add_argument(flag, type=get_args(kind)[0], nargs="+", help=text)
+    parser.set_defaults(run=run_train)
+
+
+def run_train(chosen: argparse.Namespace) -> int:
+    """Train to the end; 0 when it is reached, 1 when the run stopped before, 2 for wrong parameters."""
+    values = {name: value for name, value in vars(chosen).items() if name not in ("params", "command", "run")}
+    try:
+        given = read_parameters(chosen.params) if "params" in chosen else {}
+        recipe = Recipe.from_mapping({**given, **values})
+        with together(recipe.device) as device:
+            windows = recipe.windows(partial(tqdm, desc="looking for activity", unit="file"))
+            run, batches = recipe.start(*windows, device), recipe.batches(windows[0])
+            done = run.trainer.number
+            bar = tqdm(
+                run.steps(batches), "training", total=recipe.steps, initial=done, unit="step", disable=not run.writer
+            )
+            for step in bar:
+                bar.set_postfix(loss=f"{step.loss:.3f}", best="" if run.best is None else f"{run.best[0]:.2f} dB")
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        notes = getattr(error, "__notes__", [])  # a run that had begun says where it stopped
+        print(error, *notes, sep="\n", file=sys.stderr)
+        return 1 if notes else 2
+    except KeyboardInterrupt as error:
+        print(error or "stopped at once", file=sys.stderr)
+        return 130
+    if run.writer:
+        best = "" if run.best is None else f", best {run.best[0]:.2f} dB uSDR at step {run.best[1]}"
+        print(f"{run.trainer.number} steps done{best}: {run.folder}")
+    return 0
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+def add_cost(commands: Any) -> None:
+    """`cost --preset NAME`: will it fit, and how long will it take."""
+    parser = commands.add_parser(
+        "cost",
+        help="what training takes: operations, memory, time",
+        description="Count what a batch takes, without running one. For the time, give the peaks of your device.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="size of the model (paper)")
+    parser.add_argument("--batch", type=int, default=5, metavar="N", help="examples in a batch of one device (5)")
+    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of an example (8)")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="of matrix products (fp32)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute layers twice to keep less")
+    parser.add_argument(
+        "--loss-hop", type=int, default=147, metavar="N", help="samples between frames of the loss (147)"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="T", help="the device's peak, in 10^12 operations a second"
+    )
+    parser.add_argument("--bandwidth", type=float, metavar="GB", help="its memory's peak, in 10^9 bytes a second")
+    parser.add_argument(
+        "--batches", type=int, default=1, metavar="N", help="batches of the whole run, for its time (1)"
+    )
+    parser.set_defaults(run=run_cost)
+
+
+def run_cost(chosen: argparse.Namespace) -> int:
+    """Print the cost, a line for each number."""
+    try:
+        cost = training_cost(
+            ModelConfig.preset(chosen.preset),
+            batch=chosen.batch,
+            seconds=chosen.seconds,
+            dtype=PRECISIONS[chosen.dtype],
+            checkpointing=chosen.checkpointing,
+            loss_hop=chosen.loss_hop,
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    total = sum(cost.forward.values())
+    parts = ", ".join(f"{part} {flops / total:.0%}" for part, flops in cost.forward.items())
+    lines = {
+        "parameters": f"{cost.parameters:,}",
+        "forward, a second of audio": f"{cost.flops_per_second / 1e9:,.1f} GFLOP ({parts})",
+        "a batch, forward and backward": f"{cost.step / 1e12:,.3f} TFLOP",
+        "memory, weights and optimiser": f"{cost.state / 1e9:,.2f} GB",
+        "memory, activations": f"{cost.activations / 1e9:,.2f} GB",
+        "memory, together": f"{(cost.state + cost.activations) / 1e9:,.2f} GB",
+    }
+    if chosen.peak_tflops and chosen.bandwidth:
+        seconds = cost.seconds(chosen.peak_tflops * 1e12, chosen.bandwidth * 1e9)
+        lines["a batch, at the device's peaks"] = f"{seconds:,.3f} s"
+        if chosen.batches > 1:
+            lines[f"{chosen.batches:,} batches"] = f"{seconds * chosen.batches / 3600:,.1f} h"
+    for name, text in lines.items():
+        print(f"{name + ':':<34}{text}")
     return 0
 
 

@@ -257,7 +257,7 @@ def save_checkpoint(
         buffer = io.BytesIO()
         torch.save(content, buffer)
         payload = buffer.getvalue()
-    _replace(Path(path).resolve(), payload)  # of a link, what it points to
+    write_whole(Path(path).resolve(), payload)  # of a link, what it points to
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -521,7 +521,7 @@ def _refuse_nonfinite(where: str, state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{where}: {name} has NaN or infinite values: take an earlier checkpoint")
 
 
-def _replace(path: Path, payload: bytes) -> None:
+def write_whole(path: Path, payload: bytes | memoryview) -> None:
     """Write beside, flush to the disk, then rename: the file at `path` is the old one or the new one."""
     beside = path.with_name(f".bsmamba2-{secrets.token_hex(8)}.tmp")
     try:

@@ -2,18 +2,55 @@
 
 songs → salient windows per stem → random windows → gain, silence → mixture and target
 
+Songs lie in memory (`bsmamba2.songs`) or in files (`bsmamba2.tracks`).
+
 Book: "Training". Source: the published implementation of arXiv:2508.14556.
 Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from .metrics import usdr
+from .model import BSMamba2
+from .processes import gather, rank, world
 from .songs import Song
+
+Example = tuple[Tensor, Tensor, str]
+"""Mixture and target, each (c, samples) float32, and where they are from."""
+Batch = tuple[Tensor, Tensor, list[str]]
+"""The same of b examples: (b, c, samples) twice, and b strings."""
+
+
+class Track(Protocol):
+    """A song whose stems can be read piece by piece: a `songs.Song`, or files (`tracks.FileTrack`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def stems(self) -> Sized: ...
+
+    def read(self, stem: int, start: int, samples: int) -> Tensor:
+        """A piece of one stem, (c, samples) float32."""
+
+    def label(self, stem: int) -> str:
+        """What to call a stem in a message."""
+
+
+Windows = Sequence[Sequence[tuple[Track, int]]]
+"""Per stem, the target first: track and first sample of every salient window."""
 
 
 def salient_windows(stem: Tensor, samples: int, *, floor: float = 1e-3, quantile: float = 0.15) -> list[int]:
@@ -49,6 +86,16 @@ def salient_windows(stem: Tensor, samples: int, *, floor: float = 1e-3, quantile
     return (salient.nonzero()[:, 0] * (samples // 2)).tolist()
 
 
+def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
+    """The salient windows of all tracks, stem by stem; reads every stem once from end to end."""
+    windows: list[list[tuple[Track, int]]] = []
+    for track in tracks:
+        windows += [[] for _ in range(len(track.stems) - len(windows))]
+        for stem, found in enumerate(windows):
+            found += [(track, start) for start in salient_windows(track.read(stem, 0, track.samples), samples)]
+    return windows
+
+
 class Remixer:
     """An endless, seeded supply of training batches from a list of songs.
 
@@ -57,7 +104,7 @@ class Remixer:
     `gains`. The mixture is the sum; the target is the first stem as it stands in that sum.
 
     Args:
-        songs: what to draw from; stems (stem, c, samples), the target first.
+        songs: what to draw from, the target being their first stem; or their windows, from `find_windows`.
         samples: length of an example.
         batch: examples in a batch.
         seed: the same seed gives the same batches.
@@ -70,7 +117,7 @@ class Remixer:
 
     def __init__(
         self,
-        songs: Sequence[Song],
+        songs: Sequence[Track] | Windows,
         samples: int,
         batch: int,
         *,
@@ -80,30 +127,153 @@ class Remixer:
     ) -> None:
         if not songs:
             raise ValueError("there is no song to draw from")
-        self.songs, self.samples, self.batch, self.silence, self.gains = songs, samples, batch, silence, gains
-        self.windows = [
-            [(song, start) for song in songs for start in salient_windows(song.stems[stem], samples)]
-            for stem in range(len(songs[0].stems))
-        ]
-        for stem, windows in enumerate(self.windows):
-            if not windows:
-                raise ValueError(f"stem {stem} is never heard for {samples} samples in {len(songs)} songs")
+        self.samples, self.batch, self.seed, self.silence, self.gains = samples, batch, seed, silence, gains
+        known = isinstance(songs[0], Sequence)
+        self.windows = cast(Windows, songs) if known else find_windows(cast(Sequence[Track], songs), samples)
+        for stem, found in enumerate(self.windows):
+            if not found:
+                raise ValueError(f"stem {stem} is never heard for {samples} samples in any song")
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs (mixture, target), each (b, c, samples) float32, without end."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, one process, one after the other (`Loader` has more of both)."""
         while True:
-            examples = [self.example() for _ in range(self.batch)]
-            mixtures, targets = zip(*examples, strict=True)
-            yield torch.stack(mixtures), torch.stack(targets)
+            yield collate([self.example(self.generator) for _ in range(self.batch)])
 
-    def example(self) -> tuple[Tensor, Tensor]:
-        """One mixture and its target, each (c, samples)."""
+    def skip(self, count: int) -> None:
+        """Draw `count` batches and read none."""
+        for _ in range(count * self.batch):
+            self.draw(self.generator)
+
+    def draw(self, generator: torch.Generator) -> list[tuple[Track, int, float]]:
+        """What one example is made of: for every stem a track, a first sample, and a gain, zero for silence."""
         low, high = self.gains
-        parts = []
-        for stem, windows in enumerate(self.windows):
-            song, start = windows[int(torch.randint(len(windows), (), generator=self.generator))]
-            absent, gain = torch.rand(2, generator=self.generator).tolist()
-            part = song.stems[stem, :, start : start + self.samples]
-            parts.append(part * (0.0 if absent < self.silence else low + (high - low) * gain))
-        return torch.stack(parts).sum(0), parts[0]
+        drawn = []
+        for windows in self.windows:
+            track, start = windows[int(torch.randint(len(windows), (), generator=generator))]
+            absent, gain = torch.rand(2, generator=generator).tolist()
+            drawn.append((track, start, 0.0 if absent < self.silence else low + (high - low) * gain))
+        return drawn
+
+    def example(self, generator: torch.Generator) -> Example:
+        """One mixture, its target, and where its stems are from."""
+        drawn = self.draw(generator)
+        parts = [track.read(stem, start, self.samples) * gain for stem, (track, start, gain) in enumerate(drawn)]
+        heard = [
+            f"{track.label(stem)} at {start / track.sample_rate:.2f} s"
+            for stem, (track, start, gain) in enumerate(drawn)
+            if gain
+        ]
+        return torch.stack(parts).sum(0), parts[0], " + ".join(heard) or "silence"
+
+
+class Loader:
+    """A remixer's examples by number, in batches, for any number of workers and processes.
+
+    Example i is drawn from a generator of its own, seeded with (seed, i), whoever draws it. So a run
+    repeats with any number of workers, no two of them draw the same, and n processes with batch b see
+    together what one process with batch n·b sees.
+
+    Args:
+        remixer: draws; its batch is that of one process.
+        workers: processes that read ahead; 0 reads when asked.
+    """
+
+    def __init__(self, remixer: Remixer, *, workers: int = 0) -> None:
+        self.remixer, self.workers, self.done = remixer, workers, 0
+
+    def skip(self, count: int) -> None:
+        """Go on after `count` more batches of every process."""
+        self.done += count
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, from the one after those that were skipped."""
+        return iter(
+            DataLoader(
+                _Numbered(self.remixer),
+                batch_sampler=_Shares(self.remixer.batch, self.done),
+                num_workers=self.workers,
+                collate_fn=collate,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # or every start would draw from the global one
+            )
+        )
+
+
+class _Numbered(Dataset):
+    """Example i of a remixer, whatever was drawn before."""
+
+    def __init__(self, remixer: Remixer) -> None:
+        self.remixer = remixer
+
+    def __getitem__(self, number: int) -> Example:
+        seed = np.random.SeedSequence([self.remixer.seed, number]).generate_state(1, np.uint64)
+        return self.remixer.example(torch.Generator().manual_seed(int(seed[0])))
+
+
+class _Shares:
+    """The numbers of this process's batches, from its batch number `first` on, without end."""
+
+    def __init__(self, batch: int, first: int) -> None:
+        self.batch, self.first = batch, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in itertools.count(self.first):
+            start = (number * world() + rank()) * self.batch
+            yield list(range(start, start + self.batch))
+
+
+def pick(windows: Sequence[tuple[Track, int]], count: int) -> list[tuple[Track, int]]:
+    """At most `count` windows, spread over all of them."""
+    places = np.linspace(0, len(windows), min(count, len(windows)), endpoint=False).astype(int)
+    return [windows[place] for place in places]
+
+
+def whole_windows(windows: Sequence[tuple[Track, int]], samples: int, count: int) -> list[Song]:
+    """Stretches of tracks as songs: all stems at `count` of the target's windows."""
+    found = []
+    for track, start in pick(windows, count):
+        stems = torch.stack([track.read(stem, start, samples) for stem in range(len(track.stems))])
+        place, rate = start / track.sample_rate, track.sample_rate
+        sung = ((0.0, samples / rate),)
+        found.append(Song(f"{track.name} at {place:.1f} s", stems, rate, sung, "see the data set", track.label(0)))
+    return found
+
+
+class Validation:
+    """Scores a model on stretches of whole songs: mean uSDR in dB of the target, all stems as they were recorded.
+
+    The stretches are salient windows of the target, at most `count` of them, spread over all there are. Under
+    `torchrun` the processes share them out.
+
+    Args:
+        windows: of the target, as `find_windows` gives them first.
+        samples: length of a window.
+        count: most windows to score; the published number is 1,200.
+
+    Raises:
+        ValueError: when there is no window.
+    """
+
+    def __init__(self, windows: Sequence[tuple[Track, int]], samples: int, *, count: int = 1200) -> None:
+        if not windows:
+            raise ValueError("no song for validation has a window in which the target is heard")
+        self.samples = samples
+        self.windows = pick(windows, count)
+
+    def __call__(self, model: BSMamba2) -> float:
+        """Mean uSDR in dB of the model's first stem."""
+        device = next(model.parameters()).device
+        found = 0.0
+        with torch.inference_mode():
+            for track, start in self.windows[rank() :: world()]:
+                stems = torch.stack([track.read(stem, start, self.samples) for stem in range(len(track.stems))])
+                estimate = model(stems.sum(0, keepdim=True).to(device))[0, 0].cpu()
+                found += usdr(stems[0], estimate)
+        return sum(gather(found)) / len(self.windows)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Examples → batch."""
+    mixtures, targets, names = zip(*examples, strict=True)
+    return torch.stack(mixtures), torch.stack(targets), list(names)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import kernels, ssd
 from .bands import BandSplit, UnitNorm
@@ -33,6 +34,10 @@ class BSMamba2(nn.Module):
             same; a Mamba-2 mixer of the configuration's size when absent. This is the seam for
             ablations: pass one that makes an LSTM or attention.
 
+    Attributes:
+        checkpointing: while gradients are recorded, keep only the input of each dual-path layer and compute
+            the layer again in the backward pass: less memory, more time, the same gradients.
+
     Raises:
         ValueError: for another name of a scan, or heads that do not fill the inner width.
         kernels.BackendError: for "fused" on a machine that cannot run it.
@@ -47,6 +52,7 @@ class BSMamba2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         mixer = partial(
             Mamba2,
             config.dim,
@@ -96,7 +102,8 @@ class BSMamba2(nn.Module):
     def masks(self, spectrogram: Tensor) -> Tensor:
         """The complex masks of a spectrogram: (b, c, f, t) → (b, stem, c, f, t)."""
         x = self.band_split(spectrogram)  # (b, t, k, d)
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         x = self.final_norm(x)
         return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1)

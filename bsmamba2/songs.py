@@ -74,6 +74,19 @@ class Song:
         return self.stems[STEMS.index(name)]
 
     @property
+    def samples(self) -> int:
+        """Duration in samples."""
+        return self.stems.shape[-1]
+
+    def read(self, stem: int, start: int, samples: int) -> torch.Tensor:
+        """A piece of one stem, by its number in `STEMS`: (c=2, samples)."""
+        return self.stems[stem, :, start : start + samples]
+
+    def label(self, stem: int) -> str:
+        """What to call a stem in a message, by its number in `STEMS`."""
+        return f"{self.name}/{STEMS[stem]}"
+
+    @property
     def seconds(self) -> float:
         """Duration in seconds."""
         return self.stems.shape[-1] / self.sample_rate

@@ -1,6 +1,9 @@
 """The training loop, plain: batches in, a better model out.
 
-batch → model → loss → gradients, clipped → AdamW → moving average of the weights
+batches → model → loss → gradients, summed and clipped → AdamW → moving average of the weights
+
+The same loop runs in one process and, under `torchrun`, in many: each then takes its own batches, and
+DistributedDataParallel averages the gradients. What keeps a run on disk is in `bsmamba2.runs`.
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556 for the defaults.
 Axis letters: see `bsmamba2.config`.
@@ -8,17 +11,27 @@ Axis letters: see `bsmamba2.config`.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .losses import bsmamba2_loss
+from .losses import WINDOWS, bsmamba2_loss
 from .model import BSMamba2
+from .processes import total, world
+
+Batch = Sequence[Any]
+"""(mixture, target) or (mixture, target, names): two tensors (b, c, samples), and b strings that say where from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,13 @@ class TrainConfig:
         clip: largest norm of the gradient.
         ema_decay: of the moving average of the weights, per step.
         loss_hop: samples between the frames of the loss; the published 147 costs three times what 441 does.
+        loss_windows: of the loss, in samples; (2048, 1024, 512) is the earlier, cheaper form.
+        accumulate: batches whose gradients are averaged into one step; the published run has 6.
+        precision: `float32`, or `bfloat16`: matrix products under autocast, as published; weights, STFT,
+            masks and loss stay float32.
+        checkpointing: keep only what goes into each layer and compute the layer again in the backward
+            pass: a third more time, memory of one layer instead of all.
+        compile: put the layers through `torch.compile`; where that fails, one warning and go on without.
     """
 
     steps: int
@@ -44,20 +64,33 @@ class TrainConfig:
     clip: float = 3.0
     ema_decay: float = 0.999
     loss_hop: int = 147
+    loss_windows: tuple[int, ...] = WINDOWS
+    accumulate: int = 1
+    precision: str = "float32"
+    checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "loss_hop"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive whole number")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r} must be constant or cosine")
+        if isinstance(self.loss_windows, list):  # as JSON and YAML have it
+            object.__setattr__(self, "loss_windows", tuple(self.loss_windows))
+        for name in ("steps", "loss_hop", "accumulate"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive whole number")
+        windows = self.loss_windows
+        if not isinstance(windows, tuple) or not windows or not all(map(_is_count, windows)):
+            raise ValueError(f"loss_windows={windows!r} must be positive whole numbers of samples, at least one")
+        for name, choices in (("schedule", ("constant", "cosine")), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
         for name in ("lr", "weight_decay", "clip", "ema_decay"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number, not negative")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay!r} must lie in [0, 1)")
+        for name in ("checkpointing", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
 
 
 @dataclass(frozen=True)
@@ -73,9 +106,15 @@ class Step:
 class Trainer:
     """Trains a model in place and keeps the moving average of its weights.
 
+    Where `torch.distributed` has a process group, every process makes a trainer of the same model, and
+    they step together.
+
     Args:
         model: one stem; trained where its weights are.
         config: how.
+
+    Attributes:
+        number: steps done so far.
 
     Raises:
         ValueError: for a model of several stems.
@@ -84,9 +123,13 @@ class Trainer:
     def __init__(self, model: BSMamba2, config: TrainConfig) -> None:
         if len(model.config.stems) != 1:
             raise ValueError(f"the training target is one stem, but the model gives {model.config.stems}")
-        self.model, self.config = model, config
+        self.model, self.config, self.number = model, config, 0
+        self.device = next(model.parameters()).device
+        model.checkpointing = config.checkpointing
+        self.together = DistributedDataParallel(model) if world() > 1 else None  # all have the first one's weights now
         self.optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.untried = config.compile
 
     @property
     def averaged(self) -> BSMamba2:
@@ -95,34 +138,118 @@ class Trainer:
         assert isinstance(module, BSMamba2)
         return module.eval()
 
-    def run(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Step]:
-        """Train; yields after every step, so that a caller can draw, print or stop.
+    def run(self, batches: Iterable[Batch]) -> Iterator[Step]:
+        """Train until `steps` are done; yields after every step, so that a caller can draw, print or stop.
 
         Args:
-            batches: pairs (mixture, target), each (b, c, samples), at least `steps` of them.
+            batches: `accumulate` of them for every step, from the first step on: where some steps are done
+                already, their batches are passed over, by `batches.skip(count)` if there is one.
 
         Raises:
-            FloatingPointError: when the loss or the gradient is not finite; the weights are still those
-                of the step before.
+            FloatingPointError: when the loss or the gradient is not finite; it tells the step and what was
+                in the batch, and the weights are still those of the step before.
             ValueError: when the batches run out.
         """
         self.model.train()
-        number = 0
-        for number, (mixture, target) in enumerate(islice(batches, self.config.steps), start=1):
-            lr = learning_rate(number, self.config)
-            for group in self.optimiser.param_groups:
-                group["lr"] = lr
-            loss = bsmamba2_loss(self.model(mixture)[:, 0], target, hop=self.config.loss_hop)
-            self.optimiser.zero_grad()
-            loss.backward()
-            gradient = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-            if not (loss.isfinite() and gradient.isfinite()):
-                raise FloatingPointError(f"step {number}: loss {loss.item()}, gradient norm {gradient.item()}")
-            self.optimiser.step()
-            self.average.update_parameters(self.model)
-            yield Step(number, loss.item(), gradient.item(), lr)
-        if number < self.config.steps:
-            raise ValueError(f"the batches ran out after {number} of {self.config.steps} steps")
+        supply = _after(batches, self.number * self.config.accumulate)
+        while self.number < self.config.steps:
+            group = list(islice(supply, self.config.accumulate))
+            if len(group) < self.config.accumulate:
+                raise ValueError(f"the batches ran out after {self.number} of {self.config.steps} steps")
+            yield self.step(group)
+
+    def step(self, batches: Sequence[Batch]) -> Step:
+        """One optimiser step from `accumulate` batches of one size; raises as `run` does."""
+        number = self.number + 1
+        lr = learning_rate(number, self.config)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        losses = self.backward(batches)
+        gradient = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        loss = total(losses.mean()) / world()
+        if not (loss.isfinite() and gradient.isfinite()):
+            bad = [batch for batch, one in zip(batches, losses, strict=True) if not one.isfinite()] or batches
+            names = [name for batch in bad for name in (batch[2] if len(batch) > 2 else ())]
+            told = f"; in the batch: {', '.join(names)}" if names else ""
+            raise FloatingPointError(f"step {number}: loss {loss.item()}, gradient norm {gradient.item()}{told}")
+        self.optimiser.step()
+        self.average.update_parameters(self.model)
+        self.number = number
+        return Step(number, loss.item(), gradient.item(), lr)
+
+    def backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Fill the gradients with those of the mean loss over batches of one size; the loss of each, (batches,)."""
+        if self.untried:
+            self.try_compiled(batches[0][0])
+        self.optimiser.zero_grad()
+        windows, hop = self.config.loss_windows, self.config.loss_hop
+        losses = []
+        for i, (mixture, target, *_) in enumerate(batches, start=1):
+            # Many processes exchange their gradients once a step, with the last batch.
+            with self.alone() if i < len(batches) else nullcontext():
+                target = target.to(self.device, non_blocking=True)
+                loss = bsmamba2_loss(self.separate(mixture), target, windows=windows, hop=hop)
+                (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A context in which processes keep their gradients to themselves."""
+        return nullcontext() if self.together is None else self.together.no_sync()
+
+    def separate(self, mixture: Tensor) -> Tensor:
+        """The one stem of a batch, (b, c, samples) → (b, c, samples), in the precision asked for."""
+        model = self.together or self.model
+        mixture = mixture.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return model(mixture)[:, 0]
+
+    def try_compiled(self, mixture: Tensor) -> None:
+        """Compile the layers and try them, forwards and backwards; where that fails, warn and take them as they are."""
+        self.untried = False
+        for layer in self.model.layers:
+            layer.compile()
+        try:
+            with self.alone():
+                self.separate(mixture).sum().backward()
+        except Exception as error:  # a compiler has many ways to fail
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"torch.compile failed, training goes on without it ({told})", stacklevel=2)
+            for layer in self.model.layers:
+                layer._compiled_call_impl = None  # what Module.compile() had set
+        self.optimiser.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """All that a run needs to go on as if it had never stopped: tensors, numbers and strings alone."""
+        return {
+            "number": self.number,
+            "model_config": self.model.config.to_json(),
+            "train_config": json.dumps(dataclasses.asdict(self.config)),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to where `state` was taken.
+
+        Raises:
+            ValueError: when the state is of another model or another training configuration. More `steps`
+                are no other configuration where the schedule is constant.
+        """
+        for kind, here in (
+            ("model_config", json.loads(self.model.config.to_json())),
+            ("train_config", json.loads(json.dumps(dataclasses.asdict(self.config)))),
+        ):
+            there = json.loads(state[kind])
+            free = {"steps"} if self.config.schedule == "constant" else set()
+            told = [f"{k}={there.get(k)!r}, now {v!r}" for k, v in here.items() if k not in free and there.get(k) != v]
+            if told:
+                raise ValueError(f"the run was started with {'; '.join(told)}: start another run, or ask for the same")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.number = state["number"]
 
 
 def learning_rate(number: int, config: TrainConfig) -> float:
@@ -143,3 +270,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for name, p in named if name.split(".")[-1] not in exempt], "weight_decay": weight_decay},
         {"params": [p for name, p in named if name.split(".")[-1] in exempt], "weight_decay": 0.0},
     ]
+
+
+def _after(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """The batches that follow the first `count`."""
+    if count and hasattr(batches, "skip"):
+        batches.skip(count)
+        return iter(batches)
+    return islice(batches, count, None)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.__main__ import main
 from bsmamba2.bands import generate_bands
-from bsmamba2.songs import songs
+from bsmamba2.songs import STEMS, songs
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"songs": 3, "held_out_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
@@ -27,7 +28,8 @@ def papermill(
     content = {**(SHORT if short is None else short), "output_dir": str(folder / "run"), **parameters}
     (folder / "parameters.json").write_text(json.dumps(content))
     command += ["-f", str(folder / "parameters.json"), "--no-progress-bar"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
@@ -58,9 +60,30 @@ def test_a_run_of_two_steps_leaves_a_model_that_separates(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_the_notebook_goes_on_with_a_run_on_files_that_was_stopped(tmp_path: Path) -> None:
+    for number, song in enumerate(songs(3, seed=5, seconds=2.5)):
+        (tmp_path / "data" / f"song {number}").mkdir(parents=True)
+        for name, stem in zip(STEMS, song.stems, strict=True):
+            path = tmp_path / "data" / f"song {number}" / f"{name}.flac"
+            soundfile.write(path, stem.T.numpy(), song.sample_rate, subtype="PCM_24")
+    parameters = {"data": str(tmp_path / "data"), "schedule": "constant", "held_out_songs": 1, "validation_windows": 1}
+    for steps in (1, 2):
+        done = papermill(tmp_path, **{**parameters, "steps": steps})
+        assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["number"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["loss_first"] == json.loads(lines[0])["loss"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"lr": "3e-3"}, "lr='3e-3'"), ({"batch": 1.5}, "batch=1.5"), ({"preset": "huge"}, "preset 'huge'")],
+    [
+        ({"lr": "3e-3"}, "lr='3e-3'"),
+        ({"batch": 1.5}, "batch=1.5"),
+        ({"preset": "huge"}, "preset 'huge'"),
+        ({"stepz": 3}, "stepz"),
+    ],
 )
 def test_a_bad_parameter_stops_the_notebook_at_once(tmp_path: Path, parameters: dict, message: str) -> None:
     done = papermill(tmp_path, **parameters)

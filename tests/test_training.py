@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bsmamba2 import BSMamba2
-from bsmamba2.data import Remixer, salient_windows
+from bsmamba2 import BSMamba2, data
+from bsmamba2.data import Batch, Loader, Remixer, Validation, find_windows, salient_windows
 from bsmamba2.evaluate import oracle, score
 from bsmamba2.losses import WINDOWS, bsmamba2_loss, spectral_loss
 from bsmamba2.metrics import csdr, usdr
@@ -126,7 +129,7 @@ def test_half_of_the_chunks_is_not_enough() -> None:
 
 
 def test_batches_repeat_with_their_seed(pool: list[Song]) -> None:
-    def draw(seed: int) -> list[tuple[Tensor, Tensor]]:
+    def draw(seed: int) -> list[Batch]:
         return list(islice(Remixer(pool, 8000, 2, seed=seed), 3))
 
     for one, two in zip(draw(1), draw(1), strict=True):
@@ -137,7 +140,7 @@ def test_batches_repeat_with_their_seed(pool: list[Song]) -> None:
 
 def test_the_target_stands_in_the_mixture_with_its_gain(pool: list[Song]) -> None:
     lonely = [dataclasses.replace(song, stems=song.stems[:1]) for song in pool]
-    for mixture, target in islice(Remixer(lonely, 8000, 4), 5):
+    for mixture, target, _ in islice(Remixer(lonely, 8000, 4), 5):
         assert torch.equal(mixture, target)
 
 
@@ -145,7 +148,7 @@ def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
     stems = torch.randn(4, 2, 1000, generator=torch.Generator().manual_seed(0))
     one = Song("noise", stems, 8000, (), "", "")  # as long as a window, so that only the gains are left to draw
     gains = []
-    for mixture, target in islice(Remixer([one], 1000, 8, silence=0.1), 250):
+    for mixture, target, _ in islice(Remixer([one], 1000, 8, silence=0.1), 250):
         found = torch.linalg.lstsq(stems.flatten(1).T, mixture.flatten(1).T).solution.T  # (8, stem)
         torch.testing.assert_close(found[:, 0, None, None] * stems[0], target, rtol=0, atol=1e-4)
         gains.append(found)
@@ -156,6 +159,71 @@ def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
         assert 0.499 < drawn[sounding[:, stem], stem].min() < 0.51
         assert 1.49 < drawn[:, stem].max() < 1.501
     assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 0.1
+
+
+def equal(one: Any, two: Any) -> bool:
+    return torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
+
+
+def test_examples_say_where_they_are_from_and_skipping_draws_the_same(pool: list[Song]) -> None:
+    batches = list(islice(Remixer(pool, 8000, 2, seed=4), 6))
+    skipped = Remixer(pool, 8000, 2, seed=4)
+    skipped.skip(5)
+    assert equal(next(iter(skipped)), batches[5])
+    by_label = {song.label(stem): (song, stem) for song in pool for stem in range(4)}
+    checked = 0
+    for _, targets, names in batches:
+        for target, name in zip(targets, names, strict=True):
+            label, _, place = name.split(" + ")[0].partition(" at ")
+            song, stem = by_label[label]
+            if stem == 0:
+                start = round(float(place.removesuffix(" s")) * 8000)
+                source = song.stems[0, :, start : start + 8000]
+                gain = (target * source).sum() / source.square().sum()
+                torch.testing.assert_close(target, source * gain)
+                checked += 1
+    assert checked > 6
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")  # of Python 3.12 on; the workers are torch's own
+def test_the_batches_of_a_loader_do_not_depend_on_its_workers(pool: list[Song]) -> None:
+    before = torch.get_rng_state()
+    plain = list(islice(Loader(Remixer(pool, 8000, 2, seed=4)), 6))
+    working = list(islice(Loader(Remixer(pool, 8000, 2, seed=4), workers=2), 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(equal, plain, working))
+    assert not any(equal(one, two) for one, two in pairwise(plain))
+    later = Loader(Remixer(pool, 8000, 2, seed=4))
+    later.skip(4)
+    assert equal(next(iter(later)), plain[4])
+    other = Loader(Remixer(pool, 8000, 2, seed=5))
+    assert not equal(next(iter(other)), plain[0])
+
+
+def test_processes_share_the_examples_of_one_large_batch(pool: list[Song], monkeypatch: pytest.MonkeyPatch) -> None:
+    large = list(islice(Loader(Remixer(pool, 8000, 4, seed=4)), 3))
+    monkeypatch.setattr(data, "world", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        shares.append(list(islice(Loader(Remixer(pool, 8000, 2, seed=4)), 3)))
+    for whole, first, second in zip(large, *shares, strict=True):
+        joined = torch.cat((first[0], second[0])), torch.cat((first[1], second[1])), first[2] + second[2]
+        assert equal(whole, joined)
+
+
+def test_validation_is_the_mean_over_windows_where_the_target_is_heard(tiny: BSMamba2, pool: list[Song]) -> None:
+    windows = find_windows(pool, 8000)[0]
+    expected = []
+    for song, start in windows:
+        with torch.inference_mode():
+            estimate = tiny(song.mixture[None, :, start : start + 8000])[0, 0]
+        expected.append(usdr(song.vocals[:, start : start + 8000], estimate))
+    assert Validation(windows, 8000)(tiny) == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+    few = Validation(windows, 8000, count=2).windows
+    assert few == [windows[0], windows[len(windows) // 2]]
+    with pytest.raises(ValueError, match="no song for validation"):
+        Validation([], 8000)
 
 
 def test_a_stem_that_is_never_heard_is_named(pool: list[Song]) -> None:
@@ -218,6 +286,114 @@ def test_batches_that_run_out_are_an_error(tiny: BSMamba2) -> None:
         list(Trainer(tiny, TrainConfig(steps=5)).run(islice(noise(), 2)))
 
 
+def clips(count: int) -> list[tuple[Tensor, Tensor]]:
+    return [(mixture[:1], target[:1]) for mixture, target in islice(noise(), count)]
+
+
+def gradients(batches: list[tuple[Tensor, Tensor]], **options: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = BSMamba2(TINY)
+    Trainer(model, TrainConfig(steps=1, accumulate=len(batches), **options)).backward(batches)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_accumulated_batches_give_the_gradient_of_the_large_one() -> None:
+    four = clips(4)
+    large = tuple(torch.cat(parts) for parts in zip(*four, strict=True))
+    one, two = gradients(four), gradients([large])
+    assert len(one) == len(list(BSMamba2(TINY).parameters()))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    different = gradients(four[:2])
+    assert any(not torch.allclose(one[name], different[name], rtol=1e-2) for name in one)
+
+
+def test_a_step_takes_as_many_batches_as_it_accumulates(tiny: BSMamba2) -> None:
+    taken = []
+    batches = (taken.append(number) or pair for number, pair in enumerate(noise()))
+    for step in Trainer(tiny, TrainConfig(steps=2, accumulate=3)).run(batches):
+        assert len(taken) == 3 * step.number
+    with pytest.raises(ValueError, match="after 1 of 5"):
+        list(Trainer(tiny, TrainConfig(steps=5, accumulate=3)).run(islice(noise(), 5)))
+
+
+def test_recomputed_layers_give_the_same_gradient_and_are_computed_again() -> None:
+    plain, again = gradients(clips(1)), gradients(clips(1), checkpointing=True)
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=1e-5, atol=1e-7, msg=name)
+    calls = []
+    model = BSMamba2(TINY)
+    trainer = Trainer(model, TrainConfig(steps=1, checkpointing=True))
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.backward(clips(1))
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(clips(1)[0][0])
+    assert len(calls) == 3
+
+
+class Products(TorchDispatchMode):
+    """Notes the types that matrix products are given, forwards and backwards, and those of transforms.
+
+    One product is a sum in disguise: the scan's backward pass adds up decays with a triangle of ones, in float32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "mm" and torch.equal(args[1], torch.ones_like(args[1]).triu(1)):
+            self.seen.setdefault("sums", set()).update(a.dtype for a in args)  # of decays, as a product with ones
+        elif name in ("mm", "bmm", "addmm", "baddbmm", "mv", "convolution"):
+            self.seen.setdefault("products", set()).update(a.dtype for a in args[:3] if isinstance(a, Tensor))
+        elif "fft" in name:
+            self.seen.setdefault("transforms", set()).update(a.dtype for a in args[:1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)], ids=["bfloat16", "float32"]
+)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_every_matrix_product_has_the_precision_asked_for(
+    tiny: BSMamba2, precision: str, dtype: torch.dtype, checkpointing: bool
+) -> None:
+    trainer = Trainer(tiny, TrainConfig(steps=1, precision=precision, checkpointing=checkpointing))
+    with Products() as products:
+        trainer.backward(clips(1))
+    assert products.seen["products"] == {dtype}
+    assert products.seen.get("sums", {torch.float32}) == {torch.float32}
+    assert products.seen["transforms"] <= {torch.float32, torch.complex64}  # the STFT of the model and of the loss
+    assert {p.dtype for p in tiny.parameters()} == {p.grad.dtype for p in tiny.parameters()} == {torch.float32}
+    assert trainer.separate(clips(1)[0][0]).dtype == torch.float32
+
+
+def test_bfloat16_is_near_float32_and_not_equal() -> None:
+    one, two = gradients(clips(1)), gradients(clips(1), precision="bfloat16")
+    norm = math.sqrt(sum(float(one[name].square().sum()) for name in one))
+    apart = math.sqrt(sum(float((one[name] - two[name]).square().sum()) for name in one)) / norm
+    assert 1e-5 < apart < 0.1
+
+
+def test_where_compiling_fails_one_warning_is_given_and_training_goes_on(
+    tiny: BSMamba2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("no C++ compiler here\nand a long trace")
+
+        return fail
+
+    plain = copy.deepcopy(tiny)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.warns(UserWarning, match=r"without it \(RuntimeError: no C\+\+ compiler here\)") as warned:
+        steps = list(Trainer(tiny, TrainConfig(steps=2, compile=True)).run(clips(2)))
+    assert len(warned) == 1
+    assert steps == list(Trainer(plain, TrainConfig(steps=2)).run(clips(2)))
+
+
 def test_decays_and_skips_are_exempt_from_weight_decay(tiny: BSMamba2) -> None:
     decayed, exempt = parameter_groups(tiny, 0.01)
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
@@ -243,6 +419,12 @@ def test_schedule() -> None:
         ({"lr": math.nan}, "lr=nan"),
         ({"schedule": "linear"}, "schedule='linear'"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"precision": "float16"}, "precision='float16'"),
+        ({"checkpointing": 1}, "checkpointing=1"),
+        ({"clip": True}, "clip=True"),
+        ({"loss_windows": ()}, "loss_windows=()"),
+        ({"loss_windows": 2048}, "loss_windows=2048"),
     ],
 )
 def test_a_bad_setting_is_named(changes: dict, message: str) -> None:

@@ -1,0 +1,220 @@
+"""What a model costs: parameters, floating-point operations, memory for training, time of a step on a given device.
+
+Multiplications and additions are counted in matrix products alone, two for each pair; transforms and element-by-element
+work are left out there, and come in with the time, where they are limited by memory's speed.
+
+Letters: q frames of a chunk of the scan, e = h·p the inner width of a mixer; the others as in `bsmamba2.config`.
+
+Book: "Training". Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import ssd
+from .config import ModelConfig
+from .losses import bsmamba2_loss
+from .model import BSMamba2
+
+CHUNK: int = inspect.signature(ssd.chunked).parameters["chunk"].default
+BYTES = {"float32": 4, "bfloat16": 2}
+TRAINING_STATE = 20
+"""Bytes that training keeps for each weight, in float32: weight, gradient, two moments, moving average."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step of training costs one device. Operations are floating-point ones, memory is in bytes.
+
+    Attributes:
+        parameters: weights of the model.
+        flops_per_second: operations to separate one second of audio.
+        forward: operations of the forward pass, by part.
+        step: operations of a training step: forward, backward, and what checkpointing computes again.
+        state: memory for weights, gradients, moments and moving average.
+        activations: memory for what the backward pass needs, at its highest.
+        traffic: bytes that a step moves through memory, an estimate.
+    """
+
+    parameters: int
+    flops_per_second: float
+    forward: dict[str, float]
+    step: float
+    state: int
+    activations: float
+    traffic: float
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        """Estimated time of a step, for a device with this peak in operations and this one in bytes a second.
+
+        Products at their peak, then everything else at memory's peak: no real device reaches either.
+        """
+        return self.step / flops + self.traffic / bandwidth
+
+
+def training_cost(
+    config: ModelConfig,
+    *,
+    batch: int,
+    seconds: float,
+    dtype: str = "float32",
+    checkpointing: bool = False,
+    loss_hop: int = 147,
+) -> Cost:
+    """The cost of a training step on a batch; no weights are made and nothing is computed.
+
+    Raises:
+        ValueError: for a batch below 1, an unknown type, or less audio than the loss needs.
+    """
+    if batch < 1 or dtype not in BYTES:
+        raise ValueError(f"batch={batch!r} must be at least 1 and dtype={dtype!r} one of {', '.join(BYTES)}")
+    samples = round(seconds * config.sample_rate)
+    if samples <= 2048:
+        raise ValueError(f"seconds={seconds!r}: the loss needs more than 2048 samples, and these are {samples}")
+    frames = samples // config.hop + 1
+    forward = {part: batch * flops for part, flops in forward_flops(config, frames).items()}
+    backward = batch * backward_flops(config, frames)
+    again = forward["time"] + forward["band"] if checkpointing else 0
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in BSMamba2(config).parameters())
+    kept = kept_bytes(config, samples, dtype, loss_hop)
+    everything = batch * (kept.ends + config.layers * kept.layer)
+    activations = (
+        batch * (config.layers * kept.layer_input + max(kept.layer, kept.loss) + kept.ends - kept.loss)
+        if checkpointing
+        else everything
+    )
+    return Cost(
+        parameters=parameters,
+        flops_per_second=sum(forward_flops(config, frames).values()) / seconds,
+        forward=forward,
+        step=sum(forward.values()) + backward + again,
+        state=TRAINING_STATE * parameters,
+        activations=activations,
+        # What is kept is written once and read twice, its gradient likewise; what is computed again once more.
+        traffic=(6 + 3 * checkpointing) * everything + 2 * TRAINING_STATE * parameters,
+    )
+
+
+def forward_flops(config: ModelConfig, frames: int) -> dict[str, float]:
+    """Operations of the forward pass for one example, by part."""
+    d, k = config.dim, len(config.bands)
+    numbers = 2 * config.channels * config.bins  # a frame's real numbers
+    hidden = config.mask_expand * d
+    masks = k * 2 * d * hidden + 2 * hidden * 2 * numbers
+    return {
+        "band split": frames * 2.0 * numbers * d,
+        "time": config.layers * frames * k * _block(config, frames),
+        "band": config.layers * frames * k * _block(config, k),
+        "masks": float(len(config.stems) * frames * masks),
+    }
+
+
+def backward_flops(config: ModelConfig, frames: int) -> float:
+    """Operations of the backward pass for one example: two products for each of the forward pass, and the scan's."""
+    k = len(config.bands)
+    once = sum(forward_flops(config, frames).values())
+    mixers = 2 * config.layers * frames * k  # of each axis, for every frame and band
+    scans = sum(mixers * (_scan_backward(config, length) - 2 * _scan(config, length)) for length in (frames, k))
+    return 2 * once + scans
+
+
+def _block(config: ModelConfig, length: int) -> float:
+    """A bidirectional block, for one position: two mixers, and the Linear that merges them."""
+    d, e, n, h = config.dim, config.inner, config.state, config.heads
+    projections = 2.0 * d * (2 * e + 2 * n + h) + 2 * e * d
+    return 2 * (projections + _scan(config, length)) + 2 * 2 * d * d
+
+
+def _scan(config: ModelConfig, length: int) -> float:
+    """`ssd.chunked`, for one position: G and M x inside a chunk; into and out of the state between chunks."""
+    q, between = _chunks(length)
+    return 2.0 * q * (config.state + config.inner) + between * 4 * config.state * config.inner
+
+
+def _scan_backward(config: ModelConfig, length: int) -> float:
+    """Its backward pass: G twice again, dB, dC; dx, dM; sums over paths. The states again, and five more products."""
+    q, between = _chunks(length)
+    n, e, h = config.state, config.inner, config.heads
+    return 8.0 * q * n + 4 * q * e + 2 * h * q * q + between * 12 * n * e
+
+
+def _chunks(length: int) -> tuple[int, float]:
+    """Frames of a chunk, and the share of chunks that have one before them."""
+    chunks = -(-length // CHUNK)
+    return -(-length // chunks), 1 - 1 / chunks
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward pass of one example keeps for the backward pass.
+
+    Attributes:
+        layer: in one dual-path layer.
+        layer_input: what goes into it.
+        loss: in the loss.
+        ends: everywhere but in the layers, the loss included.
+    """
+
+    layer: float
+    layer_input: float
+    loss: float
+    ends: float
+
+
+def kept_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> Kept:
+    """Run the forward pass on tensors that have shapes and no content, and add up what autograd would keep.
+
+    Two layers are run and compared with one: all layers are alike. What is kept grows with the number of frames, so
+    a second of audio is enough.
+    """
+    short = min(samples, max(config.sample_rate, 2 * 2048))
+    frames, short_frames = samples // config.hop + 1, short // config.hop + 1
+    found = []
+    with FakeTensorMode():
+        for layers in (1, 2):
+            model = BSMamba2(dataclasses.replace(config, layers=layers), scan="chunked")
+            mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
+            saved = _Saved()
+            with saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                model.apply_to_spectrogram(mixture)
+            found.append(saved.bytes)
+        estimate = torch.empty(1, config.channels, short, requires_grad=True)
+        saved = _Saved()
+        with saved:
+            bsmamba2_loss(estimate, torch.empty_like(estimate), hop=loss_hop)
+    scale = frames / short_frames
+    layer = scale * (found[1] - found[0])
+    loss = scale * saved.bytes
+    return Kept(
+        layer=layer,
+        layer_input=float(frames * len(config.bands) * config.dim * BYTES[dtype]),
+        loss=loss,
+        ends=scale * found[0] - layer + loss,
+    )
+
+
+class _Saved(saved_tensors_hooks):
+    """Adds up the memory of the tensors that autograd keeps, each once, weights left out."""
+
+    def __init__(self) -> None:
+        super().__init__(self.add, lambda tensor: tensor)
+        self.seen: dict[int, torch.UntypedStorage] = {}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.seen[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.seen.values())

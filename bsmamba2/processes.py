@@ -1,0 +1,90 @@
+"""Many processes that train one model: who I am, and what the others have.
+
+`torchrun` starts the processes, of one machine or of many, and tells each its rank through the environment.
+Without it there is one process, and everything here is the identity.
+
+Book: "Training".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+@contextmanager
+def together(device: str = "auto") -> Iterator[torch.device]:
+    """Join the processes that `torchrun` has started, if it has, and leave them at the end.
+
+    Args:
+        device: `cpu`, `cuda`, `mps`, or `auto`: a GPU where there is one. On a machine with several GPUs each
+            process takes its own.
+
+    Yields:
+        The device of this process.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    name = _best() if device == "auto" else device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available() or local >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={device!r}: this process needs CUDA GPU {local}, but {torch.cuda.device_count()} can be used"
+            )
+        name = f"cuda:{local}" if name == "cuda" else name
+        torch.cuda.set_device(name)
+    elif name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device='mps': no Apple GPU can be used here")
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if many:
+        distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    try:
+        yield torch.device(name)
+    finally:
+        if many:
+            distributed.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes train together; 1 without a process group."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return distributed.get_rank() if world() > 1 else 0
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a value over processes, in each of them."""
+    if world() > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in order, in each of them."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in each of them."""
+    values = [value]
+    if world() > 1:
+        distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def _best() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

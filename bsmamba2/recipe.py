@@ -1,0 +1,219 @@
+"""A training run from its parameters: what the command line and the training notebook have in common.
+
+parameters → songs or files → model → trainer → run
+
+Book: "Training".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import PRESETS, ModelConfig
+from .data import Loader, Remixer, Validation, Windows, find_windows
+from .losses import WINDOWS
+from .model import BSMamba2
+from .processes import from_first, rank, world
+from .runs import Run
+from .songs import STEMS, songs
+from .tracks import DataError, Progress, cache_of, musdb_sample, open_folder, scan
+from .train import TrainConfig, Trainer
+
+
+def _parameter(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every parameter of a training run, with its type, default and meaning; checked on creation.
+
+    Raises:
+        ValueError: for a value of another type, or out of range; it names the parameter.
+    """
+
+    preset: str = _parameter("small", f"size of the model: {', '.join(PRESETS)}")
+    data: str = _parameter("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
+    stems: tuple[str, ...] = _parameter(STEMS, "names of the files in a song's folder, the target first")
+    faulty: str = _parameter("stop", "files that cannot be used: stop, or skip their songs")
+    songs: int = _parameter(160, "synthesised songs to learn from")
+    seconds_per_song: float = _parameter(6.0, "length of each")
+    held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
+    segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
+    batch: int = _parameter(4, "examples in a batch of one process; published: 5")
+    accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
+    steps: int = _parameter(400, "optimiser steps; 100 are a published epoch")
+    lr: float = _parameter(2e-3, "learning rate; published: 5e-4")
+    schedule: str = _parameter("cosine", "constant, as published, or cosine, for short runs")
+    weight_decay: float = _parameter(0.01, "of AdamW")
+    clip: float = _parameter(3.0, "largest norm of the gradient")
+    ema_decay: float = _parameter(0.98, "of the moving average of the weights, per step; published: 0.999")
+    loss_hop: int = _parameter(441, "samples between frames of the loss; published: 147, three times the work")
+    loss_windows: tuple[int, ...] = _parameter(WINDOWS, "of the loss; cheaper: 2048 1024 512")
+    precision: str = _parameter("float32", "float32, or bfloat16 as published, for GPUs")
+    checkpointing: bool = _parameter(False, "compute layers twice to need less memory")
+    compile: bool = _parameter(False, "try torch.compile")
+    workers: int = _parameter(
+        0, "processes that read ahead. With 0, examples come from one stream of random numbers; else by number"
+    )
+    seed: int = _parameter(0, "of the weights, the songs and the examples")
+    save_every: int = _parameter(100, "steps between states")
+    validate_every: int = _parameter(100, "steps between validations")
+    validation_windows: int = _parameter(1200, "most stretches of song in a validation")
+    tensorboard: bool = _parameter(False, "write curves for TensorBoard too")
+    device: str = _parameter("auto", "auto, cpu, cuda or mps")
+    output_dir: str = _parameter("runs/first", "folder of the run; a run that is there already is taken up again")
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind in (tuple[int, ...], tuple[str, ...]):
+                if isinstance(value, list):  # as JSON and YAML have it
+                    object.__setattr__(self, name, tuple(value))
+                continue  # the items are looked at below
+            fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+            if not fits or (isinstance(value, bool) and kind is not bool):
+                hint = "; in YAML write 1.0e-3, not 1e-3" if kind is float and isinstance(value, str) else ""
+                raise ValueError(f"{name}={value!r} must be {_KINDS[kind]}, as its default {_default(name)!r} is{hint}")
+        for name in ("songs", "held_out_songs", "batch", "save_every", "validate_every", "validation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative")
+        for name in ("seconds_per_song", "segment"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
+        if self.faulty not in ("stop", "skip"):
+            raise ValueError(f"faulty={self.faulty!r} must be stop or skip")
+        if len(self.stems) < 1 or not all(isinstance(stem, str) for stem in self.stems):
+            raise ValueError(f"stems={self.stems!r} must be names")
+        self.model_config  # noqa: B018  # each checks its own
+        self.train_config  # noqa: B018
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from names and values; ValueError for a name that is no parameter."""
+        unknown = sorted(set(values) - set(cls.names()))
+        if unknown:
+            raise ValueError(f"unknown parameters {', '.join(unknown)}; known: {', '.join(cls.names())}")
+        return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The parameters' names."""
+        return [one.name for one in dataclasses.fields(cls)]
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The architecture."""
+        return ModelConfig.preset(self.preset)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The loop's part of the parameters."""
+        return TrainConfig(**{one.name: getattr(self, one.name) for one in dataclasses.fields(TrainConfig)})
+
+    @property
+    def samples(self) -> int:
+        """Length of a training example."""
+        return round(self.segment * self.model_config.sample_rate)
+
+    def windows(self, progress: Progress = lambda files: files) -> tuple[Windows, Windows]:
+        """Where stems are heard, in what to learn from and in what to validate with; the first process looks.
+
+        Raises:
+            DataError: for faults in a folder, all at once, with `faulty="stop"`; with `skip` it is a warning.
+        """
+        config = self.model_config
+        if self.data == "songs":
+            parts = [
+                songs(count, seed=seed, seconds=self.seconds_per_song, sample_rate=config.sample_rate)
+                for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
+            ]
+            return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)
+        if self.data == "musdb-sample":
+            excerpts = musdb_sample(self.samples)
+            return find_windows(excerpts[0], self.samples), find_windows(excerpts[1], self.samples)
+        folder = Path(self.data)
+        found = None
+        if rank() == 0:
+            *kinds, faults = open_folder(
+                folder, self.samples, stems=self.stems, sample_rate=config.sample_rate, channels=config.channels
+            )
+            everything = [track for kind in kinds for track in kind]
+            windows, inside = scan(everything, self.samples, cache_of(folder, self.samples), progress=progress)
+            faults += inside
+            if faults and self.faulty == "stop":
+                raise DataError(folder, faults, "mend or remove them, or leave these songs out: faulty=skip")
+            if faults:
+                warnings.warn(str(DataError(folder, faults, "their songs are left out")), stacklevel=3)
+            found = [[[one for one in stem if one[0] in kind] for stem in windows] for kind in map(set, kinds)]
+        training, validation = from_first(found)
+        return training, validation
+
+    def batches(self, training: Windows) -> Remixer | Loader:
+        """The supply of examples: one stream of random numbers, or by number for workers and many processes."""
+        remixer = Remixer(training, self.samples, self.batch, seed=self.seed)
+        return remixer if not self.workers and world() == 1 else Loader(remixer, workers=self.workers)
+
+    def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> Run:
+        """A new model in a run of its own, in `output_dir`, or the run that is there, taken up where it was."""
+        torch.manual_seed(self.seed)
+        return Run(
+            Path(self.output_dir),
+            Trainer(BSMamba2(self.model_config).to(device or "cpu"), self.train_config),
+            settings={
+                **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
+                "examples": "by number" if self.workers or world() > 1 else "in order",
+                "windows": [len(found) for found in training],
+            },
+            validate=Validation(held_out[0], self.samples, count=self.validation_windows),
+            save_every=self.save_every,
+            validate_every=self.validate_every,
+            tensorboard=self.tensorboard,
+        )
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _default(name: str) -> Any:
+    return next(one.default for one in dataclasses.fields(Recipe) if one.name == name)
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Names and values from a JSON or YAML file.
+
+    Raises:
+        ValueError: when it cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values, as `steps: 400`")
+    return values
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError("YAML takes PyYAML: pip install pyyaml, or write the same as JSON") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"no YAML: {error}") from error

@@ -1,0 +1,267 @@
+"""Songs in files: a folder of stems, MUSDB18-HQ for one, read where needed and never whole.
+
+    MUSDB18-HQ/train/<song>/{vocals,drums,bass,other}.wav      14 named songs validate, the others train
+    folder/{train,valid}/<song>/{vocals,drums,bass,other}.wav  the same by folders
+    folder/<song>/{vocals,drums,bass,other}.wav                every tenth song validates
+
+WAV, FLAC or OGG. What is wrong with the files is found at the start and told all at once.
+
+Book: "Training". Source of the validation songs: the `musdb` package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from .checkpoints import write_whole
+from .data import Windows, salient_windows
+from .songs import STEMS, Song
+
+AUDIO = (".wav", ".flac", ".ogg")
+
+VALIDATION = frozenset(
+    {
+        "ANiMAL - Rockshow",
+        "Actions - One Minute Smile",
+        "Alexander Ross - Goodbye Bolero",
+        "Clara Berry And Wooldog - Waltz For My Victims",
+        "Fergessen - Nos Palpitants",
+        "James May - On The Line",
+        "Johnny Lokke - Promises & Lies",
+        "Leaf - Summerghost",
+        "Meaxic - Take A Step",
+        "Patrick Talbot - A Reason To Leave",
+        "Skelpolu - Human Mistakes",
+        "Traffic Experiment - Sirens",
+        "Triviul - Angelsaint",
+        "Young Griffo - Pennies",
+    }
+)
+"""The songs of MUSDB18's training part that are kept for validation."""
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+"""Goes through a list and may show how far it is."""
+
+
+class DataError(ValueError):
+    """A folder that cannot be trained from as it is; the message has a line for every fault."""
+
+    def __init__(self, folder: Path, faults: Sequence[str], advice: str) -> None:
+        self.faults = list(faults)
+        super().__init__("\n".join([f"{folder}: {len(faults)} faults", *(f"  {one}" for one in faults), advice]))
+
+
+@dataclass(frozen=True)
+class FileTrack:
+    """One song's files, opened only while a piece is read.
+
+    Attributes:
+        name: of the song's folder.
+        stems: a file for each stem, the target first.
+        sample_rate: in hertz.
+        samples: of the shortest stem.
+    """
+
+    name: str
+    stems: tuple[Path, ...]
+    sample_rate: int
+    samples: int
+
+    def read(self, stem: int, start: int, samples: int) -> Tensor:
+        """A piece of one stem, (c, samples) float32.
+
+        Raises:
+            OSError: when the file has gone, changed or broken since it was looked at.
+        """
+        path = self.stems[stem]
+        try:
+            frames, _ = soundfile.read(path, frames=samples, start=start, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise OSError(f"{path}: samples {start} to {start + samples} cannot be read ({error})") from error
+        if len(frames) != samples:
+            raise OSError(f"{path}: only {len(frames)} of {samples} samples from {start} on are there")
+        return torch.from_numpy(np.ascontiguousarray(frames.T))
+
+    def label(self, stem: int) -> str:
+        """The file."""
+        return str(self.stems[stem])
+
+
+def open_folder(
+    folder: Path, samples: int, *, stems: Sequence[str] = STEMS, sample_rate: int = 44_100, channels: int = 2
+) -> tuple[list[FileTrack], list[FileTrack], list[str]]:
+    """Look at every file's header.
+
+    Args:
+        folder: in one of the three layouts above.
+        samples: least length of a song.
+        stems: names of the files without their extension, the target first.
+        sample_rate: that they must have, in hertz.
+        channels: that they must have.
+
+    Returns:
+        Songs to train with, songs to validate with, and what is wrong with the others, a line for each file.
+
+    Raises:
+        DataError: when there is no song at all.
+    """
+    if not folder.is_dir():
+        raise DataError(folder, ["is no folder"], "give the folder that holds the songs' folders")
+    parts = [part for part in ("train", "valid") if (folder / part).is_dir()] or ["."]
+    training: list[FileTrack] = []
+    validation: list[FileTrack] = []
+    faults: list[str] = []
+    for part in parts:
+        inside = sorted(path for path in (folder / part).iterdir() if not path.name.startswith("."))
+        faults += [f"{path}: lies beside the songs' folders" for path in inside if path.suffix.lower() in AUDIO]
+        for number, song in enumerate(path for path in inside if path.is_dir()):
+            track, wrong = _look_at(song, samples, stems, sample_rate, channels)
+            faults += wrong
+            if track is not None:
+                by_name = song.name in VALIDATION if part == "train" else number % 10 == 9
+                held_out = part == "valid" or (by_name and "valid" not in parts)
+                (validation if held_out else training).append(track)
+    if not validation and len(training) > 1:  # few songs, none of them known by name
+        validation.append(training.pop())
+    if not training or not validation:
+        needed = faults or ["holds no song"]
+        raise DataError(folder, needed, f"at least two folders with {', '.join(stems)} (.wav, .flac, .ogg) are needed")
+    return training, validation, faults
+
+
+def scan(
+    tracks: Sequence[FileTrack], samples: int, cache: Path, *, progress: Progress = lambda files: files
+) -> tuple[Windows, list[str]]:
+    """The salient windows of every stem, as `data.find_windows`, and what is wrong inside the files.
+
+    Every file is read once. What was found is kept in `cache` with the window's length and each file's size
+    and time of change; files for which these are the same are not read again.
+    """
+    known = _read_cache(cache, samples)
+    paths = sorted({path for track in tracks for path in track.stems})
+    stamps = {path: _stamp(path) for path in paths}
+    faults = []
+    missing = [path for path in paths if known.get(str(path), {}).get("stamp") != stamps[path]]
+    try:
+        for path in progress(missing) if missing else ():
+            windows, fault = _windows_in(path, samples)
+            known[str(path)] = {"stamp": stamps[path], "windows": windows, "fault": fault}
+    finally:  # interrupted, too: what was found stays found
+        if missing:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cache, json.dumps({"samples": samples, "files": known}).encode())
+    faults = [f"{path}: {known[str(path)]['fault']}" for path in paths if known[str(path)]["fault"]]
+    sound = [track for track in tracks if not any(known[str(path)]["fault"] for path in track.stems)]
+    found = [
+        [
+            (track, start)
+            for track in sound
+            for start in known[str(track.stems[stem])]["windows"]
+            if start + samples <= track.samples
+        ]
+        for stem in range(len(tracks[0].stems) if tracks else 0)
+    ]
+    return found, faults
+
+
+def cache_of(folder: Path, samples: int) -> Path:
+    """Where the activity in a folder is kept: in the user's cache, by the folder and the window's length."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(f"{folder.resolve()}\n{samples}".encode()).hexdigest()[:16]
+    return base / "bsmamba2" / f"activity-{key}.json"
+
+
+def musdb_sample(samples: int) -> tuple[list[Song], list[Song]]:
+    """The 7-second excerpts of MUSDB18 that the `musdb` package fetches: songs to train and to validate with.
+
+    The package needs ffmpeg, and the network for the first time. Not run here.
+
+    Raises:
+        ImportError: when the package is missing.
+        DataError: when the excerpts are shorter than `samples`.
+    """
+    try:
+        musdb = importlib.import_module("musdb")
+    except ImportError as error:
+        raise ImportError(f"data='musdb-sample' takes the musdb package: pip install musdb ({error})") from error
+    database = musdb.DB(download=True, subsets="train")
+    found: tuple[list[Song], list[Song]] = ([], [])
+    for track in database.tracks:
+        stems = torch.stack([torch.from_numpy(track.sources[name].audio.T.astype(np.float32)) for name in STEMS])
+        song = Song(track.name, stems, int(track.rate), (), "see MUSDB18", "MUSDB18, 7-second excerpt, by musdb")
+        found[track.name in VALIDATION].append(song)
+    shortest = min(song.samples for part in found for song in part)
+    if shortest < samples:
+        raise DataError(Path(database.root), [f"an excerpt has {shortest} samples"], f"{samples} are asked for")
+    return found
+
+
+def _look_at(
+    folder: Path, samples: int, stems: Sequence[str], sample_rate: int, channels: int
+) -> tuple[FileTrack | None, list[str]]:
+    """One song, or what is wrong with it."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO)
+    paths, lengths, faults = [], [], []
+    for name in stems:
+        matching = [path for path in files if path.stem == name]
+        if len(matching) != 1:
+            there = ", ".join(path.name for path in matching or files) or "no audio"
+            faults.append(f"{folder / name}: one file .wav, .flac or .ogg is needed; there is {there}")
+            continue
+        path = matching[0]
+        paths.append(path)
+        try:
+            header = soundfile.info(path)
+        except soundfile.LibsndfileError as error:
+            faults.append(f"{path}: is broken ({error})")
+            continue
+        lengths.append(header.frames)
+        if header.channels != channels:
+            faults.append(f"{path}: has {header.channels} channels, not {channels}")
+        if header.samplerate != sample_rate:
+            faults.append(f"{path}: is at {header.samplerate} Hz, not {sample_rate}")
+        if header.frames < samples:
+            faults.append(f"{path}: is short, {header.frames} samples of at least {samples}")
+    if not faults and max(lengths) - min(lengths) > sample_rate // 10:
+        shortest = paths[lengths.index(min(lengths))]
+        seconds = (max(lengths) - min(lengths)) / sample_rate
+        faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; it may be truncated")
+    if faults:
+        return None, faults
+    return FileTrack(folder.name, tuple(paths), sample_rate, min(lengths)), []
+
+
+def _windows_in(path: Path, samples: int) -> tuple[list[int], str]:
+    try:
+        frames, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        return [], f"is broken inside ({error})"
+    if not np.isfinite(frames).all():
+        return [], "holds NaN or infinite samples"
+    return salient_windows(torch.from_numpy(frames.T), samples), ""
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _read_cache(path: Path, samples: int) -> dict[str, dict[str, Any]]:
+    """What was found before, by file; nothing when the cache is absent, damaged or of other parameters."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["files"]) if content["samples"] == samples else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,0 +1,83 @@
+"""A program for `test_runs.py`: train a tiny model in a folder, as often killed as asked, until it has finished.
+
+    python killed_run.py FOLDER KILLS SEED
+
+Every attempt is a forked process that is sent SIGKILL after a random time; the last one is left alone. One thread: what
+is compared afterwards are bits.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from conftest import TINY
+from torch import Tensor
+from torch.nn import functional
+
+from bsmamba2 import BSMamba2
+from bsmamba2.metrics import usdr
+from bsmamba2.runs import Run
+from bsmamba2.train import TrainConfig, Trainer
+
+STEPS = 24
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    while True:
+        target = torch.randn(1, 2, 2200, generator=g)
+        yield target + torch.randn(1, 2, 2200, generator=g), target
+
+
+def validate(model: BSMamba2) -> float:
+    mixture, target = next(batches())
+    with torch.inference_mode():
+        return usdr(target[0], model(mixture)[0, 0])
+
+
+def train(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = TrainConfig(steps=STEPS, accumulate=2, lr=1e-2, ema_decay=0.5, loss_windows=(256,), loss_hop=441)
+    model = BSMamba2(TINY)
+    # Something that draws random numbers in every step: it must go on with the same ones.
+    model.band_split.register_forward_hook(lambda part, _, x: functional.dropout(x, 0.1, part.training))
+    run = Run(folder, Trainer(model, config), validate=validate, save_every=2, validate_every=3)
+    for _ in run.steps(batches()):
+        pass
+
+
+def main(folder: Path, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    chance = random.Random(seed)
+    killed = 0
+    while True:
+        child = os.fork()
+        if not child:
+            try:
+                train(folder)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        if killed < kills:
+            time.sleep(chance.uniform(0.0, 0.25))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+        elif os.WEXITSTATUS(status):
+            sys.exit("an attempt failed by itself")
+        else:
+            print(killed)
+            return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

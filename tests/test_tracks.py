@@ -1,0 +1,295 @@
+"""Songs in files: what is read, what is remembered, what is reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from bsmamba2 import tracks
+from bsmamba2.__main__ import main
+from bsmamba2.data import Loader, Remixer, find_windows
+from bsmamba2.recipe import Recipe
+from bsmamba2.songs import STEMS, Song, songs
+from bsmamba2.tracks import VALIDATION, DataError, FileTrack, open_folder, scan
+
+RATE = 8000
+WINDOW = 8000
+
+
+def write(folder: Path, song: Song, stems: tuple[str, ...] = STEMS) -> None:
+    folder.mkdir(parents=True)
+    for name in stems:
+        soundfile.write(folder / f"{name}.wav", song.stem(name).T.numpy(), song.sample_rate, subtype="FLOAT")
+
+
+@pytest.fixture(scope="module")
+def pool() -> list[Song]:
+    return songs(5, seed=5, seconds=3.0, sample_rate=RATE)
+
+
+@pytest.fixture
+def folder(pool: list[Song], tmp_path: Path) -> Path:
+    """Like MUSDB18-HQ: four songs to train with, one to validate with, one to test with."""
+    names = ["A - One", "B - Two", "C - Three", "Triviul - Angelsaint", "Z - Last"]
+    for name, song in zip(names, pool, strict=True):
+        write(tmp_path / "hq" / "train" / name, song)
+        soundfile.write(tmp_path / "hq" / "train" / name / "mixture.wav", song.mixture.T.numpy(), RATE)
+    write(tmp_path / "hq" / "test" / "T - Never seen", pool[0])
+    return tmp_path / "hq"
+
+
+def look(folder: Path, **options: Any) -> tuple[list[FileTrack], list[FileTrack], list[str]]:
+    return open_folder(folder, WINDOW, sample_rate=RATE, **options)
+
+
+def test_the_validation_songs_are_musdbs_fourteen() -> None:
+    assert len(VALIDATION) == 14
+    assert {"Actions - One Minute Smile", "Traffic Experiment - Sirens"} < VALIDATION
+
+
+def test_songs_are_split_by_name_and_the_test_part_is_left_alone(folder: Path) -> None:
+    training, validation, faults = look(folder)
+    assert [track.name for track in training] == ["A - One", "B - Two", "C - Three", "Z - Last"]
+    assert [track.name for track in validation] == ["Triviul - Angelsaint"]
+    assert faults == []
+
+
+def test_a_folder_with_its_own_validation_or_none(pool: list[Song], tmp_path: Path) -> None:
+    for i in range(12):
+        write(tmp_path / "plain" / f"song {i:02d}", pool[i % 5], ("vocals", "other"))
+    training, validation, _ = look(tmp_path / "plain", stems=("vocals", "other"))
+    assert [track.name for track in validation] == ["song 09"]
+    assert len(training) == 11
+    write(tmp_path / "own" / "train" / "Triviul - Angelsaint", pool[0])
+    write(tmp_path / "own" / "valid" / "x", pool[1])
+    training, validation, _ = look(tmp_path / "own")
+    assert ([track.name for track in training], [track.name for track in validation]) == (
+        ["Triviul - Angelsaint"],
+        ["x"],
+    )
+    with pytest.raises(DataError, match="is no folder"):
+        look(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="at least two folders"):
+        look(tmp_path / "empty")
+
+
+def test_pieces_are_what_stands_in_the_file(folder: Path, pool: list[Song]) -> None:
+    track = look(folder)[0][1]
+    assert torch.equal(track.read(2, 5000, 300), pool[1].stems[2, :, 5000:5300])
+    with pytest.raises(OSError, match=r"bass\.wav: only 1000 of 8000"):
+        track.read(2, pool[1].samples - 1000, 8000)
+    track.stems[2].write_bytes(b"gone")
+    with pytest.raises(OSError, match=r"bass\.wav: samples 0 to 8000 cannot be read"):
+        track.read(2, 0, 8000)
+
+
+def test_reading_a_piece_does_not_read_the_song(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track = look(folder)[0][0]
+    asked = []
+    read = soundfile.SoundFile.read
+
+    def note(self: Any, frames: int = -1, *args: Any, **kwargs: Any) -> Any:
+        asked.append(frames)
+        return read(self, frames, *args, **kwargs)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", note)
+    track.read(0, 1000, 500)
+    assert asked == [500]
+
+
+def test_windows_and_examples_of_files_are_those_of_the_songs(folder: Path, pool: list[Song], tmp_path: Path) -> None:
+    training, _, _ = look(folder)
+    found, faults = scan(training, WINDOW, tmp_path / "cache.json")
+    assert faults == []
+    in_memory = [pool[i] for i in (0, 1, 2, 4)]
+    expected = find_windows(in_memory, WINDOW)
+    assert [[start for _, start in stem] for stem in found] == [[start for _, start in stem] for stem in expected]
+    pairs = zip(Loader(Remixer(found, WINDOW, 3)), Loader(Remixer(in_memory, WINDOW, 3)), strict=True)
+    for one, two in islice(pairs, 4):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+        assert str(folder) in one[2][0]
+
+
+def test_activity_is_found_once_and_again_where_a_file_changes(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "kept" / "cache.json"
+    read: list[Path] = []
+
+    def note(paths: Any) -> Any:
+        for path in paths:
+            read.append(path)
+            yield path
+
+    def again(window: int = WINDOW) -> tuple[int, Any]:
+        read.clear()
+        found, _ = scan(look(folder)[0], window, cache, progress=note)
+        return len(read), [[start for _, start in stem] for stem in found]
+
+    count, first = again()
+    assert count == 4 * 4
+    assert again() == (0, first)
+    vocals = folder / "train" / "B - Two" / "vocals.wav"
+    frames, rate = soundfile.read(vocals)
+    soundfile.write(vocals, frames * 0, rate, subtype="FLOAT")  # the size stays, the time does not
+    os.utime(vocals, ns=(1, 1))
+    count, second = again()
+    assert count == 1
+    assert len(second[0]) < len(first[0])
+    assert second[1:] == first[1:]
+    assert again(WINDOW // 2)[0] == 16  # another window
+    cache.write_text(cache.read_text()[:50])  # a damaged cache is no cache
+    assert again(WINDOW // 2)[0] == 16
+    assert set(json.loads(cache.read_text())) == {"samples", "files"}
+
+
+def test_an_interrupted_search_keeps_what_it_found(folder: Path, tmp_path: Path) -> None:
+    def interrupted(paths: Any) -> Any:
+        yield from paths[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(look(folder)[0], WINDOW, tmp_path / "cache.json", progress=interrupted)
+    rest: list[Path] = []
+    scan(look(folder)[0], WINDOW, tmp_path / "cache.json", progress=lambda paths: rest.extend(paths) or paths)
+    assert len(rest) == 11
+
+
+def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
+    """Nine faults, and a part of what should be said of each."""
+    train = folder / "train"
+    silence = np.zeros((3 * RATE, 2), np.float32)
+    said = {}
+    for number, name in enumerate(("broken", "short", "mono", "rate", "misnamed", "truncated", "nan", "twice")):
+        song = train / f"fault {number} {name}"
+        write(song, pool[number % 5])
+        vocals, drums = song / "vocals.wav", song / "drums.wav"
+        if name == "broken":
+            vocals.write_bytes(b"RIFF no audio")
+            said[str(vocals)] = "is broken"
+        elif name == "short":
+            for stem in STEMS:
+                soundfile.write(song / f"{stem}.wav", silence[:100], RATE)
+                said[str(song / f"{stem}.wav")] = "is short, 100 samples of at least 8000"
+        elif name == "mono":
+            soundfile.write(vocals, silence[:, 0], RATE)
+            said[str(vocals)] = "has 1 channels, not 2"
+        elif name == "rate":
+            soundfile.write(drums, silence, 48_000)
+            said[str(drums)] = "is at 48000 Hz, not 8000"
+        elif name == "misnamed":
+            vocals.rename(song / "Vocal.wav")
+            said[str(song / "vocals")] = "there is Vocal.wav, bass.wav, drums.wav, other.wav"
+        elif name == "truncated":
+            drums.write_bytes(drums.read_bytes()[: drums.stat().st_size // 2])
+            said[str(drums)] = "it may be truncated"
+        elif name == "nan":
+            soundfile.write(vocals, silence * np.nan, RATE, subtype="FLOAT")
+            said[str(vocals)] = "NaN"
+        else:
+            soundfile.write(song / "vocals.flac", silence, RATE)
+            said[str(song / "vocals")] = "there is vocals.flac, vocals.wav"
+    soundfile.write(train / "loose.wav", silence, RATE)
+    said[str(train / "loose.wav")] = "lies beside"
+    return said
+
+
+def test_every_fault_is_reported_at_once_with_its_path(folder: Path, pool: list[Song], tmp_path: Path) -> None:
+    said = plant_faults(folder, pool)
+    training, validation, faults = look(folder)
+    windows, inside = scan(training + validation, WINDOW, tmp_path / "cache.json")
+    told = dict(fault.split(": ", 1) for fault in faults + inside)
+    assert told.keys() == said.keys()
+    for path, part in said.items():
+        assert part in told[path]
+    assert {track.name for stem in windows for track, _ in stem} <= {path.name for path in (folder / "train").iterdir()}
+    assert not any("fault" in track.name for stem in windows for track, _ in stem)
+    again = scan(training + validation, WINDOW, tmp_path / "cache.json")[1]
+    assert again == inside  # from the cache, too
+
+
+SMALL = ["--segment", "0.5", "--batch", "1", "--steps", "1", "--validation-windows", "1", "--device", "cpu"]
+
+
+def test_a_run_stops_at_faulty_files_or_goes_on_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    for i, song in enumerate(songs(4, seed=5, seconds=1.5)):
+        write(data / f"song {i}", song)
+    (data / "song 1" / "drums.wav").write_bytes(b"")
+    arguments = ["train", "--data", str(data), "--output-dir", str(tmp_path / "run"), *SMALL]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"{data / 'song 1' / 'drums.wav'}: is broken" in told
+    assert "faulty=skip" in told
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match=r"drums\.wav: is broken"):
+        assert main([*arguments, "--faulty", "skip"]) == 0
+    assert (tmp_path / "run" / "last.safetensors").exists()
+    assert len(list((tmp_path / "cache" / "bsmamba2").iterdir())) == 1
+
+
+def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "musdb", None)
+    with pytest.raises(ImportError, match="pip install musdb"):
+        tracks.musdb_sample(100)
+
+    def track(name: str) -> Any:
+        sources = {stem: types.SimpleNamespace(audio=np.full((500, 2), i / 10)) for i, stem in enumerate(STEMS)}
+        return types.SimpleNamespace(name=name, rate=RATE, sources=sources)
+
+    stand_in = types.ModuleType("musdb")
+    database = types.SimpleNamespace(root="x", tracks=[track("A - One"), track("Leaf - Summerghost")])
+    stand_in.DB = lambda download, subsets: database  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "musdb", stand_in)
+    training, validation = tracks.musdb_sample(100)
+    assert [song.name for song in training] == ["A - One"]
+    assert [song.name for song in validation] == ["Leaf - Summerghost"]
+    assert training[0].stems.shape == (4, 2, 500)
+    assert training[0].stems[2].unique().tolist() == pytest.approx([0.2])
+    with pytest.raises(DataError, match="500 samples"):
+        tracks.musdb_sample(1000)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "unknown parameters stepz"),
+        ({"lr": "2e-3"}, "lr='2e-3' must be a number.*1.0e-3"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number"),
+        ({"batch": True}, "batch=True"),
+        ({"compile": 1}, "compile=1 must be true or false"),
+        ({"preset": "huge"}, "preset 'huge'"),
+        ({"segment": 0}, "segment=0"),
+        ({"faulty": "ignore"}, "faulty='ignore'"),
+        ({"loss_windows": ["a"]}, "loss_windows"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_mapping(values)
+
+
+def test_the_committed_parameters_are_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bsmamba2.recipe import read_parameters
+
+    for path in (Path(__file__).parents[1] / "notebooks" / "params").glob("train_*.yaml"):
+        assert Recipe.from_mapping(read_parameters(path)).steps > 0
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    for name, part in (("list.json", "names and values"), ("bad.yaml", "no YAML"), ("none.json", "No such file")):
+        assert main(["train", "--params", str(tmp_path / name)]) == 2
+        assert part in capsys.readouterr().err

@@ -1,0 +1,57 @@
+"""A program for `test_processes.py`, started by torchrun: train a tiny model and say what each process saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+from conftest import TINY
+
+from bsmamba2 import BSMamba2
+from bsmamba2.data import Loader, Remixer, Validation, find_windows
+from bsmamba2.processes import gather, rank, together, world
+from bsmamba2.runs import Run
+from bsmamba2.songs import songs
+from bsmamba2.train import TrainConfig, Trainer
+
+SAMPLES = 4000
+
+
+def main(folder: Path, batch: int, stop_after: int) -> None:
+    torch.set_num_threads(1)
+    with together("cpu"):
+        pool = songs(3, seed=5, seconds=2.0, sample_rate=8000)
+        loader = Loader(Remixer(pool, SAMPLES, batch, seed=7))
+        torch.manual_seed(rank())  # the others get the first one's weights
+        config = TrainConfig(steps=4, accumulate=2, lr=1e-2, loss_windows=(256,), loss_hop=441)
+        trainer = Trainer(BSMamba2(TINY), config)
+        validation = Validation(find_windows(pool, SAMPLES)[0], SAMPLES)
+        run = Run(folder, trainer, validate=validation, save_every=2, validate_every=4)
+        exchanged = []
+        if trainer.together is not None:
+            trainer.together.register_comm_hook(exchanged, count_exchanges)
+        done = [[step.number, step.loss, step.gradient] for step in islice(run.steps(loader), stop_after)]
+        names = gather(
+            [name for batch in islice(Loader(Remixer(pool, SAMPLES, batch, seed=7)), 4) for name in batch[2]]
+        )
+        weights = gather([float(p.detach().double().sum()) for p in trainer.model.parameters()])
+        if rank() == 0:
+            gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+            torch.save(gradients, folder / "gradients.pt")
+            report = {"world": world(), "steps": done, "names": names, "weights": weights, "exchanges": len(exchanged)}
+            (folder / "report.json").write_text(json.dumps(report))
+
+
+def count_exchanges(exchanged, bucket):  # torch would refuse annotations that are strings
+    """Average the gradients as DistributedDataParallel does by itself, and note that it was asked for."""
+    exchanged.append(bucket.index())
+    averaged = bucket.buffer().div_(world())
+    future = torch.distributed.all_reduce(averaged, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
