@@ -63,14 +63,15 @@ def add_separate(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
 Write NAME.vocals and NAME.rest (the mixture less the vocals) for every song, at the song's own rate, length and
-number of channels. Songs of any length take the same memory.
+number of channels. Songs of any length take the same memory; any rate from 1,000 to 768,000 Hz will do.
 
 Channels: a mono song is copied to the model's two channels, and the mean of the result written. Of more than two
 channels each two after each other (1 and 2, 3 and 4, ...) are separated as one stereo song, an odd last one as
 a mono song; nothing is mixed down.""",
         epilog="""\
 Levels: what the model makes of loud music may pass full scale. The format wav holds it (32-bit float). With any other
-format both results of such a song are made quieter by the same factor, which is said; they never clip.
+format both results of such a song are made quieter by the same factor, which is said: integers never clip, and ogg and
+mp3 only by what their encoders add.
 
 Folders are searched for audio files, and the folders below them too; the results are laid out likewise. A song that
 cannot be separated is named in one line, with what to do; the others are still done, and the exit code is 1.""",
@@ -426,6 +427,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(chosen: argparse.Namespace) -> BSMamba2:
     """The model that was asked for, on its device; the device that `auto` means is put in its place.
+
+    Devices other than the CPU: not run on a GPU.
 
     Raises:
         ValueError: for a checkpoint or device that cannot be used.

@@ -306,6 +306,17 @@ def test_a_slow_attack_is_late_by_hand() -> None:
     assert one.delay == 25
 
 
+def test_the_estimate_is_waited_for_a_window_long_after_the_voice() -> None:
+    s = torch.full((1, 1000), 0.002)  # audible at once, and loud after 100 ms
+    s[:, :300], s[:, 400:] = 0, 0.4
+    estimate = torch.zeros(1, 1000)
+    for late, expected in ((199, 199), (200, math.inf)):
+        estimate[:, 400:] = 0
+        estimate[:, 400 + late :] = 0.4
+        (one,) = onsets(s, estimate, RATE)
+        assert (one.time, one.delay) == (0.3, expected)
+
+
 def test_a_voice_that_does_not_come() -> None:
     s = two_phrases()
     for estimate in (0 * s, 0.2 * s, s.roll(250, 1)):

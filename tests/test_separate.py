@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, checkpoints, save_checkpoint
 from bsmamba2.__main__ import main
-from bsmamba2.audio import AudioError, Results, _Sink, read
+from bsmamba2.audio import AudioError, Results, _Sink, read, write
 from bsmamba2.resample import resample
 from bsmamba2.separate import join_channels, separate, separate_blocks, separate_file, split_channels
 from bsmamba2.spectrogram import istft, stft
@@ -87,9 +87,12 @@ def test_an_identity_gives_its_input_back_bit_for_bit(overlap: float, samples: i
 
 
 def test_no_segment_is_spent_on_nothing() -> None:
-    for samples, expected in ((800, 1), (801, 2), (1600, 2), (4000, 5)):
+    for overlap, samples, expected in (
+        (0, 800, 1), (0, 801, 2), (0, 1600, 2), (0, 4000, 5),
+        (0.5, 400, 1), (0.5, 800, 1), (0.5, 801, 2), (0.5, 1200, 2), (0.5, 1201, 3),
+    ):  # fmt: skip
         model = Identity()
-        separate(model, torch.randn(2, samples), segment=0.1, overlap=0)  # type: ignore[arg-type]
+        separate(model, torch.randn(2, samples), segment=0.1, overlap=overlap)  # type: ignore[arg-type]
         assert len(model.shapes) == expected
 
 
@@ -380,6 +383,16 @@ def test_stopped_by_hand_nothing_is_left(
     assert main(["separate", str(song), *arguments]) == 130
     assert capfd.readouterr().err == "stopped\n"
     assert found_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("format", "bits"), [("wav16", 16), ("wav24", 24), ("flac", 24)])
+def test_full_scale_itself_is_the_last_step_and_not_the_first(tmp_path: Path, format: str, bits: int) -> None:
+    """+1 is one step beyond what an integer holds: rounded carelessly it would come back as -1."""
+    step = 2.0 ** (1 - bits)
+    values = torch.tensor([[1.0, 1 - step, step, 0.0, -step, -1.0]])
+    assert write(tmp_path / "x", values, 8000, format) == 1
+    found = torch.from_numpy(soundfile.read(tmp_path / "x", dtype="float64", always_2d=True)[0].T)
+    assert found.tolist() == [[1 - step, 1 - step, step, 0, -step, -1]]
 
 
 def test_folders_are_searched_and_laid_out_likewise(checkpoint: Path, tmp_path: Path) -> None:
