@@ -11,6 +11,7 @@ Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Protocol, cast
 
@@ -194,10 +195,17 @@ class Loader:
                 batch_sampler=_Shares(self.remixer.batch, self.done),
                 num_workers=self.workers,
                 collate_fn=collate,
+                worker_init_fn=_leave_signals,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # or every start would draw from the global one
             )
         )
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C in a terminal and torchrun's SIGTERM go to whole groups of processes; a worker ends with its parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Numbered(Dataset):

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,6 +155,28 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves(tmp_path: Path, number: int) 
     whole = begin(tmp_path / "whole")
     list(whole.steps(noise()))
     assert same(weights(again), weights(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, number: int) -> None:
+    """As a terminal and torchrun send them: the processes that read ahead get it as well."""
+    flags = (
+        "--songs 3 --seconds-per-song 2 --held-out-songs 3 --batch 1 --workers 2 --validation-windows 1 --device cpu"
+    )
+    command = [sys.executable, "-m", "bsmamba2", "train", *flags.split(), "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=PROGRAM.parents[1], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "steps.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 2):
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "start it again to go on" in said
+    last = json.loads(log.read_text().splitlines()[-1])["number"]
+    assert [path.name for path in tmp_path.glob("state-*.pt")] == [f"state-{last:08d}.pt"]
 
 
 def test_a_loss_that_is_not_finite_names_step_batch_and_last_good_state(tmp_path: Path) -> None:
