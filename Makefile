@@ -27,7 +27,7 @@ export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab train lint unit kernels chapters format clean
+.PHONY: help env book test lab train bench lint unit kernels chapters format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make test      lint, unit, kernels and chapters: everything that CI runs besides the book'
 	@echo 'make lab       open the chapters in JupyterLab'
 	@echo 'make train     the training run that the book shows, if it is absent or older than the code'
+	@echo 'make bench     time the model part by part on this machine: book/results/benchmark'
 	@echo 'make lint      style, types and workflows'
 	@echo 'make unit      the tests in tests/'
 	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
@@ -79,6 +80,14 @@ $(RESULT): notebooks/train.ipynb $(PARAMS) $(MODULE) | $(ENV)
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --coalesce-streams _build/first_run.ipynb
 	rm -f $(@D)/first_run/state-*.pt
 	mv _build/first_run.ipynb $@
+
+# --- benchmark --------------------------------------------------------------------------------------------
+
+# No part of the book or the tests: its numbers are those of the machine, and of the minute.
+bench: $(ENV)
+	@mkdir -p _build
+	$(BIN)/papermill notebooks/benchmark.ipynb _build/benchmark.ipynb -f notebooks/params/benchmark.yaml
+	@echo 'Tables and pictures are in _build/benchmark.ipynb, the numbers in book/results/benchmark/benchmark.json'
 
 # --- book -------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ EXERCISES = 3
 NO_CHAPTER = {"__init__.py", "__main__.py", "audio.py", "parameters.py", "show.py"}
 # Files whose chapter is still to be written; a file that has its chapter must leave it.
 LATER: set[str] = {
+    "benchmark.py",
     "cost.py",
     "processes.py",
     "protocol.py",
