@@ -40,9 +40,8 @@ from torch.nn import functional
 from . import cost, kernels
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer
-from .dual_path import block_by_block
 from .losses import WINDOWS, bsmamba2_loss
-from .mamba2 import Mamba2, causal_conv_silu
+from .mamba2 import Mamba2, block_by_block, causal_conv_silu
 from .model import BSMamba2
 from .tracks import FileTrack
 

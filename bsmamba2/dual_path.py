@@ -12,10 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .mamba2 import PIECE, RMSNorm
-
-BLOCK = 2**18
-"""Features, d for each frame of each sequence, that a layer reads at once on a CPU."""
+from .mamba2 import RMSNorm, block_by_block
 
 SequenceLayer = Callable[[], nn.Module]
 """Makes a layer (b, length, d) → (b, length, d); one that sees only the past, for a bidirectional block."""
@@ -76,21 +73,3 @@ class DualPath(nn.Module):
         x = x.unflatten(0, (b, k)).transpose(1, 2)
         x = block_by_block(self.band, x.flatten(0, 1))
         return x.unflatten(0, (b, t))
-
-
-def block_by_block(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) for a layer that reads each sequence by itself, on a CPU a few sequences at a time.
-
-    What the layer computes in between then stays in the processor's cache, where the whole batch would go through
-    memory at every operation.
-
-    Args:
-        layer: (b, length, d) → (b, length, d).
-        x: (b, length, d).
-    """
-    if x.device.type != "cpu":
-        return layer(x)
-    b, length, d = x.shape
-    frames = length if torch.is_grad_enabled() else min(length, PIECE)
-    most = max(1, BLOCK // (frames * d))
-    return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])

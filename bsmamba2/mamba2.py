@@ -10,7 +10,7 @@ Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from . import kernels, ssd
 EPS = 1e-5  # of every RMS norm in the published model
 PIECE = 64
 """Frames that a mixer takes at once on a CPU, without gradients."""
+
+BLOCK = 2**18
+"""Features, d for each frame of each sequence, that a layer reads at once on a CPU."""
 
 Memory = tuple[Tensor, Tensor]
 """What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
@@ -39,6 +42,24 @@ class RMSNorm(nn.Module):
         """(..., dim) → (..., dim)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return functional.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), EPS).to(x.dtype)
+
+
+def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """layer(x) for a layer that reads each sequence by itself, on a CPU a few sequences at a time.
+
+    What the layer computes in between then stays in the processor's cache, where the whole batch would go through
+    memory at every operation.
+
+    Args:
+        layer: (b, length, d) → (b, length, d).
+        x: (b, length, d).
+    """
+    if x.device.type != "cpu":
+        return layer(x)
+    b, length, d = x.shape
+    frames = length if torch.is_grad_enabled() else min(length, PIECE)
+    most = max(1, BLOCK // (frames * d))
+    return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])
 
 
 def norm_linear(x: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
@@ -100,7 +121,10 @@ class Mamba2(nn.Module):
         """(b, t, d) → (b, t, d)."""
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.step(x)[0]
-        # Piece after piece, so that what lies between the projections stays in cache.
+        return block_by_block(self.in_pieces, x)
+
+    def in_pieces(self, x: Tensor) -> Tensor:
+        """`forward`, some frames after the others, so that what lies between the projections stays in cache."""
         pieces, memory, parts = [], None, x.split(PIECE, dim=1)
         for i, piece in enumerate(parts):
             y, memory = self.step(piece, memory, keep=i + 1 < len(parts))
