@@ -135,3 +135,51 @@ def test_a_bad_parameter_stops_the_evaluation_at_once(
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --- benchmark --------------------------------------------------------------------------------------------
+
+INSTANT = {
+    "lengths": [0.25, 1.0],
+    "parts": ["scan", "loading"],
+    "backends": ["chunked", "recurrent", "fused"],
+    "dtypes": ["float32"],
+    "modes": ["forward"],
+    "repeats": 1,
+    "preset": "small",
+    "sequences": 1,
+    "peers": [],
+}
+
+
+@pytest.mark.slow
+def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
+    done = papermill(tmp_path, "benchmark", INSTANT)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "run" / "benchmark.json").read_text())
+    scans = [row for row in content["rows"] if row["part"] == "scan"]
+    assert {(row["seconds"], row["contestant"]) for row in scans} >= {(0.25, "chunked"), (1.0, "recurrent")}
+    for row in scans:
+        assert row["median"] > 0
+        assert 0 < row["fraction"] < 1
+        assert row["memory"] > row["before"] > 0
+        assert row["difference"] < 1e-5
+    missing = {one["contestant"] for one in content["not_run"]}
+    outputs = (tmp_path / "run.ipynb").read_text()
+    if not torch.cuda.is_available():
+        assert missing == {"fused"}
+        assert "nothing below was run on a GPU" in outputs
+    assert outputs.count("image/png") == 1
+    assert "1 s against 0.25 s" in outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"lenghts": [1.0]}, "no parameter 'lenghts'"), ({"repeats": 0}, "repeats=0"), ({"dtypes": ["fp8"]}, "'fp8'")],
+)
+def test_a_bad_parameter_stops_the_benchmark_at_once(tmp_path: Path, parameters: dict, message: str) -> None:
+    done = papermill(tmp_path, "benchmark", {**INSTANT, **parameters})
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
