@@ -41,7 +41,6 @@ LATER: set[str] = {
     "processes.py",
     "protocol.py",
     "recipe.py",
-    "resample.py",
     "runs.py",
     "sweep.py",
     "tracks.py",
