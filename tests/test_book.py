@@ -39,7 +39,6 @@ NO_CHAPTER = {"__init__.py", "__main__.py", "audio.py", "parameters.py", "show.p
 LATER: set[str] = {
     "cost.py",
     "processes.py",
-    "protocol.py",
     "recipe.py",
     "runs.py",
     "sweep.py",
