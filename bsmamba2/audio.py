@@ -3,7 +3,7 @@
 A file is read as float32, integers divided by their full scale, so that what the file calls full is 1. What is written
 appears whole or not at all, and never clips unsaid (`Results`).
 
-Book: "The whole model". Axis letters: see `bsmamba2.config`.
+Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ work are left out there, and come in with the time, where they are limited by me
 
 Letters: q frames of a chunk of the scan, e = h·p the inner width of a mixer; the others as in `bsmamba2.config`.
 
-Book: "Training". Axis letters: see `bsmamba2.config`.
+Book: "Scaling up". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 song → separate → uSDR; and the same for the mixture, for silence and for the best mask             (`score`)
 checkpoint, tracks, protocol → a row for each track → means, medians, tables, files    (`run`, `Evaluation`)
 
-Book: "Training". Axis letters: see `bsmamba2.config`.
+Book: "Measuring". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations

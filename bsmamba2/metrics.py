@@ -8,7 +8,7 @@
 | `onsets` | ms, dB | 0, −inf | how late the voice comes back after silence, and how wrong |
 
 Signals are (c, samples): s the target of one song, ŝ its estimate, m the mixture; full scale is 1. Sums run over all
-samples and channels named, in float64. Book: "Training". Sources: `usdr` as in the Music Demixing Challenge 2021
+samples and channels named, in float64. Book: "Measuring". Sources: `usdr` as in the Music Demixing Challenge 2021
 (arXiv:2108.13559); `csdr` after the SDR of BSS Eval v4 (Stöter, Liutkus and Ito, arXiv:1804.06267); `si_sdr` from Le
 Roux, Wisdom, Erdogan and Hershey (arXiv:1811.02508); `bleed` as in the training toolbox
 ZFTurbo/Music-Source-Separation-Training; `leak` and `onsets` are this project's own. Axis letters: see

@@ -3,7 +3,7 @@
 `torchrun` starts the processes, of one machine or of many, and tells each its rank through the environment.
 Without it there is one process, and everything here is the identity.
 
-Book: "Training".
+Book: "Scaling up".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A figure means something only together with its protocol: segment, overlap, whic
 tracks are put together, and which tracks. `Protocol` is that card, `PROTOCOLS` the named ones, and `compare` names
 every difference between ours and that of a published figure.
 
-Book: "Training". Source of the figures: see `PUBLISHED`.
+Book: "Measuring". Source of the figures: see `PUBLISHED`.
 """
 
 from __future__ import annotations

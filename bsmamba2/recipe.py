@@ -2,7 +2,7 @@
 
 parameters → songs or files → model → trainer → run
 
-Book: "Training".
+Book: "Scaling up".
 """
 
 from __future__ import annotations

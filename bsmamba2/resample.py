@@ -6,7 +6,7 @@ with r the old rate and q the new one, both divided by their greatest common div
 a little (ρ) below the lower of the two Nyquist frequencies and faded out by a Kaiser window over T samples on
 either side. n·r/q has q different fractional parts, and so there are q different sets of weights.
 
-Book: "The whole model". Source: J. O. Smith, "Digital Audio Resampling"
+Book: "Separating songs". Source: J. O. Smith, "Digital Audio Resampling"
 (https://ccrma.stanford.edu/~jos/resample/). Axis letters: see `bsmamba2.config`; n here is an output sample.
 """
 

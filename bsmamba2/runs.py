@@ -10,7 +10,7 @@ Every file is written beside its place and then renamed, so that it is the old o
 killed and started again takes up its newest state, drops the log's lines after it, and goes on with the same batches:
 on a CPU it ends with the same bits as one that was left alone. Under `torchrun` the first process alone writes.
 
-Book: "Training".
+Book: "Scaling up".
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ The weights are whole numbers and the sums have 53 bits: where all segments agre
 float32 (as long as no more than a thousand overlap). So a model that gives its input back does so bit for bit, either
 way.
 
-Book: "The whole model". Axis letters: see `bsmamba2.config`.
+Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations

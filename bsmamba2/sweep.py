@@ -5,7 +5,7 @@ grid → cells → one papermill process each, here or on a Dask cluster → wha
 A cell that fails leaves the others alone. A cell that has finished is not run again; one that was interrupted goes
 on where it was, as its run does (`bsmamba2.runs`).
 
-Book: "Training".
+Book: "Scaling up".
 """
 
 from __future__ import annotations

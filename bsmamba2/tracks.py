@@ -6,7 +6,7 @@
 
 WAV, FLAC or OGG. What is wrong with the files is found at the start and told all at once.
 
-Book: "Training". Source of the validation songs: the `musdb` package.
+Book: "Scaling up". Source of the validation songs: the `musdb` package.
 """
 
 from __future__ import annotations
