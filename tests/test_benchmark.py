@@ -150,7 +150,9 @@ def test_a_trial_finds_memory_and_stops_what_is_too_large_or_too_slow() -> None:
     assert found.before < 1e9
     small = benchmark.dataclasses.replace(SMALL, memory=scores / 4e9)
     # Told by the allocator, or, when not even a thread fits, by the end of the process.
-    assert str(benchmark.trial(case, small)).startswith(("more than 0.00", "its process ended with code 1: more memory"))
+    assert str(benchmark.trial(case, small)).startswith(
+        ("more than 0.00", "its process ended with code 1: more memory")
+    )
     loop = Case("scan", "", 30.0, "float32", BACKWARD, "recurrent")
     started = time.monotonic()
     assert benchmark.trial(loop, benchmark.dataclasses.replace(SMALL, limit=0.05)) == "more than 0.05 s"
