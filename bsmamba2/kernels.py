@@ -188,7 +188,7 @@ def fused(
         BackendError: when mamba-ssm cannot be imported, x is not on a CUDA device or of another type.
         ValueError: for shapes that do not fit.
     """
-    _check_shapes(x, dt, A, B, C, D, initial_state)
+    ssd.check(x, dt, A, B, C, D, initial_state)
     _refuse(_misfits(x.device, x.dtype))
     kernel = scan_kernel()
     b, t = x.shape[:2]
@@ -232,25 +232,6 @@ def _addressable(x: Tensor) -> Tensor:
     """x, copied if it is a view whose last element lies too far from its first."""
     span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x if span < MOST_ELEMENTS else x.contiguous()
-
-
-def _check_shapes(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
-) -> None:
-    if x.dim() != 4 or x.shape[1] < 1:
-        raise ValueError(f"x {tuple(x.shape)} must be (b, t, h, p) with at least one frame")
-    b, t, h, p = x.shape
-    n = B.shape[-1]
-    expected = {"dt": (dt, (b, t, h)), "A": (A, (h,)), "B": (B, (b, t, n)), "C": (C, (b, t, n))}
-    if D is not None:
-        expected["D"] = (D, (h,))
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (b, h, p, n))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} to go with x {tuple(x.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
 
 
 # --- the convolution --------------------------------------------------------------------------------------

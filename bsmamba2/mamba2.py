@@ -54,11 +54,11 @@ def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         layer: (b, length, d) → (b, length, d).
         x: (b, length, d).
     """
-    if x.device.type != "cpu":
-        return layer(x)
     b, length, d = x.shape
     frames = length if torch.is_grad_enabled() else min(length, PIECE)
     most = max(1, BLOCK // (frames * d))
+    if x.device.type != "cpu" or b <= most:
+        return layer(x)
     return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])
 
 
@@ -125,6 +125,8 @@ class Mamba2(nn.Module):
 
     def in_pieces(self, x: Tensor) -> Tensor:
         """`forward`, some frames after the others, so that what lies between the projections stays in cache."""
+        if x.shape[1] <= PIECE:
+            return self.step(x)[0]
         pieces, memory, parts = [], None, x.split(PIECE, dim=1)
         for i, piece in enumerate(parts):
             y, memory = self.step(piece, memory, keep=i + 1 < len(parts))

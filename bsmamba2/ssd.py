@@ -48,7 +48,7 @@ def recurrent(
     return_state: bool = False,
 ) -> Any:
     """The definition, frame by frame: t steps, memory for one state. See the module for shapes."""
-    wide = _check(x, dt, A, B, C, D, initial_state)
+    wide = check(x, dt, A, B, C, D, initial_state)
     state = _first_state(x, B, initial_state)
     y = x.new_empty(x.shape, dtype=wide)
     for i in range(x.shape[1]):
@@ -74,7 +74,7 @@ def matrix(
 
     L_ij = exp(Σ_{j<τ≤i} dt_τ A) below and on the diagonal, zero above (`decay_matrix`).
     """
-    wide = _check(x, dt, A, B, C, D, initial_state)
+    wide = check(x, dt, A, B, C, D, initial_state)
     state = _first_state(x, B, initial_state)
     clock = _clock(dt, A)  # (b, h, t)
     weighted = (x * dt[..., None]).to(wide).transpose(1, 2)  # (b, h, t, p)
@@ -113,7 +113,7 @@ def chunked(
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be at least 1 frame")
-    wide = _check(x, dt, A, B, C, D, initial_state)
+    wide = check(x, dt, A, B, C, D, initial_state)
     t = x.shape[1]
     q = -(-t // -(-t // chunk))  # chunks of one length, as few as before
     inputs: Any = (
@@ -171,7 +171,7 @@ class _Chunked(torch.autograd.Function):
             dG = (paths * part.dt_of_column).sum(1).to(x.dtype)
             dB = dG.mT @ part.C  # (b, q, n)
             dC = dG @ part.B
-            paths.mul_(part.products())
+            paths.mul_(part.products)
             ddt = paths.sum(-2).permute(2, 0, 1).double()  # dt as a factor, (q, b, h)
 
             # The decays. dt_k A multiplies every path from a frame j < k to a frame i ≥ k. Sums of those paths alone:
@@ -249,6 +249,7 @@ class _Chunk:
         self.x, self.dt, self.sums = x, dt, sums
         self.x_by_head = _by_head(x)
         self.B, self.C = B.transpose(0, 1), C.transpose(0, 1)  # (b, q, n)
+        self.products = (self.C @ self.B.mT)[:, None]  # G, (b, 1, q, q)
         self.dt_of_column = dt.permute(1, 2, 0)[..., None, :]  # (b, h, 1, q)
         self.to_end = (sums[-1] - sums).exp2()  # e^{R − r_j}, (q, b, h), float64
         self.weight = (dt * self.to_end).to(dt.dtype)[..., None]  # of a frame in the next state, (q, b, h, 1)
@@ -266,13 +267,9 @@ class _Chunk:
         later = high.new_full(exponents.shape[-2:], -torch.inf).triu(1)
         return exponents.add_(later).exp2_()
 
-    def products(self) -> Tensor:
-        """G, (b, 1, q, q)."""
-        return (self.C @ self.B.mT)[:, None]
-
     def mixing(self, decays: Tensor, D: Tensor) -> Tensor:
         """M, (b·h, q, q), of the type of x."""
-        scores = decays * self.products()
+        scores = decays * self.products
         scores.mul_(self.dt_of_column).diagonal(dim1=-2, dim2=-1).add_(D[:, None])
         return scores.to(self.x.dtype).flatten(0, 1)
 
@@ -325,10 +322,17 @@ def _clock(dt: Tensor, A: Tensor) -> Tensor:
     return (dt.double() * A.double()).cumsum(1).transpose(1, 2)
 
 
-def _check(
+def check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
 ) -> torch.dtype:
-    """Check the shapes; the type of decay and state, float32 or wider."""
+    """The arguments of any scan: shapes that fit and one device.
+
+    Returns:
+        The type of decay and state, float32 or wider.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(f"x {tuple(x.shape)} must be (b, t, h, p) with at least one frame")
     b, t, h, p = x.shape
@@ -341,6 +345,8 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} to go with x {tuple(x.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
     return torch.promote_types(x.dtype, torch.float32)
 
 
