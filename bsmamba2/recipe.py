@@ -49,6 +49,7 @@ class Recipe:
     songs: int = _parameter(160, "synthesised songs to learn from")
     seconds_per_song: float = _parameter(6.0, "length of each")
     held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
+    variety: float = _parameter(0.0, "of the synthesised mixes, 0 (clean, a loud voice) to 1 (as recordings may be)")
     segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
     accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
@@ -94,6 +95,8 @@ class Recipe:
         for name in ("seconds_per_song", "segment"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
+        if not 0 <= self.variety <= 1:
+            raise ValueError(f"variety={self.variety!r} must lie in [0, 1]")
         if self.faulty not in ("stop", "skip"):
             raise ValueError(f"faulty={self.faulty!r} must be stop or skip")
         if len(self.stems) < 1 or not all(isinstance(stem, str) for stem in self.stems):
@@ -138,7 +141,13 @@ class Recipe:
         config = self.model_config
         if self.data == "songs":
             parts = [
-                songs(count, seed=seed, seconds=self.seconds_per_song, sample_rate=config.sample_rate)
+                songs(
+                    count,
+                    seed=seed,
+                    seconds=self.seconds_per_song,
+                    variety=self.variety,
+                    sample_rate=config.sample_rate,
+                )
                 for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
             ]
             return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)

@@ -11,7 +11,7 @@ A reader has a laptop and no data set, so the book makes its own songs.  One cal
 - *bass* and *other*: notes read from wavetables, each note fading from a bright to a dark table (`_play`);
 - *drums*: one-shots built from swept sines and filtered noise, placed on a pattern (`_drum`);
 - *finish*: a smooth random EQ and one room per song; the vocals are then gated to exact silence between
-  phrases (`_mix`).
+  phrases (`_mix`).  With `variety`, saturation, width, doubles, echoes and a softer voice come between (`_produce`).
 
 The mixture of a song IS the sum of its stems.
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,14 @@ class Song:
         return sum(end - start for start, end in self.sung) / self.seconds
 
 
-def synthesise(seed: int, *, seconds: float = 6.0, occupancy: float = 0.6, sample_rate: int = SAMPLE_RATE) -> Song:
+def synthesise(
+    seed: int,
+    *,
+    seconds: float = 6.0,
+    occupancy: float = 0.6,
+    variety: float = 0.0,
+    sample_rate: int = SAMPLE_RATE,
+) -> Song:
     """Make a song; the same arguments give the same bits.
 
     `occupancy` is the share of time covered by sung phrases, from the first consonant to the end of the last
@@ -105,8 +113,10 @@ def synthesise(seed: int, *, seconds: float = 6.0, occupancy: float = 0.6, sampl
     room rings on for `TAIL_SECONDS`, but for half the rest at most; elsewhere the vocals are exactly zero.
     0 gives no vocals at all, 1 gives singing throughout.  Another occupancy keeps the seed's band.
 
-    Raises ValueError for a negative seed, fewer than 0.5 seconds, an occupancy outside [0, 1], or a sample
-    rate below 8,000 Hz.
+    `variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`).
+
+    Raises ValueError for a negative seed, fewer than 0.5 seconds, an occupancy or variety outside [0, 1], or a
+    sample rate below 8,000 Hz.
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
@@ -114,11 +124,13 @@ def synthesise(seed: int, *, seconds: float = 6.0, occupancy: float = 0.6, sampl
         raise ValueError(f"seconds is {seconds!r}; give a finite duration of at least 0.5")
     if not 0.0 <= occupancy <= 1.0:
         raise ValueError(f"occupancy is {occupancy!r}; give a share between 0 and 1")
+    if not 0.0 <= variety <= 1.0:
+        raise ValueError(f"variety is {variety!r}; give a number between 0 and 1")
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, np.integer)) or sample_rate < 8_000:
         raise ValueError(f"sample_rate is {sample_rate!r}; give an integer of at least 8000 (Hz)")
 
-    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(7)]
-    score_rng, phrase_rng, vocal_rng, drum_rng, bass_rng, other_rng, mix_rng = streams
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(8)]
+    score_rng, phrase_rng, vocal_rng, drum_rng, bass_rng, other_rng, mix_rng, production_rng = streams
     rate = int(sample_rate)
     samples = round(seconds * rate)
     score = _draw_score(score_rng, samples / rate)
@@ -129,18 +141,20 @@ def synthesise(seed: int, *, seconds: float = 6.0, occupancy: float = 0.6, sampl
         "bass": _bass(bass_rng, score, rate, samples),
         "other": _accompany(other_rng, score, rate, samples),
     }
-    mixed = _mix(mix_rng, stems, phrases, score, rate)
+    mixed = _mix(mix_rng, stems, phrases, score, rate, lambda out: _produce(production_rng, out, variety, rate))
     return Song(
         name=f"synthetic-{int(seed)}",
         stems=torch.from_numpy(mixed),
         sample_rate=rate,
         sung=phrases,
         licence="CC0-1.0",
-        source=f"synthesise({int(seed)}, seconds={seconds}, occupancy={occupancy}, sample_rate={rate})",
+        source=f"synthesise({int(seed)}, {seconds=}, {occupancy=}, {variety=}, sample_rate={rate})",
     )
 
 
-def songs(count: int, *, seed: int = 0, seconds: float = 6.0, sample_rate: int = SAMPLE_RATE) -> list[Song]:
+def songs(
+    count: int, *, seed: int = 0, seconds: float = 6.0, variety: float = 0.0, sample_rate: int = SAMPLE_RATE
+) -> list[Song]:
     """Make `count` different songs, with the occupancy drawn per song.
 
     One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  Song i
@@ -158,7 +172,9 @@ def songs(count: int, *, seed: int = 0, seconds: float = 6.0, sample_rate: int =
         kind, share = np.random.default_rng(sequence).random(2)
         occupancy = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 else round(0.3 + 0.6 * share, 3)
         song_seed = int(sequence.generate_state(2)[1])
-        made.append(synthesise(song_seed, seconds=seconds, occupancy=occupancy, sample_rate=sample_rate))
+        made.append(
+            synthesise(song_seed, seconds=seconds, occupancy=occupancy, variety=variety, sample_rate=sample_rate)
+        )
     return made
 
 
@@ -1149,8 +1165,48 @@ def _gate(phrases: Spans, rate: int, samples: int) -> Array:
     return gate
 
 
-def _mix(rng: Generator, stems: dict[str, Array], phrases: Spans, score: _Score, rate: int) -> Array:
-    """Filter, place in a room, gate and level the stems, (s, c, t)."""
+def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
+    """Change stems (s, c, t) in place as recordings do, and draw how many dB the voice moves beside the band.
+
+    Stems are driven into saturation; the band moves from the sides to the middle; the voice gets doubles at the
+    sides whose delay sways, and echoes; and it sinks by up to 9 dB. All of it by chance, in proportion to `variety`.
+    Levels are set afterwards.
+    """
+    if not variety:
+        return 0.0
+    for stem in stems:
+        power = float(np.mean(stem**2))
+        drive = 10 ** (rng.uniform(-10, 12) / 20)
+        if rng.random() < 0.6 * variety and power:
+            stem[:] = np.tanh(stem * np.float32(drive / math.sqrt(power)))
+    for stem in stems[1:]:
+        side = (stem[0] - stem[1]) * np.float32(0.5 * variety * rng.random())
+        stem -= np.stack((side, -side))
+    voice, dry = stems[0], stems[0].copy()
+    samples = voice.shape[1]
+    if rng.random() < 0.4 * variety:
+        level = rng.uniform(0.2, 0.9)
+        places = np.arange(samples)
+        for side in (0, 1):
+            sway = rng.uniform(0.5, 3) * np.sin(2 * np.pi * (rng.uniform(0.2, 0.9) * places / rate + rng.random()))
+            late = places - (rng.uniform(10, 35) + sway) * rate / 1_000
+            voice[side] += np.float32(level) * np.interp(late, places, dry.mean(0), left=0).astype(np.float32)
+    if rng.random() < 0.4 * variety:
+        level, delay = rng.uniform(0.1, 0.4), round(rng.uniform(0.07, 0.4) * rate)
+        for i in range(1, 1 + (samples - 1) // delay):
+            voice[i % 2, i * delay :] += np.float32(level**i) * dry.mean(0)[: samples - i * delay]
+    return float(rng.uniform(-9, 1)) * variety
+
+
+def _mix(
+    rng: Generator,
+    stems: dict[str, Array],
+    phrases: Spans,
+    score: _Score,
+    rate: int,
+    produce: Callable[[Array], float],
+) -> Array:
+    """Filter, place in a room, produce, gate and level the stems, (s, c, t)."""
     samples = stems["drums"].shape[1]
     room = _room(rng, rate)
     out = np.zeros((len(STEMS), 2, samples), np.float32)
@@ -1162,6 +1218,7 @@ def _mix(rng: Generator, stems: dict[str, Array], phrases: Spans, score: _Score,
         levels[name] = rng.normal({"vocals": 0, "drums": 0, "bass": -1, "other": 0.5}[name], 2.5)
         if stems[name].any():
             out[s] = _finish(stems[name], equaliser, room, wet)
+    sinks = produce(out)
     late = rng.random() < 0.1
     if late:  # one stem of the band enters half a bar or a bar late
         entry = min(samples, round(min(score.time(int(rng.choice([8, 16]))), score.seconds / 2) * rate))
@@ -1177,7 +1234,7 @@ def _mix(rng: Generator, stems: dict[str, Array], phrases: Spans, score: _Score,
             sung[round(start * rate) : round(end * rate)] = True
         band = out[1:].sum(axis=0)
         reference = float(np.mean(band[:, sung] ** 2)) or float(np.mean(band**2)) or 1.0
-        wanted = min(6.0, max(-6.0, float(levels["vocals"])))
+        wanted = min(6.0, max(-6.0, float(levels["vocals"]))) + sinks
         out[0] *= math.sqrt(reference * 10 ** (wanted / 10) / (float(np.mean(out[0][:, sung] ** 2)) + 1e-20))
     peak = float(np.abs(out.sum(axis=0)).max())
     return out * np.float32(rng.uniform(0.5, 0.95) / (peak or 1.0))

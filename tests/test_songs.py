@@ -331,3 +331,30 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(songs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps stempeg"):
         songs.excerpt()
+
+
+def test_variety_changes_the_mix_and_not_what_is_played() -> None:
+    plain, varied = synthesise(5), synthesise(5, variety=1.0)
+    assert plain.sung == varied.sung
+    assert torch.equal(plain.stems, synthesise(5, variety=0.0).stems)
+    assert not torch.allclose(plain.vocals, varied.vocals, atol=1e-3)
+    silent = torch.ones(plain.samples, dtype=torch.bool)
+    for start, end in plain.sung:
+        silent[round(start * RATE) : round((end + TAIL_SECONDS) * RATE)] = False
+    assert silent.any()
+    assert not varied.vocals[:, silent].any()  # nothing rings into the rests
+
+
+def test_varied_voices_are_softer_than_plain_ones() -> None:
+    def level(song: Song) -> float:
+        return decibels(float(song.vocals.square().mean() / song.stems[1:].sum(0).square().mean()))
+
+    lower = [level(synthesise(seed)) - level(synthesise(seed, variety=1.0)) for seed in SEEDS]
+    assert 2 < np.mean(lower) < 6  # drawn from -1 to 9 dB
+    assert max(lower) < 10
+
+
+@pytest.mark.parametrize("variety", [-0.1, 1.1, math.nan])
+def test_variety_out_of_range_is_refused(variety: float) -> None:
+    with pytest.raises(ValueError, match="variety"):
+        synthesise(0, variety=variety)
