@@ -59,6 +59,20 @@ def test_loss_gradient_is_finite_where_the_estimate_is_perfect() -> None:
     assert s.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("window", [4096, 512])
+@pytest.mark.parametrize("hop", [147, 441])
+@pytest.mark.parametrize("samples", [2049, 4410, 5003])
+def test_spectral_loss_and_gradient_are_those_of_torchs_stft(samples: int, hop: int, window: int) -> None:
+    signal = torch.randn(3, samples, dtype=torch.float64, requires_grad=True)
+    n_fft = max(window, 2048)
+    hann = torch.hann_window(window, dtype=torch.float64)
+    wanted = torch.stft(signal, n_fft, hop, window, hann, pad_mode="reflect", return_complex=True).abs().mean()
+    loss = spectral_loss(signal, window, hop)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(3 * one, signal)[0] for one in (loss, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * theirs.abs().max())
+
+
 # --- metrics ----------------------------------------------------------------------------------------------
 
 
