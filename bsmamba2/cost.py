@@ -135,16 +135,19 @@ def _block(config: ModelConfig, length: int) -> float:
 
 
 def _scan(config: ModelConfig, length: int) -> float:
-    """`ssd.chunked`, for one position: G and M x inside a chunk; into and out of the state between chunks."""
+    """`ssd.chunked`, for one position: G and what it mixes inside a chunk; into and out of the state between chunks.
+
+    A little less where a chunk is cut because of the span of its decays.
+    """
     q, between = _chunks(length)
     return 2.0 * q * (config.state + config.inner) + between * 4 * config.state * config.inner
 
 
 def _scan_backward(config: ModelConfig, length: int) -> float:
-    """Its backward pass: G twice again, dB, dC; dx, dM; sums over paths. The states again, and five more products."""
+    """Its backward pass: G again, dB, dC; dG, dx, y inside a chunk again. The states again, and five more products."""
     q, between = _chunks(length)
-    n, e, h = config.state, config.inner, config.heads
-    return 8.0 * q * n + 4 * q * e + 2 * h * q * q + between * 12 * n * e
+    n, e = config.state, config.inner
+    return 6.0 * q * n + 6 * q * e + between * 12 * n * e
 
 
 def _chunks(length: int) -> tuple[int, float]:

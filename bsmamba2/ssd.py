@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Scan = Callable[..., Any]
 """Any function with the signature above: the seam through which kernels enter the model."""
@@ -106,7 +107,7 @@ def chunked(
     `Mamba2` has them. See the module for shapes.
 
     Args:
-        chunk: most frames in a chunk; the scores take chunk × chunk numbers per head and sequence.
+        chunk: most frames in a chunk; the scores take chunk × chunk numbers per sequence.
 
     Raises:
         ValueError: for a chunk below 1, or shapes that do not fit.
@@ -138,8 +139,14 @@ class _Chunked(torch.autograd.Function):
     One chunk after the other, all its heads and sequences at once. i and j are frames of a chunk, r_i is the sum of
     dt·A up to frame i, R that up to the end, S the state before the chunk. With G = C Bᵀ, shared by the heads,
 
-        y_i = Σ_{j≤i} M_ij x_j + e^{r_i} S C_i,    M_ij = e^{r_i − r_j} G_ij dt_j + D·[i = j]
+        y_i = Σ_{j<i} e^{r_i − r_j} G_ij dt_j x_j + (G_ii dt_i + D) x_i + e^{r_i} S C_i
         S ← e^R S + Σ_j e^{R − r_j} dt_j x_j B_jᵀ
+
+    The decay is a product, e^{r_i − r_j} = e^{r_i − m} · e^{m − r_j}, whatever m. So no head needs a matrix of its own:
+    x is weighed with the second factor, one product with the lower triangle of G mixes the frames of all heads, and the
+    rows are weighed with the first. Written so, the factors may leave the range of a float, where their product does
+    not: rows are taken in blocks whose decays span at most `SPAN`, each with an m in its middle (`_blocks`). All frames
+    before a block have factors below 1, and what is lost when those underflow is beyond the precision of the row.
     """
 
     @staticmethod
@@ -160,36 +167,45 @@ class _Chunked(torch.autograd.Function):
 
         results = []
         for part, state, dy_now in zip(reversed(parts), reversed(states), reversed(dy.split(ctx.q)), strict=True):
-            dy_by_head = _by_head(dy_now)
-            decays = part.decays()
+            # A frame and itself. No decay is in this, which is why it stands apart: in d r it would only cancel.
+            both = (part.x * dy_now).sum(-1, dtype=dt.dtype)  # (q, b, h)
+            dx = dy_now * part.same(D)
+            dD = both.double().sum((0, 1))
+            ddt = (both * part.diagonal).double()
 
-            # Inside the chunk, through M.
-            dx = (part.mixing(decays, D).mT @ dy_by_head).transpose(0, 1).view_as(part.x)
-            dM = (dy_by_head @ part.x_by_head.mT).view(decays.shape)  # (b, h, q, q)
-            dD = dM.diagonal(dim1=-2, dim2=-1).double().sum((0, -1))
-            paths = decays.mul_(dM)
-            dG = (paths * part.dt_of_column).sum(1).to(x.dtype)
+            # A frame and those before it. dt_k A multiplies every path from a frame j < k to a frame i ≥ k, and `rates`
+            # sums those. Where both lie in one block, as all paths to i ≥ k less those from j ≥ k: a difference, but a
+            # step so large that its rounding would count stands first in its block, where no path passes.
+            dG = torch.zeros_like(part.G)
+            rates = torch.zeros_like(part.sums)  # of dt·A, (q, b, h)
+            for rows, until, decay, into, out in part.blocks():
+                weighed, G, dy_rows, first_row = part.weigh(into), part.G[:, rows, until], dy_now[rows], rows.start
+                dfound = (dy_rows * out.to(x.dtype)).flatten(2).transpose(0, 1)
+                dG[:, rows, until] = dfound @ weighed.mT
+                dweighed = part.by_head(G.mT @ dfound)
+                dx[until].addcmul_(dweighed, into)
+                dfactor = (dweighed * part.x[until]).sum(-1, dtype=dt.dtype).double() * decay
+                ddt[until] += dfactor
+                leaving = dfactor * part.dt[until]
+                inside = _dot(dy_rows, part.by_head(G[:, :, first_row:] @ weighed[:, first_row:]), out)
+                rates[rows][1:] += _later(inside - leaving[first_row:])[1:]
+                if first_row:
+                    before = part.by_head(G[:, :, :first_row] @ weighed[:, :first_row])
+                    rates[rows] += _later(_dot(dy_rows, before, out))
+                    rates[:first_row] += leaving[:first_row].cumsum(0) - leaving[:first_row]
+            dG.tril_(-1).diagonal(dim1=1, dim2=2).add_((both * part.dt).sum(-1).mT)
             dB = dG.mT @ part.C  # (b, q, n)
             dC = dG @ part.B
-            paths.mul_(part.products)
-            ddt = paths.sum(-2).permute(2, 0, 1).double()  # dt as a factor, (q, b, h)
-
-            # The decays. dt_k A multiplies every path from a frame j < k to a frame i ≥ k. Sums of those paths alone:
-            # row sums minus column sums would be the same number, and lose it to cancellation.
-            paths.mul_(part.dt_of_column)
-            until = paths @ paths.new_ones(paths.shape[-2:]).triu(1)  # Σ_{j<k} paths_ij
-            rates = until.tril_().sum(-2).permute(2, 0, 1).double()  # (q, b, h)
 
             # Through the state: from its start, and to its end.
             if state is not None:
                 early = (dy_now * part.from_start).to(x.dtype).flatten(2).transpose(0, 1)  # (b, q, h·p)
                 dC += early @ state.to(x.dtype).flatten(2).mT
-                arrived = (dy_now * part.read(state)).sum(-1).double() * part.from_start[..., 0]
-                rates += arrived.flip(0).cumsum(0).flip(0)
+                rates += _later(_dot(dy_now, part.read(state), part.from_start))
             if dstate is not None:
-                dB += part.weighted() @ dstate.to(x.dtype).flatten(2).mT
-                outside = (part.B @ dstate.to(x.dtype).flatten(2)).transpose(0, 1).view(part.x.shape)
-                dx = torch.addcmul(dx, outside, part.weight)
+                dB += part.weigh(part.weight) @ dstate.to(x.dtype).flatten(2).mT
+                outside = part.by_head(part.B @ dstate.to(x.dtype).flatten(2))
+                dx.addcmul_(outside, part.weight)
                 departed = (part.x * outside).sum(-1).double() * part.to_end
                 ddt += departed
                 departed *= part.dt
@@ -208,12 +224,12 @@ class _Chunked(torch.autograd.Function):
 
         dxs, ddts, dAs, dBs, dCs, dDs = zip(*reversed(results), strict=True)
         return (
-            torch.cat(dxs).to(x.dtype),
-            torch.cat(ddts).to(dt.dtype),
-            torch.stack(dAs).sum(0).to(A.dtype),
-            torch.cat(dBs),
-            torch.cat(dCs),
-            torch.stack(dDs).sum(0).to(D.dtype),
+            _joined(dxs).to(x.dtype),
+            _joined(ddts).to(dt.dtype),
+            sum(dAs).to(A.dtype),
+            _joined(dBs),
+            _joined(dCs),
+            sum(dDs).to(D.dtype),
             dstate if first is not None else None,
             None,
             None,
@@ -226,65 +242,105 @@ def _chunk_by_chunk(
     """y (t, b, h, p), and with `keep` the last state (b, n, h, p). See `_Chunked`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for (part, last), y_now in zip(_chunks(x, dt, A, B, C, q), y.split(q), strict=True):
-        inside = (part.mixing(part.decays(), D) @ part.x_by_head).transpose(0, 1).view_as(part.x)
-        if state is None:
-            y_now.copy_(inside)
-        else:
-            torch.addcmul(inside, part.read(state), part.from_start.to(x.dtype), out=y_now)
+        torch.mul(part.x, part.same(D).to(x.dtype), out=y_now)
+        for rows, until, _, into, out in part.blocks():
+            if rows.stop > 1:  # no frame is before the first
+                found = part.G[:, rows, until] @ part.weigh(into)
+                y_now[rows].addcmul_(part.by_head(found), out.to(x.dtype))
+        if state is not None:
+            y_now.addcmul_(part.read(state), part.from_start.to(x.dtype))
         if keep or not last:
             state = part.step(state)
     return y, state if keep else None
 
 
 class _Chunk:
-    """One chunk, (q, b, ...), and the decays between its frames. Letters: see `_Chunked`.
+    """One chunk, (q, b, ...). Letters: see `_Chunked`.
 
-    Sums of dt·A come in float64 and in octaves, log2 e times as large, because PyTorch's exp2 is three times as fast
-    on a CPU as its exp. A difference of two of them in float32 would lose up to 1e-3 where they are large,
-    so each is split into r = high + low, both float32: the difference of two `high` is exact to that type's
-    relative precision.
+    Sums of dt·A come in float64, so that differences of large ones keep their precision, and in octaves, log2 e times
+    as large, because PyTorch's exp2 is three times as fast on a CPU as its exp.
     """
 
     def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, sums: Tensor) -> None:
         self.x, self.dt, self.sums = x, dt, sums
-        self.x_by_head = _by_head(x)
         self.B, self.C = B.transpose(0, 1), C.transpose(0, 1)  # (b, q, n)
-        self.products = (self.C @ self.B.mT)[:, None]  # G, (b, 1, q, q)
-        self.dt_of_column = dt.permute(1, 2, 0)[..., None, :]  # (b, h, 1, q)
+        self.G = self.C @ self.B.mT  # (b, q, q)
+        self.diagonal = self.G.diagonal(dim1=1, dim2=2).mT[..., None].to(dt.dtype, copy=True)  # (q, b, 1)
+        self.G.tril_(-1)
         self.to_end = (sums[-1] - sums).exp2()  # e^{R − r_j}, (q, b, h), float64
         self.weight = (dt * self.to_end).to(dt.dtype)[..., None]  # of a frame in the next state, (q, b, h, 1)
         self.from_start = sums.exp2().to(dt.dtype)[..., None]  # e^{r_i}, (q, b, h, 1)
         self.kept = self.from_start[-1][:, None]  # e^R, (b, 1, h, 1)
 
-    def decays(self) -> Tensor:
-        """e^{r_i − r_j}, zero above the diagonal, (b, h, q, q), of the type of dt."""
-        sums = self.sums.permute(1, 2, 0).contiguous()
-        high = sums.to(self.dt.dtype)
-        exponents = high[..., :, None] - high[..., None, :]
-        if self.x.dtype == torch.float32:
-            low = (sums - high).to(high.dtype)
-            exponents.add_(low[..., :, None]).sub_(low[..., None, :])
-        later = high.new_full(exponents.shape[-2:], -torch.inf).triu(1)
-        return exponents.add_(later).exp2_()
+    def same(self, D: Tensor) -> Tensor:
+        """G_ii dt_i + D, (q, b, h, 1)."""
+        return torch.addcmul(D, self.diagonal, self.dt)[..., None]
 
-    def mixing(self, decays: Tensor, D: Tensor) -> Tensor:
-        """M, (b·h, q, q), of the type of x."""
-        scores = decays * self.products
-        scores.mul_(self.dt_of_column).diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-        return scores.to(self.x.dtype).flatten(0, 1)
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
+        """For each block of rows: the rows; all frames until its end; for these e^{m − r_j}, (j, b, h) in float64, and
+        that times dt_j, (j, b, h, 1); for the rows e^{r_i − m}, (i, b, h, 1)."""
+        for first, end in _blocks(self.sums):
+            middle = (self.sums[first] + self.sums[end - 1]) / 2
+            decay = (middle - self.sums[:end]).exp2()
+            into = (decay * self.dt[:end]).to(self.dt.dtype)[..., None]
+            out = (self.sums[first:end] - middle).exp2().to(self.dt.dtype)[..., None]
+            yield slice(first, end), slice(end), decay, into, out
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        """x times the weights (j, b, h, 1) of its first frames, (b, j, h·p)."""
+        return (self.x[: len(weights)] * weights.to(self.x.dtype)).flatten(2).transpose(0, 1)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(b, j, h·p) → (j, b, h, p), a view."""
+        return x.transpose(0, 1).unflatten(2, self.x.shape[2:])
 
     def read(self, state: Tensor) -> Tensor:
         """S C_i: (b, n, h, p) → (q, b, h, p)."""
-        return (self.C @ state.to(self.x.dtype).flatten(2)).transpose(0, 1).view(self.x.shape)
-
-    def weighted(self) -> Tensor:
-        """e^{R − r_j} dt_j x_j, (b, q, h·p)."""
-        return (self.x * self.weight.to(self.x.dtype)).flatten(2).transpose(0, 1)
+        return self.by_head(self.C @ state.to(self.x.dtype).flatten(2))
 
     def step(self, state: Tensor | None) -> Tensor:
         """The state after the chunk from that before it, (b, n, h, p); none stands for zero."""
-        added = (self.B.mT @ self.weighted()).unflatten(2, self.x.shape[2:]).to(self.dt.dtype)
+        added = (self.B.mT @ self.weigh(self.weight)).unflatten(2, self.x.shape[2:]).to(self.dt.dtype)
         return added if state is None else torch.addcmul(added, state, self.kept)
+
+
+SPAN = 120.0
+"""Most octaves that the decays of a block may span: factors from 2⁻⁶⁰ to 2⁶⁰, with as much to spare in float32."""
+
+
+def _blocks(sums: Tensor) -> list[tuple[int, int]]:
+    """Cut the rows of a chunk where their decays span more than `SPAN`: first row and end of each block.
+
+    Args:
+        sums: of dt·A in octaves, falling, (q, b, h).
+    """
+    if isinstance(sums, FakeTensor):  # it has a shape alone
+        return [(0, len(sums))]
+    found: list[tuple[int, int]] = []
+    todo = [(0, len(sums))]
+    while todo:
+        first, end = todo.pop()
+        if end - first > 1 and float((sums[first] - sums[end - 1]).max()) > SPAN:
+            middle = (first + end) // 2
+            todo += [(middle, end), (first, middle)]
+        else:
+            found.append((first, end))
+    return found
+
+
+def _dot(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Σ_p a · b times a weight: (i, b, h, p) twice, (i, b, h, 1) → (i, b, h), float64."""
+    return (a * b).sum(-1, dtype=weight.dtype).double() * weight[..., 0]
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """The chunks one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _later(x: Tensor) -> Tensor:
+    """Sums over a frame and all after it, (i, ...)."""
+    return x.flip(0).cumsum(0).flip(0)
 
 
 def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> Iterator[tuple[_Chunk, bool]]:
@@ -293,11 +349,6 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> I
     parts = zip(x.split(q), dt.split(q), B.split(q), C.split(q), steps, strict=True)
     for i, (x_now, dt_now, B_now, C_now, step) in enumerate(parts):
         yield _Chunk(x_now, dt_now, B_now, C_now, step.cumsum(0)), i + 1 == len(steps)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """(q, b, h, p) → (b·h, q, p), a view where b and h lie side by side in memory."""
-    return x.flatten(1, 2).transpose(0, 1)
 
 
 def decay_matrix(clock: Tensor) -> Tensor:

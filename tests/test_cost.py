@@ -38,10 +38,10 @@ def test_operations_are_those_that_torch_counts(config: ModelConfig) -> None:
     frames = SAMPLES // config.hop + 1
     with FlopCounterMode(display=False) as forward:
         estimate = model(torch.randn(1, config.channels, SAMPLES))
-    assert sum(forward_flops(config, frames).values()) == pytest.approx(forward.get_total_flops(), rel=0.01)
+    assert sum(forward_flops(config, frames).values()) == pytest.approx(forward.get_total_flops(), rel=0.03)
     with FlopCounterMode(display=False) as backward:
         estimate.sum().backward()
-    assert backward_flops(config, frames) == pytest.approx(backward.get_total_flops(), rel=0.02)
+    assert backward_flops(config, frames) == pytest.approx(backward.get_total_flops(), rel=0.05)
 
 
 class Memory(TorchDispatchMode):

@@ -112,6 +112,41 @@ def test_a_huge_step_among_small_ones_keeps_its_precision() -> None:
     assert_same(ssd.chunked, inputs, bound=1e-5)
 
 
+@pytest.mark.parametrize("octaves", [0.5, 2.0, 3.7, 40.0, 1000.0])
+def test_rows_are_cut_where_factors_would_leave_the_range_of_a_float(octaves: float) -> None:
+    # One head decays by so much in each frame, the other hardly: the blocks serve both.
+    steps = torch.tensor([octaves, 1e-3]).double().expand(64, 1, 2)
+    sums = -steps.cumsum(0)
+    blocks = ssd._blocks(sums)
+    assert [first for first, _ in blocks] == [0, *(end for _, end in blocks[:-1])]
+    assert blocks[-1][1] == 64
+    assert all((end - first - 1) * octaves <= ssd.SPAN for first, end in blocks)
+    assert all((end - first) * 4 * octaves > ssd.SPAN for first, end in blocks) or len(blocks) == 1
+
+    x, dt, A, B, C, D, _ = problem(64, decay=1.0)
+    A = torch.tensor([-octaves, -1e-3]).double() * torch.tensor(2.0).log()
+    assert_same(ssd.chunked, [x, torch.ones_like(dt), A, B, C, D, problem(64)[6]])
+
+
+def test_without_blocks_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(64, dt=1.0, decay=20.0)
+    assert_same(ssd.chunked, inputs)
+    monkeypatch.setattr(ssd, "_blocks", lambda sums: [(0, len(sums))])
+    with pytest.raises(AssertionError):
+        assert_same(ssd.chunked, inputs)
+
+
+def test_a_quiet_stretch_after_a_reset_keeps_its_precision() -> None:
+    # Loud, a reset, then 120 dB below: an error of what was loud would drown it.
+    x, dt, A, B, C, D, _ = problem(64, dt=0.1, decay=4.0)
+    x[:, 20:] *= 1e-6
+    dt[:, 20] = 500.0
+    found = ssd.chunked(*(part.float() for part in (x, dt, A, B, C, D)))
+    expected = ssd.recurrent(x, dt, A, B, C, D)
+    for frame in range(64):
+        assert relative(found[:, frame], expected[:, frame]) < 1e-5, frame
+
+
 @pytest.mark.parametrize("scan", [ssd.recurrent, ssd.matrix, ssd.chunked])
 def test_a_sequence_in_two_pieces_is_the_sequence(scan: Callable) -> None:
     x, dt, A, B, C, D, start = problem(40)
