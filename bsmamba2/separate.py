@@ -47,7 +47,7 @@ from .resample import resample_blocks
 from .spectrogram import istft_blocks, stft_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What the model may compute in. The STFT, the decay and the masks stay in float32 or wider, and the files."""
+"""What the model may compute in. The STFT, the decay and the masks stay in float32 or wider."""
 
 Progress = Callable[[int, int], None]
 """Called with the samples done since the last call, and with those of the whole song."""
