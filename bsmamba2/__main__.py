@@ -79,9 +79,14 @@ cannot be separated is named in one line, with what to do; the others are still 
     parser.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="WAV, FLAC, OGG or MP3, or a folder")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--segment", type=float, default=8.0, metavar="SECONDS", help="length of a segment (8)")
-    parser.add_argument(
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "--overlap", type=float, default=0.5, metavar="SHARE",
         help="share that segments overlap, 0 to below 1 (0.5); 0 puts them end to end, as in the paper",
+    )  # fmt: skip
+    way.add_argument(
+        "--look-ahead", type=float, metavar="SECONDS",
+        help="instead of overlapping, carry the state on from segment to segment, each of which sees this much ahead",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=audio.FORMATS, default="wav",
@@ -117,8 +122,9 @@ def run_separate(chosen: argparse.Namespace) -> int:
                 raise audio.AudioError(f"{song}: its results would replace those of {taken[base]}; rename one of them")
             with progress(f"{song.name} on {chosen.device}") as told:
                 done = separate_file(
-                    model, song, base, segment=chosen.segment, overlap=chosen.overlap, batch=chosen.batch,
-                    dtype=DTYPES[chosen.dtype], format=chosen.format, overwrite=chosen.overwrite, progress=told,
+                    model, song, base, segment=chosen.segment, overlap=chosen.overlap, look_ahead=chosen.look_ahead,
+                    batch=chosen.batch, dtype=DTYPES[chosen.dtype], format=chosen.format, overwrite=chosen.overwrite,
+                    progress=told,
                 )  # fmt: skip
         except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             say(name(error, song))

@@ -9,6 +9,7 @@ and the authors' published code. Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from . import kernels, ssd
 from .bands import BandSplit, UnitNorm
 from .config import ModelConfig
 from .dual_path import DualPath, SequenceLayer
-from .mamba2 import Mamba2
+from .mamba2 import Mamba2, Memory
 from .masks import MaskEstimator
 from .spectrogram import istft, stft
+
+Memories = list[list[Memory]]
+"""What a model must know of the past of a song: for each layer, for each block of sequences (`DualPath.step`)."""
 
 
 class BSMamba2(nn.Module):
@@ -107,3 +111,31 @@ class BSMamba2(nn.Module):
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         x = self.final_norm(x)
         return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1)
+
+    def next_masks(self, spectrogram: Tensor, memories: Memories | None, frames: int) -> tuple[Tensor, Memories]:
+        """The masks of a piece of a song, going on from the piece before.
+
+        Along time, the forward direction knows all of the past by its memory, the backward one only the look-ahead. The
+        memory is that at the end of the piece, not of the look-ahead: the frames ahead come again with the next piece,
+        which knows more of their future.
+
+        Args:
+            spectrogram: complex (b, c, f, t): the piece, and its look-ahead behind it.
+            memories: what the piece before returned; none at the start of a song.
+            frames: of the piece, from 1 to t.
+
+        Returns:
+            (b, stem, c, f, frames), and the memories for the next piece.
+
+        Raises:
+            ValueError: for `frames` out of range, or layers without a memory to carry.
+        """
+        if not 0 < frames <= spectrogram.shape[-1]:
+            raise ValueError(f"frames={frames} must be from 1 to the {spectrogram.shape[-1]} of the spectrogram")
+        x = self.band_split(spectrogram)  # (b, t, k, d)
+        after = []
+        for number, layer in enumerate(cast("list[DualPath]", self.layers)):
+            x, memory = layer.step(x, memories[number] if memories else None, frames)
+            after.append(memory)
+        x = self.final_norm(x[:, :frames])
+        return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1), after

@@ -2,14 +2,27 @@
 
 file → pieces → model's rate → overlapping segments → model → weighted sum of the overlaps → file's rate → files
 
-Two ways. With `overlap=0` the segments stand end to end, as in the paper's evaluation. Otherwise each is weighted by a
-triangle w, and the sum divided by the sum of the weights, so that no edge is heard:
+Three ways. With `overlap=0` the segments stand end to end, as in the paper's evaluation. Otherwise each is weighted by
+a triangle w, and the sum divided by the sum of the weights, so that no edge is heard:
 
     ŝ(n) = Σ_i w(n − i·step) · ŝ_i(n − i·step) / Σ_i w(n − i·step)        w(n) = min(n + 1, length − n)
 
 The weights are whole numbers and the sums have 53 bits: where all segments agree on a float32, the quotient is that
 float32 (as long as no more than a thousand overlap). So a model that gives its input back does so bit for bit, either
 way.
+
+With a `look_ahead` the segments are frames of one spectrogram, that of the whole song, and the state is carried on:
+
+    masks_i, memory_i = model.next_masks(segment i and the frames ahead of it, memory_{i−1})
+
+In every layer the mixer that reads forwards goes on from the end of the segment before, and the one that reads
+backwards begins at the end of the look-ahead. memory_i is that at the end of segment i: the frames ahead are read once
+more with the next segment, which knows what follows them. So a look-ahead as long as the rest of the song gives what
+reading it at once gives, in every layer. With a shorter one the first layer's forward state is still exact; that of the
+layers above has read what those below made of the frames as they were given out.
+
+Both transforms have 53 bits here: a model that gives its input back does so bit for bit, as long as no sample is more
+than 140 dB below those around it.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
@@ -20,7 +33,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +42,12 @@ from torch import Tensor
 
 from . import audio
 from .audio import AudioError
-from .model import BSMamba2
+from .model import BSMamba2, Memories
 from .resample import resample_blocks
+from .spectrogram import istft_blocks, stft_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What the model may compute in. The STFT, the decay and the masks stay in float32, and so do the files."""
+"""What the model may compute in. The STFT, the decay and the masks stay in float32 or wider."""
 
 Progress = Callable[[int, int], None]
 """Called with the samples done since the last call, and with those of the whole song."""
@@ -45,6 +59,7 @@ def separate(
     *,
     segment: float = 8.0,
     overlap: float = 0.5,
+    look_ahead: float | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
@@ -55,8 +70,9 @@ def separate(
         model: its configuration gives the sample rate and channels; it computes where its weights are.
         mixture: (c, samples) float32, at the model's sample rate.
         segment: length of a segment, in seconds.
-        overlap: share of a segment that the next one covers too, from 0 to below 1.
-        batch: segments that go through the model at once.
+        overlap: share of a segment that the next one covers too, from 0 to below 1; not used with a look-ahead.
+        look_ahead: seconds of the future that each segment sees, its state carried on from the segment before.
+        batch: segments that go through the model at once; with a look-ahead, only those of songs side by side.
         dtype: of the model's arithmetic, one of `DTYPES`.
         progress: told as samples are done.
 
@@ -64,14 +80,16 @@ def separate(
         (stem, c, samples), on the mixture's device.
 
     Raises:
-        ValueError: for other channels, no samples, NaN or infinite samples, a segment, overlap or batch
-            out of range, or a model that gives NaN or infinite samples.
+        ValueError: for other channels, no samples, NaN or infinite samples, a segment, overlap, look-ahead or batch
+            out of range, a model that gives NaN or infinite samples, or one that has no state to carry.
     """
     config = model.config
     if mixture.dim() != 2 or mixture.shape[0] != config.channels or not mixture.shape[1]:
         raise ValueError(f"mixture {tuple(mixture.shape)} must be (c={config.channels}, samples), not empty")
     pieces = []
-    for piece in separate_blocks(model, [mixture[None]], segment=segment, overlap=overlap, batch=batch, dtype=dtype):
+    for piece in separate_blocks(
+        model, [mixture[None]], segment=segment, overlap=overlap, look_ahead=look_ahead, batch=batch, dtype=dtype
+    ):
         pieces.append(piece[0])
         if progress is not None:
             progress(piece.shape[-1], mixture.shape[-1])
@@ -84,6 +102,7 @@ def separate_blocks(
     *,
     segment: float = 8.0,
     overlap: float = 0.5,
+    look_ahead: float | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
@@ -96,8 +115,9 @@ def separate_blocks(
         model: its configuration gives the sample rate and channels; it computes where its weights are.
         blocks: (b, c, samples) float32, in order, of any length: b songs of one length.
         segment: length of a segment, in seconds.
-        overlap: share of a segment that the next one covers too, from 0 to below 1.
-        batch: segments that go through the model at once.
+        overlap: share of a segment that the next one covers too, from 0 to below 1; not used with a look-ahead.
+        look_ahead: seconds of the future that each segment sees, its state carried on from the segment before.
+        batch: segments that go through the model at once; with a look-ahead, only those of songs side by side.
         dtype: of the model's arithmetic, one of `DTYPES`.
 
     Yields:
@@ -116,6 +136,12 @@ def separate_blocks(
         raise ValueError(f"overlap={overlap!r} must lie in [0, 1)")
     if batch < 1:
         raise ValueError(f"batch={batch!r} must be at least 1")
+    if look_ahead is not None:
+        if not 0 <= look_ahead <= 3600:
+            raise ValueError(f"look_ahead={look_ahead!r} must be seconds, at least 0 and at most 3600")
+        ahead = round(look_ahead * config.sample_rate / config.hop)
+        yield from _carried(model, blocks, round(length / config.hop), ahead, batch, dtype)
+        return
     step = max(1, round(length * (1 - overlap)))
     weight = torch.ones(length, dtype=torch.float64)
     if overlap:
@@ -140,8 +166,7 @@ def separate_blocks(
     segments: list[Tensor] = []
     started = False
     for block in blocks:
-        if not block.isfinite().all():
-            raise ValueError("the mixture holds samples that are NaN or infinite: repair the file first")
+        _check_mixture(block)
         waiting = torch.cat([waiting, block.cpu()], dim=-1) if received else block.cpu()
         received += block.shape[-1]
         while waiting.shape[-1] >= length:
@@ -169,21 +194,85 @@ def _run(model: BSMamba2, segments: list[Tensor], batch: int, dtype: torch.dtype
     if not segments:
         return
     songs = len(segments[0])
-    weights = next(iter(model.parameters()), None)
-    device = torch.device("cpu") if weights is None else weights.device
-    narrow = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     found = []
-    with torch.inference_mode(), narrow:
+    with _computing(model, dtype) as device:
         for signals in torch.cat(segments).split(batch):
             found.append(model(signals.to(device)).float().cpu())
     stems = torch.cat(found)
+    _check_stems(stems, dtype)
+    yield from stems.split(songs)
+
+
+def _carried(
+    model: BSMamba2, blocks: Iterable[Tensor], frames: int, ahead: int, batch: int, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Pieces of `frames` frames, each with `ahead` more behind it: (b, c, samples) → (b, stem, c, samples) blocks."""
+    n_fft, hop = model.config.n_fft, model.config.hop
+    received = given = 0
+
+    def samples() -> Iterator[Tensor]:
+        """What comes in, in 53 bits and small parts; at least as much as has a spectrogram."""
+        nonlocal received
+        for block in blocks:
+            _check_mixture(block)
+            received += block.shape[-1]
+            yield from block.cpu().double().split(frames * hop, dim=-1)
+        if 0 < received <= n_fft // 2:
+            yield torch.zeros(*block.shape[:-1], n_fft // 2 + 1 - received, dtype=torch.float64)
+
+    def stems() -> Iterator[Tensor]:
+        """Their spectra, masked: complex (b, stem, c, f, t)."""
+        waiting: Tensor | None = None  # from the first frame of the next piece on
+        memories: list[Memories] = []  # for each `batch` of songs
+        for spectrogram in stft_blocks(samples(), n_fft, hop):
+            waiting = spectrogram if waiting is None else torch.cat((waiting, spectrogram), dim=-1)
+            while waiting.shape[-1] > frames + ahead:
+                masks, memories = _masks(model, waiting[..., : frames + ahead], memories, frames, batch, dtype)
+                yield masks * waiting[:, None, ..., :frames]
+                waiting = waiting[..., frames:]
+        if waiting is not None:  # the end of the song is in sight: the rest is one piece
+            yield _masks(model, waiting, memories, waiting.shape[-1], batch, dtype)[0] * waiting[:, None]
+
+    for block in istft_blocks(stems(), n_fft, hop):
+        block = block[..., : received - given].float()  # the last may have zeros behind the song
+        _check_stems(block, dtype)
+        given += block.shape[-1]
+        yield block
+
+
+def _masks(
+    model: BSMamba2, spectrogram: Tensor, memories: list[Memories], frames: int, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, list[Memories]]:
+    """`model.next_masks` for `batch` songs at a time, each batch with its own memories; none at the start."""
+    songs = spectrogram.to(torch.complex64).split(batch)
+    before: list[Memories | None] = [*memories] or [None] * len(songs)
+    with _computing(model, dtype) as device:
+        found = [model.next_masks(some.to(device), memory, frames) for some, memory in zip(songs, before, strict=True)]
+        return torch.cat([masks.cpu() for masks, _ in found]), [after for _, after in found]
+
+
+@contextmanager
+def _computing(model: BSMamba2, dtype: torch.dtype) -> Iterator[torch.device]:
+    """Without gradients, in a type of `DTYPES`, on the device of the model's weights, which is told."""
+    weights = next(iter(model.parameters()), None)
+    device = torch.device("cpu") if weights is None else weights.device
+    narrow = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    with torch.inference_mode(), narrow:
+        yield device
+
+
+def _check_mixture(block: Tensor) -> None:
+    if not block.isfinite().all():
+        raise ValueError("the mixture holds samples that are NaN or infinite: repair the file first")
+
+
+def _check_stems(stems: Tensor, dtype: torch.dtype) -> None:
     if not stems.isfinite().all():
         raise ValueError(
             "the model gives samples that are NaN or infinite: use --dtype float32, or another checkpoint"
             if dtype != torch.float32
             else "the model gives samples that are NaN or infinite: use another checkpoint"
         )
-    yield from stems.split(songs)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -223,6 +312,7 @@ def separate_file(
     *,
     segment: float = 8.0,
     overlap: float = 0.5,
+    look_ahead: float | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     format: str = "wav",
@@ -239,7 +329,7 @@ def separate_file(
         model: as in `separate`.
         song: the file.
         base: folder and name of the results, without a suffix; missing folders are made.
-        segment, overlap, batch, dtype: as in `separate`.
+        segment, overlap, look_ahead, batch, dtype: as in `separate`.
         format: a key of `audio.FORMATS`.
         overwrite: whether results that are there already may be replaced.
         progress: told of the file's samples as they are written.
@@ -272,7 +362,9 @@ def separate_file(
         mixture = _Memory(file.blocks())
         songs = (split_channels(block, config.channels) for block in mixture)
         there = resample_blocks(songs, file.rate, config.sample_rate)
-        stems = separate_blocks(model, there, segment=segment, overlap=overlap, batch=batch, dtype=dtype)
+        stems = separate_blocks(
+            model, there, segment=segment, overlap=overlap, look_ahead=look_ahead, batch=batch, dtype=dtype
+        )
         back = resample_blocks(stems, config.sample_rate, file.rate)
         with audio.Results(paths, file.rate, file.channels, format, frames=file.frames) as results:
             for block in back:

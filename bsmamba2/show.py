@@ -11,6 +11,7 @@ import html
 import inspect
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ def source(*objects: Callable[..., Any]) -> Markdown:
     for thing in objects:
         module = inspect.getmodule(thing)
         file = module.__name__.replace(".", "/") + ".py" if module else "?"
-        parts.append(f"`{file}`\n\n```python\n{inspect.getsource(thing).rstrip()}\n```")
+        parts.append(f"`{file}`\n\n```python\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}\n```")
     return Markdown("\n\n".join(parts))
 
 

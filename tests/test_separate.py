@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
@@ -22,12 +23,12 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from bsmamba2 import BSMamba2, checkpoints, save_checkpoint
+from bsmamba2 import BSMamba2, checkpoints, dual_path, save_checkpoint
 from bsmamba2.__main__ import main
 from bsmamba2.audio import AudioError, Results, _Sink, read, write
 from bsmamba2.resample import resample
 from bsmamba2.separate import join_channels, separate, separate_blocks, separate_file, split_channels
-from bsmamba2.spectrogram import istft, stft
+from bsmamba2.spectrogram import istft, istft_blocks, stft, stft_blocks
 
 
 class Identity(nn.Module):
@@ -42,6 +43,12 @@ class Identity(nn.Module):
     def forward(self, mixture: Tensor) -> Tensor:
         self.shapes.append(tuple(mixture.shape))
         return mixture[:, None]
+
+    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        """Masks of 1. It remembers how many frames came before."""
+        self.shapes.append((*spectrogram.shape, frames))
+        before = memories[0] if memories else 0
+        return torch.ones_like(spectrogram[:, None, ..., :frames]), [before + frames]
 
 
 class Counting(Identity):
@@ -69,6 +76,53 @@ def test_a_frame_is_the_windowed_transform() -> None:
     window = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(128, dtype=torch.float64) / 128)
     expected = torch.fft.rfft(audio[320 - 64 : 320 + 64] * window)
     torch.testing.assert_close(stft(audio, 128, 32)[:, 10], expected)
+
+
+@pytest.mark.parametrize(
+    ("n_fft", "hop", "size"),
+    [(128, 32, 40), (128, 41, 1), (128, 41, 1000), (128, 64, 40), (128, 63, 1000), (64, 3, 40)],
+)
+def test_blocks_of_audio_have_the_frames_of_the_whole_and_come_back(n_fft: int, hop: int, size: int) -> None:
+    """At every edge of a length: the shortest there is, whole hops, one more, one less."""
+    torch.manual_seed(0)
+    half = n_fft // 2
+    for samples in {half + 1, half + 2, n_fft, 8 * hop + n_fft, 8 * hop + n_fft - 1, 8 * hop + n_fft + 1}:
+        audio = torch.randn(2, 3, samples, dtype=torch.float64)
+        spectra = list(stft_blocks(audio.split(size, -1), n_fft, hop))
+        spectrogram = torch.cat(spectra, -1)
+        torch.testing.assert_close(spectrogram, stft(audio, n_fft, hop), rtol=0, atol=1e-12)
+        for cut in (1, 5, spectrogram.shape[-1]):
+            back = torch.cat(list(istft_blocks(spectrogram.split(cut, -1), n_fft, hop)), -1)
+            assert back.shape[-1] == spectrogram.shape[-1] * hop - 1 >= samples
+            torch.testing.assert_close(back[..., :samples], audio, rtol=0, atol=1e-12)
+
+
+def test_frames_come_as_soon_as_they_can() -> None:
+    """A frame waits for its own samples and one more, a sample for the frames that reach it."""
+    heard, frames, given = 0, 0, 0
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal heard
+        for block in torch.randn(1500).split(1):
+            heard += 1
+            yield block
+
+    def spectra() -> Iterator[Tensor]:
+        nonlocal frames
+        for spectrogram in stft_blocks(blocks(), 128, 32):
+            frames += spectrogram.shape[-1]
+            assert heard == 1500 or 0 <= heard - 1 - (32 * (frames - 1) + 64) < 32
+            yield spectrogram
+
+    for audio in istft_blocks(spectra(), 128, 32):
+        given += audio.shape[-1]
+        assert heard == 1500 or given == 32 * frames - 64
+
+
+def test_too_few_samples_in_blocks_are_named_as_in_one() -> None:
+    assert list(stft_blocks([])) == list(istft_blocks([])) == []
+    with pytest.raises(ValueError, match="64 samples are too few for n_fft=128"):
+        list(stft_blocks(torch.randn(64).split(10), 128, 32))
 
 
 # --- whole songs ------------------------------------------------------------------------------------------
@@ -179,6 +233,10 @@ class Broken(Identity):
     def forward(self, mixture: Tensor) -> Tensor:
         return super().forward(mixture) / 0
 
+    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        masks, memories = super().next_masks(spectrogram, memories, frames)
+        return masks / 0, memories
+
 
 @pytest.mark.parametrize(
     ("model", "mixture", "options", "message"),
@@ -192,6 +250,10 @@ class Broken(Identity):
         (Identity(), torch.zeros(2, 100), {"segment": 0.001}, "segment=0.001"),
         (Identity(), torch.zeros(2, 100), {"segment": math.inf}, "segment=inf"),
         (Identity(), torch.zeros(2, 100), {"batch": 0}, "batch=0"),
+        (Identity(), torch.zeros(2, 100), {"look_ahead": -0.1}, "look_ahead=-0.1"),
+        (Identity(), torch.zeros(2, 100), {"look_ahead": math.nan}, "look_ahead=nan"),
+        (Identity(), torch.full((2, 100), math.nan), {"look_ahead": 1.0}, "NaN"),
+        (Broken(), torch.ones(2, 100), {"look_ahead": 1.0}, "another checkpoint"),
         (Broken(), torch.ones(2, 100), {}, "another checkpoint"),
         (Broken(), torch.ones(2, 100), {"dtype": torch.bfloat16}, "float32"),
     ],
@@ -203,6 +265,203 @@ def test_wrong_arguments_are_named(model: nn.Module, mixture: Tensor, options: d
 
 def test_separation_leaves_no_gradient(tiny: BSMamba2) -> None:
     assert not separate(tiny, torch.randn(2, 1000), segment=0.1).requires_grad
+
+
+# --- the state carried on ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep() -> BSMamba2:
+    """Three layers: from the second on, the forward memory depends on what the backward mixers below knew."""
+    torch.manual_seed(0)
+    return BSMamba2(replace(TINY, layers=3)).eval()
+
+
+def deaf_to_the_future(model: BSMamba2) -> BSMamba2:
+    """The same model, with nothing of what the backward mixers say in it."""
+    for layer in model.layers:
+        with torch.no_grad():
+            layer.time.merge.weight[:, model.config.dim :] = 0
+    return model
+
+
+class Forgets:
+    """A fault: each piece begins with an empty memory."""
+
+    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        return BSMamba2.next_masks(self, spectrogram, None, frames)  # type: ignore[arg-type]
+
+
+class RunsAhead:
+    """A fault: the memory is that at the end of the look-ahead."""
+
+    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        masks, after = BSMamba2.next_masks(self, spectrogram, memories, spectrogram.shape[-1])  # type: ignore[arg-type]
+        return masks[..., :frames], after
+
+
+def with_fault(model: BSMamba2, fault: type) -> BSMamba2:
+    model.__class__ = type("Faulty", (fault, BSMamba2), {})
+    return model
+
+
+def whole(model: BSMamba2, mixture: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(mixture[None])[0]
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("look_ahead", [0.0, 0.004, 0.05, 0.3, 100.0])
+@pytest.mark.parametrize("samples", [1, 50, 64, 65, 799, 800, 801, 5000, 8123])
+def test_an_identity_that_carries_its_state_gives_its_input_back_bit_for_bit(look_ahead: float, samples: int) -> None:
+    torch.manual_seed(samples)
+    mixture = torch.randn(2, samples) * torch.logspace(-30, 3, 8123)[:samples]  # some 10 dB within a window
+    mixture[:, samples // 2 :: 97] *= 1e-6  # and single samples 120 dB lower
+    model = Identity()
+    found = separate(model, mixture, segment=0.1, look_ahead=look_ahead)  # type: ignore[arg-type]
+    assert found.shape == (1, 2, samples)
+    assert torch.equal(found[0], mixture)
+    ahead = round(look_ahead * 250)
+    assert all(t <= 25 + ahead and frames in (25, t) for *_, t, frames in model.shapes)
+    assert sum(frames for *_, frames in model.shapes) == max(samples, 65) // 32 + 1
+
+
+def test_a_song_of_one_piece_is_read_as_a_whole(deep: BSMamba2) -> None:
+    torch.manual_seed(0)
+    for samples in (65, 801, 5000):
+        mixture = torch.randn(2, samples)
+        for segment, look_ahead in ((1.0, 0.0), (0.1, 1.0)):
+            found = separate(deep, mixture, segment=segment, look_ahead=look_ahead)
+            assert distance(found, whole(deep, mixture)) < 1e-6
+
+
+@pytest.mark.parametrize("frames", [1, 7, 64, 65, 150])
+def test_pieces_that_see_all_that_follows_are_the_whole(
+    deep: BSMamba2, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many pieces, each of which reads to the end of the song: no layer's memory may be off. In float64."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(dual_path, "BLOCK", 3 * dual_path.PIECE * TINY.dim)  # the 8 sequences in blocks of 3
+    spectrogram = torch.randn(2, 2, 65, 40 if frames < 10 else 260, dtype=torch.complex128)
+    deep.double()
+
+    def in_pieces(model: BSMamba2) -> Tensor:
+        found, memories = [], None
+        for start in range(0, spectrogram.shape[-1], frames):
+            rest = spectrogram[..., start:]
+            masks, memories = model.next_masks(rest, memories, min(frames, rest.shape[-1]))
+            found.append(masks)
+        return torch.cat(found, -1)
+
+    with torch.inference_mode():
+        expected = deep.masks(spectrogram)
+        torch.testing.assert_close(in_pieces(deep), expected, rtol=0, atol=1e-12)
+        for fault in (Forgets, RunsAhead):
+            assert distance(in_pieces(with_fault(deep, fault)), expected) > 1e-3
+
+
+@pytest.mark.parametrize(("segment", "look_ahead"), [(0.05, 0.0), (0.3, 0.0), (0.3, 0.1), (0.1, 0.5)])
+def test_a_model_that_only_reads_forwards_needs_no_look_ahead(
+    deep: BSMamba2, segment: float, look_ahead: float
+) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 6001)
+    deaf_to_the_future(deep)
+    expected = whole(deep, mixture)
+    assert distance(separate(deep, mixture, segment=segment, look_ahead=look_ahead), expected) < 1e-6
+    for fault in (Forgets, RunsAhead) if look_ahead else (Forgets,):
+        found = separate(with_fault(deep, fault), mixture, segment=segment, look_ahead=look_ahead)
+        assert distance(found, expected) > 1e-3
+
+
+def test_the_first_layers_memory_is_exact_and_the_others_remember_what_was_given_out(deep: BSMamba2) -> None:
+    torch.manual_seed(0)
+    spectrogram = torch.randn(1, 2, 65, 100, dtype=torch.complex64)
+    with torch.inference_mode():
+        _, knowing = deep.next_masks(spectrogram, None, 50)
+        _, guessing = deep.next_masks(spectrogram[..., :60], None, 50)
+    for (tail, state), (other_tail, other_state) in zip(knowing[0], guessing[0], strict=True):
+        torch.testing.assert_close(tail, other_tail, rtol=0, atol=1e-6)
+        torch.testing.assert_close(state, other_state, rtol=0, atol=1e-6)
+    for layer in (1, 2):
+        assert distance(guessing[layer][0][1], knowing[layer][0][1]) > 1e-3
+
+
+def test_with_more_look_ahead_the_result_comes_nearer(deep: BSMamba2) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 6001)
+    expected = whole(deep, mixture)
+    errors = [
+        distance(separate(deep, mixture, segment=0.1, look_ahead=seconds), expected) for seconds in (0.0, 0.05, 0.3)
+    ]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+    assert errors[0] < distance(separate(deep, mixture, segment=0.1, overlap=0), expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1234, 5001])
+def test_blocks_make_no_difference_to_a_carried_state(deep: BSMamba2, size: int) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 1601 if size == 1 else 5001)
+    options = {"segment": 0.1, "look_ahead": 0.03}
+    expected = separate(deep, mixture, **options)  # type: ignore[arg-type]
+    received, given, pieces = 0, 0, []
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal received
+        for block in mixture.split(size, -1):
+            received += block.shape[-1]
+            yield block[None]
+
+    for piece in separate_blocks(deep, blocks(), **options):  # type: ignore[arg-type]
+        pieces.append(piece)
+        given += piece.shape[-1]
+        # What is waiting: a piece, its look-ahead (8 frames), a window, and what the block has more.
+        assert received - given <= (25 + 8 + 1) * 32 + 128 + max(size, 800)
+        assert given <= received
+    torch.testing.assert_close(torch.cat(pieces, -1)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_songs_side_by_side_carry_each_its_own_state(deep: BSMamba2) -> None:
+    torch.manual_seed(0)
+    songs = torch.randn(3, 2, 3000)
+    options = {"segment": 0.1, "look_ahead": 0.02}
+    expected = torch.stack([separate(deep, song, **options) for song in songs])  # type: ignore[arg-type]
+    for batch in (1, 2, 8):
+        found = torch.cat(list(separate_blocks(deep, songs.split(700, -1), batch=batch, **options)), -1)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_carried_state_is_no_exception(deep: BSMamba2) -> None:
+    """Silence stays silence, a narrower type stays close, every sample is told of, no gradient is left."""
+    torch.manual_seed(0)
+    mixture, told = torch.randn(2, 2345), []
+    options = {"segment": 0.1, "look_ahead": 0.05}
+    assert not separate(deep, torch.zeros(2, 5000), **options).any()  # type: ignore[arg-type]
+    wide = separate(deep, mixture, progress=lambda *done: told.append(done), **options)  # type: ignore[arg-type]
+    assert sum(done for done, _ in told) == 2345
+    assert len(told) > 2
+    assert not wide.requires_grad
+    narrow = separate(deep, mixture, dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
+    assert narrow.dtype == torch.float32
+    assert 0 < distance(narrow, wide) < 0.05
+
+
+def test_a_layer_without_a_memory_is_named() -> None:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1)
+
+    with pytest.raises(ValueError, match="Sums has no `step`"):
+        separate(BSMamba2(TINY, sequence_layer=Sums), torch.randn(2, 500), segment=0.1, look_ahead=0.1)
+
+
+@pytest.mark.parametrize("frames", [0, -1, 6])
+def test_frames_out_of_range_are_named(tiny: BSMamba2, frames: int) -> None:
+    with pytest.raises(ValueError, match=f"frames={frames} must be from 1 to the 5"):
+        tiny.next_masks(torch.randn(1, 2, 65, 5, dtype=torch.complex64), None, frames)
 
 
 # --- channels ---------------------------------------------------------------------------------------------
@@ -224,13 +483,13 @@ def test_channels_are_paired_in_order(count: int) -> None:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize("way", [{"overlap": 0.0}, {"overlap": 0.5}, {"look_ahead": 0.2}], ids=str)
 @pytest.mark.parametrize(
     ("subtype", "format"), [("FLOAT", "wav"), ("PCM_24", "wav24"), ("PCM_16", "wav16"), ("PCM_24", "flac")]
 )
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_an_identity_writes_the_file_it_read(
-    tmp_path: Path, overlap: float, subtype: str, format: str, channels: int
+    tmp_path: Path, way: dict, subtype: str, format: str, channels: int
 ) -> None:
     rng = np.random.default_rng(0)
     loud = 0.3 if subtype != "FLOAT" else 3.0
@@ -241,7 +500,7 @@ def test_an_identity_writes_the_file_it_read(
     )
     song = tmp_path / ("song.flac" if format == "flac" else "song.wav")
     soundfile.write(song, frames, 8000, subtype=subtype)
-    done = separate_file(Identity(), song, tmp_path / "out" / "song", segment=0.3, overlap=overlap, format=format)  # type: ignore[arg-type]
+    done = separate_file(Identity(), song, tmp_path / "out" / "song", segment=0.3, format=format, **way)  # type: ignore[arg-type]
     assert done.gain == 1
     found, rate = read(done.paths["vocals"])
     assert rate == 8000
@@ -276,21 +535,22 @@ def test_the_pieces_of_a_file_are_the_whole(tiny: BSMamba2, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is reset through /proc")
-def test_two_hours_take_the_memory_of_two_minutes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("long", "way"), [(120, {}), (30, {"look_ahead": 2.0})])
+def test_two_hours_take_the_memory_of_two_minutes(tmp_path: Path, long: int, way: dict) -> None:
     peaks = {}
-    for minutes in (2, 120):
+    for minutes in (2, long):
         song = tmp_path / f"{minutes}.wav"
         with soundfile.SoundFile(song, "w", 8000, 1, "PCM_16") as file:
             for _ in range(minutes):
                 file.write(np.zeros(60 * 8000, dtype="int16"))
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        done = separate_file(Identity(), song, tmp_path / "out" / song.stem)  # type: ignore[arg-type]
+        done = separate_file(Identity(), song, tmp_path / "out" / song.stem, **way)  # type: ignore[arg-type]
         peaks[minutes] = resident("VmHWM") - before
         assert soundfile.info(done.paths["vocals"]).frames == minutes * 60 * 8000
         for path in (*done.paths.values(), song):
             path.unlink()
-    assert peaks[120] < peaks[2] + 30, peaks  # 230 MB of samples in, twice as many out
+    assert peaks[long] < peaks[2] + 30, peaks  # of two hours, 230 MB of samples in, twice as many out
 
 
 def resident(field: str) -> float:
@@ -328,6 +588,20 @@ def test_command_keeps_rate_length_and_channels(
     if format == "wav":
         np.testing.assert_allclose(vocals + rest, samples, atol=1e-6)
     assert len(list(output.iterdir())) == 2
+
+
+def test_command_carries_the_state_on(
+    checkpoint: Path, tiny: BSMamba2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    song = wave(tmp_path / "song.wav", frames=5000, subtype="FLOAT")
+    arguments = ["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(tmp_path), "--segment", "0.1"]
+    assert main([*arguments, "--look-ahead", "0.04"]) == 0
+    expected = separate(tiny, read(song)[0], segment=0.1, look_ahead=0.04)[0]
+    assert torch.equal(read(tmp_path / "song.vocals.wav")[0], expected)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--look-ahead", "0.04", "--overlap", "0.5"])
+    assert stop.value.code == 2
+    assert "--overlap: not allowed with argument --look-ahead" in capsys.readouterr().err
 
 
 def test_what_passes_full_scale_is_said_and_never_clips(
@@ -721,6 +995,7 @@ def test_a_bad_checkpoint_is_one_line(
         (["--segment", "0.001"], "segment=0.001"),
         (["--overlap", "1"], "overlap=1.0"),
         (["--batch", "0"], "batch=0"),
+        (["--look-ahead", "-1"], "look_ahead=-1.0"),
         (["--format", "mp3"], "choose --format wav"),
     ],
 )
