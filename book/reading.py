@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bsmamba2 import show
 from IPython.display import Markdown
 
 WORDS = 150  # of prose that one stops to think about, in a minute
@@ -18,21 +17,20 @@ LINES = 20  # of code, in a minute
 
 
 def chapters(*names: str) -> Markdown:
-    """A table of chapters by their file names, without suffix: title, minutes to read, minutes for the exercises."""
-    rows = []
+    """A table of chapters by their file names, without suffix: title, minutes to read, the same with the exercises."""
+    lines = ["| chapter | to read (min) | with exercises (min) |", "|:--|--:|--:|"]
+    total = [0, 0]
     for name in names:
         path = Path(f"{name}.ipynb")
         notebook = json.loads(path.read_text(encoding="utf-8"))
         reading, exercises = minutes(notebook)
-        rows.append(
-            {
-                "chapter": f"[{title(notebook)}]({path})",
-                "to read (min)": reading,
-                "with exercises (min)": reading + exercises,
-            }
+        lines.append(
+            f"| [{title(notebook)}]({path}) | {reading} | {reading + exercises} |"
         )
-    total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "chapter"}
-    return show.table([*rows, {"chapter": "together", **total}])
+        total = [total[0] + reading, total[1] + reading + exercises]
+    if len(names) > 1:
+        lines.append(f"| together | {total[0]} | {total[1]} |")
+    return Markdown("\n".join(lines))
 
 
 def title(notebook: dict[str, Any]) -> str:

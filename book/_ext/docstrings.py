@@ -64,6 +64,14 @@ def process(
     lines[:] = convert(lines)
 
 
+def skip(
+    app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any
+) -> bool | None:
+    """Constructors are left out: what they take, the docstring of their class says."""
+    return True if name == "__init__" else None
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
