@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ RATE, N_FFT = 44_100, 2048
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check has to say; true when nothing was found wrong. A notebook shows the message."""
+    """What a check has to say; true when nothing was found wrong. A notebook shows the message, in lines."""
 
     passed: bool
     message: str
@@ -36,7 +37,7 @@ class Verdict:
         return self.passed
 
     def __repr__(self) -> str:
-        return ("right: " if self.passed else "not yet: ") + self.message
+        return textwrap.fill(("right: " if self.passed else "not yet: ") + self.message, 88)
 
 
 def judge(
