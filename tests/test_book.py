@@ -33,13 +33,6 @@ SECTIONS = (
     "Further reading",
 )
 EXERCISES = 3
-# How an exercise begins: what kind it is, how long it takes, and how hard it is.
-KIND = r"\*(Predict|Change|Extend|Catch), \d+ minutes, (easy|medium|hard)\.\*"
-# Chapters whose exercises do not yet say how hard they are.
-NO_DIFFICULTY = {"12_separating", "17_silence"}
-
-# A chapter's page, by its path without suffix.
-CHAPTER = re.compile(r"book/(\d\d)_\w+")
 
 # Files of the module that no chapter builds.
 NO_CHAPTER = {"__init__.py", "__main__.py", "audio.py", "parameters.py", "show.py"}
@@ -137,6 +130,10 @@ def calls(notebook: Notebook, where: list[dict[str, Any]]) -> Iterator[tuple[str
 
 
 # --- checks: table of contents and files ------------------------------------------------------------------
+
+
+# A chapter's page, by its path without suffix.
+CHAPTER = re.compile(r"book/(\d\d)_\w+")
 
 
 def toc_entries(toc: dict[str, Any]) -> list[str]:
@@ -238,6 +235,12 @@ def check_book_references(sources: dict[str, str], titles: set[str]) -> list[str
 
 
 # --- checks: one chapter ----------------------------------------------------------------------------------
+
+
+# How an exercise begins: what kind it is, how long it takes, and how hard it is.
+KIND = r"\*(Predict|Change|Extend|Catch), \d+ minutes, (easy|medium|hard)\.\*"
+# Chapters whose exercises do not yet say how hard they are.
+NO_DIFFICULTY = {"12_separating"}
 
 
 def check_sections(notebook: Notebook) -> list[str]:
@@ -394,7 +397,6 @@ ANY_NOTEBOOK = (check_pictures, check_markdown, check_outputs, check_portable)
 
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
 NOTEBOOKS = [*sorted((ROOT / "book").glob("*.ipynb")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
-reading = load(ROOT / "book" / "reading.py")
 FILES = {path.name for path in (ROOT / "bsmamba2").glob("*.py")}
 
 
@@ -690,6 +692,7 @@ def test_a_deviation_that_the_ledger_lacks_is_reported() -> None:
 
 
 def test_minutes_are_counted() -> None:
+    reading = load(ROOT / "book" / "reading.py")
     cells = [markdown("# Two words\n\n" + "word " * 450), code("a = 1\n\n" * 40), code("b\n" * 99, "hide-cell")]
     cells += [markdown("### Exercise 1\n\n*Predict, 5 minutes, easy.* Why?")]
     assert reading.minutes({"cells": cells}) == (5, 5)
