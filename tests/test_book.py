@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_docstrings import load
 
 ROOT = Path(__file__).parents[1]
 Notebook = dict[str, Any]
@@ -131,6 +132,10 @@ def calls(notebook: Notebook, where: list[dict[str, Any]]) -> Iterator[tuple[str
 # --- checks: table of contents and files ------------------------------------------------------------------
 
 
+# A chapter's page, by its path without suffix.
+CHAPTER = re.compile(r"book/(\d\d)_\w+")
+
+
 def toc_entries(toc: dict[str, Any]) -> list[str]:
     """Every file that the table of contents names, in order, without suffix."""
     found = [toc["root"]]
@@ -166,9 +171,42 @@ def check_toc(toc: dict[str, Any], pages: list[str]) -> list[str]:
         for page, stem in zip(pages, stems, strict=True)
         if stem not in entries
     ]
-    numbers = [match[1] for entry in entries if (match := re.fullmatch(r"book/(\d\d)_\w+", entry))]
-    if numbers != [f"{i:02}" for i in range(1, len(numbers) + 1)]:
-        said.append(f"chapters are numbered {', '.join(numbers)}: number them 01, 02, … in reading order")
+    parts = [
+        [match[1] for entry in toc_entries({"root": "", **part}) if (match := CHAPTER.fullmatch(entry))]
+        for part in toc["parts"]
+    ]
+    numbers = [number for part in parts for number in part]
+    if sorted(numbers) != [f"{i:02}" for i in range(1, len(numbers) + 1)] or any(
+        part != sorted(part) for part in parts
+    ):
+        said.append(f"chapters are numbered {', '.join(numbers)}: number their files 01, 02, …, rising in each part")
+    for part in toc["parts"]:
+        files = [chapter["file"] for chapter in part["chapters"]]
+        told = ", ".join(file for file in files if bool(CHAPTER.fullmatch(file)) != bool(part.get("numbered")))
+        if told:
+            said.append(f"{told}: chapters stand in numbered lists, and other pages in lists without a number")
+    return said
+
+
+def check_named_tests(pages: dict[str, str], tests: dict[str, str]) -> list[str]:
+    """A page that says which test will speak up names one that exists."""
+    return [
+        f"{page} names {file}::{function}, and there is no such test"
+        for page, words in pages.items()
+        for file, function in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", words)
+        if f"def {function}(" not in tests.get(file, "")
+    ]
+
+
+def check_ledger(ledger: str, sources: dict[str, str]) -> list[str]:
+    """Each deviation that a docstring or comment admits stands in the ledger, under its file's name."""
+    rows = [line for line in ledger.splitlines() if line.startswith("|")]
+    said = []
+    for file, source in sources.items():
+        admitted = source.count("Differs from the published model")
+        named = sum(f"(`{file}`)" in row for row in rows)
+        if admitted != named:
+            said.append(f"{file} admits {admitted} deviations, and the ledger has {named} rows with (`{file}`)")
     return said
 
 
@@ -199,6 +237,12 @@ def check_book_references(sources: dict[str, str], titles: set[str]) -> list[str
 # --- checks: one chapter ----------------------------------------------------------------------------------
 
 
+# How an exercise begins: what kind it is, how long it takes, and how hard it is.
+KIND = r"\*(Predict|Change|Extend|Catch), \d+ minutes, (easy|medium|hard)\.\*"
+# Chapters whose exercises do not yet say how hard they are.
+NO_DIFFICULTY = {"12_separating"}
+
+
 def check_sections(notebook: Notebook) -> list[str]:
     """One title, first of all, and the nine sections in their order."""
     found = headings(notebook)
@@ -216,7 +260,10 @@ def check_sections(notebook: Notebook) -> list[str]:
 
 
 def check_exercises(notebook: Notebook) -> list[str]:
-    """Exercise 1, 2, 3 …, each answered by a folded code cell that runs."""
+    """Exercise 1, 2, 3 …, each answered by a folded code cell that runs.
+
+    Before the answer may stand one cell tagged `yours`, into which the reader writes, and which checks it.
+    """
     said, numbers = [], []
     part = section(notebook, "Exercises")
     for i, cell in enumerate(part):
@@ -227,7 +274,12 @@ def check_exercises(notebook: Notebook) -> list[str]:
         )
         numbers += [int(number) for number in found]
         for number in found:
-            answer = part[i + 1] if i + 1 < len(part) else None
+            after = part[i + 1 : i + 3]
+            if after and "yours" in tags(after[0]):
+                own, *after = after
+                if not any(name.startswith("bsmamba2.exercises.") for name, _ in calls(notebook, [own])):
+                    said.append(f"Exercise {number} lets the reader write, and nothing of bsmamba2.exercises checks it")
+            answer = after[0] if after else None
             if len(found) > 1:
                 said.append(f"Exercise {number} shares its cell with another: its answer cannot follow it")
             elif answer is None or answer["cell_type"] != "code" or "hide-cell" not in tags(answer):
@@ -235,6 +287,16 @@ def check_exercises(notebook: Notebook) -> list[str]:
     if numbers != list(range(1, max(EXERCISES, len(numbers)) + 1)):
         said.append(f"exercises are numbered {numbers}: at least {EXERCISES}, as ### Exercise 1, ### Exercise 2, …")
     return said
+
+
+def check_difficulty(notebook: Notebook) -> list[str]:
+    """Each exercise says its kind, how long it takes, and how hard it is."""
+    return [
+        f"{found[1]} does not begin like *Predict, 5 minutes, easy.*"
+        for cell in section(notebook, "Exercises")
+        if (found := re.match(r"### (Exercise \d+)\b.*\n+", text(cell)))
+        and not re.match(KIND, text(cell)[found.end() :])
+    ]
 
 
 def check_module(notebook: Notebook, files: set[str], exports: dict[str, str]) -> list[str]:
@@ -360,6 +422,18 @@ def test_toc_names_every_page() -> None:
     assert check_toc(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")), sorted(pages)) == []
 
 
+def test_tests_that_pages_name_exist() -> None:
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "book").iterdir() if path.is_file()}
+    tests = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py")}
+    assert check_named_tests(pages, tests) == []
+    assert sum("`tests/" in words for words in pages.values()) >= 2
+
+
+def test_the_ledger_has_every_admitted_deviation() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "bsmamba2").glob("*.py")}
+    assert check_ledger((ROOT / "book" / "16_ledger.md").read_text(encoding="utf-8"), sources) == []
+
+
 def test_every_module_file_has_a_chapter() -> None:
     assert check_modules({path.name: read(path) for path in CHAPTERS}, FILES, NO_CHAPTER, LATER) == []
 
@@ -385,6 +459,8 @@ def test_docstrings_name_chapters_by_title() -> None:
 def test_chapter_has_the_shape(path: Path) -> None:
     notebook = read(path)
     said = check_sections(notebook) + check_exercises(notebook) + check_module(notebook, FILES, exports())
+    if path.stem not in NO_DIFFICULTY:
+        said += check_difficulty(notebook)
     assert said == []
 
 
@@ -424,7 +500,12 @@ def sound_chapter() -> Notebook:
     parts["Check it"] += [code("print('equal')", "check", "nbval-check-output", "keep_output")]
     parts["Check it"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "equal\n"}]
     for i in range(1, EXERCISES + 1):
-        parts["Exercises"] += [markdown(f"### Exercise {i}\n\nWhy?"), code("1 + 1", "hide-cell")]
+        parts["Exercises"] += [
+            markdown(f"### Exercise {i}\n\n*Extend, 5 minutes, easy.* Why?"),
+            code("1 + 1", "hide-cell"),
+        ]
+    own = "from bsmamba2 import exercises\nexercises.check_step(None, None)"
+    parts["Exercises"].insert(2, code(own, "yours"))
     return {
         "cells": [markdown("# Bands"), *(cell for part in parts.values() for cell in part)],
         "metadata": {"bsmamba2": {"module": ["bands.py"]}, "kernelspec": {"name": "python3"}},
@@ -435,6 +516,7 @@ def complaints(notebook: Notebook) -> list[str]:
     return [
         *check_sections(notebook),
         *check_exercises(notebook),
+        *check_difficulty(notebook),
         *check_module(notebook, {"bands.py", "masks.py"}, {}),
         *(complaint for check in ANY_NOTEBOOK for complaint in check(notebook)),
     ]
@@ -485,6 +567,10 @@ FAULTS: dict[str, tuple[Callable[[Notebook], None], str]] = {
         replace("### Exercise 2", "### Exercise 2\n\n### Exercise 3"),
         "shares its cell",
     ),
+    "no difficulty": (replace(", easy", ""), "Exercise 1 does not begin like"),
+    "unknown kind": (replace("*Extend", "*Think"), "Exercise 1 does not begin like"),
+    "own answer unchecked": (replace("exercises.check_step(None, None)", "print()"), "checks it"),
+    "own cell and no answer": (lambda n: n["cells"].remove(cell_with(n, "1 + 1")), "Exercise 1 is not followed by"),
     "no module named": (lambda n: n["metadata"].pop("bsmamba2"), "name no file"),
     "module that is not there": (
         lambda n: n["metadata"]["bsmamba2"]["module"].append("x.py"),
@@ -571,13 +657,46 @@ def test_the_file_shown_is_found_through_any_import(source: str) -> None:
     ],
 )
 def test_faults_of_the_toc_are_reported(entries: list[str], pages: list[str], expected: str) -> None:
-    toc = {
-        "root": "book/index",
-        "parts": [{"caption": "All", "chapters": [{"file": entry} for entry in entries]}],
-    }
-    said = check_toc(toc, pages)
+    chapters = [{"file": entry} for entry in entries if CHAPTER.fullmatch(entry)]
+    others = [{"file": entry} for entry in entries if not CHAPTER.fullmatch(entry)]
+    parts = [{"caption": "All", "chapters": others}, {"numbered": 1, "chapters": chapters}]
+    said = check_toc({"root": "book/index", "parts": parts}, pages)
     assert expected in "\n".join(said)
     assert bool(said) == bool(expected)
+
+
+def test_file_numbers_rise_in_each_part_alone() -> None:
+    def said(*parts: list[str], numbered: int = 1) -> list[str]:
+        lists = [{"numbered": numbered, "chapters": [{"file": f"book/{name}"} for name in part]} for part in parts]
+        pages = ["book/index.md", *(f"book/{name}.ipynb" for part in parts for name in part)]
+        return check_toc({"root": "book/index", "parts": lists}, pages)
+
+    assert said(["01_a", "03_c"], ["02_b"]) == []
+    assert "numbered 03, 01, 02" in said(["03_c", "01_a"], ["02_b"])[0]
+    assert "numbered lists" in said(["01_a"], numbered=0)[0]
+    assert "numbered lists" in said(["01_a", "opener"])[0]
+
+
+def test_a_test_that_does_not_exist_is_reported() -> None:
+    tests = {"tests/test_a.py": "def test_it() -> None: ..."}
+    assert check_named_tests({"p.md": "`tests/test_a.py::test_it`"}, tests) == []
+    assert check_named_tests({"p.md": "`tests/test_a.py::test_i`"}, tests) != []
+    assert check_named_tests({"p.md": "`tests/test_b.py::test_it`"}, tests) != []
+
+
+def test_a_deviation_that_the_ledger_lacks_is_reported() -> None:
+    sources = {"a.py": "# Differs from the published model: in this.", "b.py": ""}
+    assert check_ledger("| decay | – | yes | no (`a.py`) |", sources) == []
+    assert check_ledger("| decay | – | yes | no |", sources) != []
+    assert check_ledger("| decay | – | yes | no (`a.py`) |\n| x | (`b.py`) |", sources) != []
+
+
+def test_minutes_are_counted() -> None:
+    reading = load(ROOT / "book" / "reading.py")
+    cells = [markdown("# Two words\n\n" + "word " * 450), code("a = 1\n\n" * 40), code("b\n" * 99, "hide-cell")]
+    cells += [markdown("### Exercise 1\n\n*Predict, 5 minutes, easy.* Why?")]
+    assert reading.minutes({"cells": cells}) == (5, 5)
+    assert reading.title({"cells": cells}) == "Two words"
 
 
 def test_a_module_file_without_a_chapter_is_reported() -> None:

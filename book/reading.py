@@ -1,0 +1,53 @@
+"""How long the chapters of a part take, counted from the chapters themselves.
+
+The pages that open the parts show it, so that no number there has to be kept up by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from IPython.display import Markdown
+
+WORDS = 150  # of prose that one stops to think about, in a minute
+LINES = 20  # of code, in a minute
+
+
+def chapters(*names: str) -> Markdown:
+    """A table of chapters by their file names, without suffix: title, minutes to read, the same with the exercises."""
+    lines = ["| chapter | to read (min) | with exercises (min) |", "|:--|--:|--:|"]
+    total = [0, 0]
+    for name in names:
+        path = Path(f"{name}.ipynb")
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        reading, exercises = minutes(notebook)
+        lines.append(
+            f"| [{title(notebook)}]({path}) | {reading} | {reading + exercises} |"
+        )
+        total = [total[0] + reading, total[1] + reading + exercises]
+    if len(names) > 1:
+        lines.append(f"| together | {total[0]} | {total[1]} |")
+    return Markdown("\n".join(lines))
+
+
+def title(notebook: dict[str, Any]) -> str:
+    """The heading of the first cell."""
+    return "".join(notebook["cells"][0]["source"]).partition("# ")[2].partition("\n")[0]
+
+
+def minutes(notebook: dict[str, Any]) -> tuple[int, int]:
+    """To read all but the folded answers, and what the exercises say of themselves."""
+    words = lines = exercises = 0
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words += len(source.split())
+            exercises += sum(
+                int(found) for found in re.findall(r"^\*\w+, (\d+) min", source, re.M)
+            )
+        elif "hide-cell" not in cell["metadata"].get("tags", []):
+            lines += len([line for line in source.splitlines() if line.strip()])
+    return round(words / WORDS + lines / LINES), exercises
