@@ -239,8 +239,6 @@ def check_book_references(sources: dict[str, str], titles: set[str]) -> list[str
 
 # How an exercise begins: what kind it is, how long it takes, and how hard it is.
 KIND = r"\*(Predict|Change|Extend|Catch), \d+ minutes, (easy|medium|hard)\.\*"
-# Chapters whose exercises do not yet say how hard they are.
-NO_DIFFICULTY = {"12_separating"}
 
 
 def check_sections(notebook: Notebook) -> list[str]:
@@ -459,8 +457,7 @@ def test_docstrings_name_chapters_by_title() -> None:
 def test_chapter_has_the_shape(path: Path) -> None:
     notebook = read(path)
     said = check_sections(notebook) + check_exercises(notebook) + check_module(notebook, FILES, exports())
-    if path.stem not in NO_DIFFICULTY:
-        said += check_difficulty(notebook)
+    said += check_difficulty(notebook)
     assert said == []
 
 
