@@ -43,9 +43,10 @@ from .data import Loader, Remixer
 from .losses import WINDOWS, bsmamba2_loss
 from .mamba2 import Mamba2, block_by_block, causal_conv_silu
 from .model import BSMamba2
+from .separate import separate_blocks
 from .tracks import FileTrack
 
-PARTS = ("scan", "convolution", "mixer", "model", "loss", "loading")
+PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("chunked", "matrix", "recurrent", "fused")
@@ -55,6 +56,11 @@ PEERS = {  # module: how to install it, and what it is
 }
 PEER_CHUNKS = (32, 64, 128)
 COMPILED = ", compiled"
+WAYS: dict[str, dict[str, Any]] = {  # of separating a song: what `separate_blocks` is told
+    "end to end": {"overlap": 0.0},
+    "overlapping by half": {"overlap": 0.5},
+    "carried, 2 s ahead": {"look_ahead": 2.0},
+}
 LEAST = 0.05  # seconds of a timed run: a shorter job is done several times
 COMPILING = 600.0  # seconds that torch.compile is given, and imports are
 EXAMPLES = 64  # that a run of the loading part reads; up to four of them have been read ahead
@@ -122,8 +128,8 @@ class Settings:
             if not values and name not in ("peers", "backends"):
                 raise ValueError(f"{name} is empty: name at least one of {', '.join(known)}")
         object.__setattr__(self, "lengths", tuple(sorted({float(length) for length in self.lengths})))
-        if not self.lengths or not all(0.1 <= length <= 600 for length in self.lengths):
-            raise ValueError(f"lengths={self.lengths!r} must be seconds from 0.1 to 600, at least one")
+        if not self.lengths or not all(0.1 <= length <= 7200 for length in self.lengths):
+            raise ValueError(f"lengths={self.lengths!r} must be seconds from 0.1 to 7200, at least one")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is not one of {', '.join(PRESETS)}")
         if self.device not in ("cpu", "cuda", "mps"):
@@ -217,8 +223,8 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
     for part, dtype, mode, seconds in itertools.product(
         settings.parts, settings.dtypes, settings.modes, settings.lengths
     ):
-        # Reading has no gradient, and the loss is float32 whatever the model computes in.
-        if (part == "loading" and mode != settings.modes[0]) or (
+        # Reading and separating have no gradient, and the loss is float32 whatever the model computes in.
+        if (part in ("loading", "separation") and mode != settings.modes[0]) or (
             part in ("loss", "loading") and dtype != settings.dtypes[0]
         ):
             continue
@@ -236,6 +242,7 @@ def contestants(settings: Settings, part: str) -> list[str]:
         "convolution": ["shifts", "conv1d", "causal-conv1d"],
         "mixer": [*settings.backends, *compiled, *mixers],
         "model": [*settings.backends, *compiled, *roformer],
+        "separation": [*WAYS, *roformer],
         "loss": ["five windows", "three windows"],
         "loading": ["files, when asked", "files, two processes ahead", "memory"],
     }[part]
@@ -296,6 +303,8 @@ def prepare(case: Case, settings: Settings) -> Job:
         mixture = torch.randn(1, config.channels, round(case.seconds * config.sample_rate), device=device)
         model = _model(case.contestant, config, settings.checkpointing).to(device)
         return _job(model, mixture, list(model.parameters()), case, device)
+    if case.part == "separation":
+        return _separation(case, config, device)
     if case.part == "mixer":
         frames, bands = _frames(case, config), len(config.bands)
         shape = (bands, frames, config.dim) if case.axis == "time" else (frames, bands, config.dim)
@@ -324,6 +333,36 @@ def prepare(case: Case, settings: Settings) -> Job:
         return scan(x.unflatten(-1, (h, p)), dt, A, B, C, D)
 
     return _job(scanned, xBC, [dt, A, D], case, device)
+
+
+def _separation(case: Case, config: ModelConfig, device: torch.device) -> Job:
+    """Separate a song of noise that comes in pieces of ten seconds and goes nowhere, in segments of eight."""
+    peer = case.contestant in PEERS
+    model = _model(case.contestant if peer else "auto", config, checkpointing=False).to(device).eval()
+    separator: Any = _Separator(model, config) if peer else model
+    samples, piece = round(case.seconds * config.sample_rate), 10 * config.sample_rate
+    noise = torch.randn(1, config.channels, piece)
+
+    def separated() -> None:
+        blocks = (noise[..., : min(piece, samples - i)] for i in range(0, samples, piece))
+        way = WAYS.get(case.contestant, WAYS["end to end"])
+        given = sum(done.shape[-1] for done in separate_blocks(separator, blocks, dtype=DTYPES[case.dtype], **way))
+        assert given == samples
+
+    return separated
+
+
+class _Separator(nn.Module):
+    """Another model of one stem behind the interface that `separate_blocks` knows."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """(b, c, samples) → (b, 1, c, samples); zeros where it gives fewer."""
+        y = self.model(mixture).view(len(mixture), 1, mixture.shape[1], -1)
+        return functional.pad(y, (0, mixture.shape[-1] - y.shape[-1]))
 
 
 def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], case: Case, device: torch.device) -> Job:
