@@ -273,8 +273,8 @@ def operations(case: Case, settings: Settings) -> float | None:
     sequences, length = settings.sequences, frames
     if case.part == "mixer":
         sequences, length = (bands, frames) if case.axis == "time" else (frames, bands)
-    scan, scan_backward = cost._scan(config, length), cost._scan_backward(config, length)
-    projections = 0.0 if case.part == "scan" else (cost._block(config, length) - 4 * d * d) / 2 - scan
+    scan, scan_backward = cost.scan_flops(config, length), cost.scan_backward_flops(config, length)
+    projections = 0.0 if case.part == "scan" else (cost.block_flops(config, length) - 4 * d * d) / 2 - scan
     return sequences * length * (projections + scan + (case.mode == BACKWARD) * (2 * projections + scan_backward))
 
 

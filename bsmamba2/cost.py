@@ -112,8 +112,8 @@ def forward_flops(config: ModelConfig, frames: int) -> dict[str, float]:
     masks = k * 2 * d * hidden + 2 * hidden * 2 * numbers
     return {
         "band split": frames * 2.0 * numbers * d,
-        "time": config.layers * frames * k * _block(config, frames),
-        "band": config.layers * frames * k * _block(config, k),
+        "time": config.layers * frames * k * block_flops(config, frames),
+        "band": config.layers * frames * k * block_flops(config, k),
         "masks": float(len(config.stems) * frames * masks),
     }
 
@@ -123,18 +123,20 @@ def backward_flops(config: ModelConfig, frames: int) -> float:
     k = len(config.bands)
     once = sum(forward_flops(config, frames).values())
     mixers = 2 * config.layers * frames * k  # of each axis, for every frame and band
-    scans = sum(mixers * (_scan_backward(config, length) - 2 * _scan(config, length)) for length in (frames, k))
+    scans = sum(
+        mixers * (scan_backward_flops(config, length) - 2 * scan_flops(config, length)) for length in (frames, k)
+    )
     return 2 * once + scans
 
 
-def _block(config: ModelConfig, length: int) -> float:
+def block_flops(config: ModelConfig, length: int) -> float:
     """A bidirectional block, for one position: two mixers, and the Linear that merges them."""
     d, e, n, h = config.dim, config.inner, config.state, config.heads
     projections = 2.0 * d * (2 * e + 2 * n + h) + 2 * e * d
-    return 2 * (projections + _scan(config, length)) + 2 * 2 * d * d
+    return 2 * (projections + scan_flops(config, length)) + 2 * 2 * d * d
 
 
-def _scan(config: ModelConfig, length: int) -> float:
+def scan_flops(config: ModelConfig, length: int) -> float:
     """`ssd.chunked`, for one position: G and what it mixes inside a chunk; into and out of the state between chunks.
 
     A little less where a chunk is cut because of the span of its decays.
@@ -143,7 +145,7 @@ def _scan(config: ModelConfig, length: int) -> float:
     return 2.0 * q * (config.state + config.inner) + between * 4 * config.state * config.inner
 
 
-def _scan_backward(config: ModelConfig, length: int) -> float:
+def scan_backward_flops(config: ModelConfig, length: int) -> float:
     """Its backward pass: G again, dB, dC; dG, dx, y inside a chunk again. The states again, and five more products."""
     q, between = _chunks(length)
     n, e = config.state, config.inner
