@@ -11,12 +11,15 @@ import html
 import inspect
 import io
 import itertools
+import json
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import soundfile
 import torch
@@ -95,6 +98,82 @@ def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
             "</figure>"
         )
     return HTML("\n".join(players))
+
+
+def explorable(
+    kind: str, name: str, sliders: Mapping[str, Sequence[str]], settings: Sequence[Mapping[str, Any]], **common: Any
+) -> HTML:
+    """Something that follows its sliders on a page, without a kernel: every setting is in the page.
+
+    Drawn by `book/_static/explore.js`, which the book's pages load; JupyterLab shows the first sentence alone.
+
+    Args:
+        kind: "curves", "bands" or "listen", one of the script's kinds.
+        name: unlike that of any other on the page, a word.
+        sliders: label → the words for its positions, from left to right; it starts in the middle.
+        settings: one for each combination of positions, the last slider's fastest. Each has `told`, a sentence, and
+            what its kind draws.
+        common: what all settings share.
+
+    Raises:
+        ValueError: when there are not as many settings as combinations.
+    """
+    count = math.prod(len(values) for values in sliders.values())
+    if len(settings) != count:
+        raise ValueError(f"the sliders have {count} combinations of positions, and there are {len(settings)} settings")
+    controls, start = [], 0
+    for i, (label, values) in enumerate(sliders.items()):
+        middle = len(values) // 2
+        start = start * len(values) + middle
+        words = html.escape(json.dumps(list(values), ensure_ascii=False), quote=True)
+        controls.append(
+            f'<div class="control"><label for="{name}-{i}">{html.escape(label)}</label>'
+            f'<input type="range" id="{name}-{i}" min="0" max="{len(values) - 1}" step="1" value="{middle}"'
+            f' data-values="{words}" aria-valuetext="{html.escape(values[middle])}" autocomplete="off">'
+            f'<output for="{name}-{i}">{html.escape(values[middle])}</output></div>'
+        )
+    # "</script" inside of it would end the element.
+    data = json.dumps({"common": common, "settings": settings}, ensure_ascii=False, separators=(",", ":"))
+    data = data.replace("</", "<\\/")
+    return HTML(
+        f'<div class="explorable" id="{name}" data-kind="{kind}">{"".join(controls)}'
+        f'<p class="told" aria-live="polite">{html.escape(settings[start]["told"])}</p>'
+        f'<div class="drawing"><noscript>The drawing needs JavaScript.</noscript></div>'
+        f'<script type="application/json">{data}</script></div>'
+    )
+
+
+def thumbnail(signal: Tensor, sample_rate: int = 44_100, *, top: float = 8_000.0, loudest: float | None = None) -> str:
+    """A small spectrogram without axes, 0 to `top` hertz, as the address of a picture that holds itself (`data:`).
+
+    Args:
+        signal: (c, samples).
+        sample_rate: in hertz.
+        top: highest frequency shown, in hertz.
+        loudest: the power that is drawn brightest; that of the loudest bin when absent.
+    """
+    n_fft, hop = 2048, 1764
+    power = stft(signal, n_fft, hop).abs().square().mean(0)[: int(top / sample_rate * n_fft)]
+    level = 10 * torch.log10(power / max(loudest or float(power.max()), 1e-9) + 1e-9)
+    small = torch.nn.functional.adaptive_max_pool2d(level[None], (72, level.shape[1]))[0]
+    file = io.BytesIO()
+    matplotlib.image.imsave(file, small.flip(0).numpy(), vmin=-80, vmax=0, cmap="magma", format="png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def sound(signal: Tensor, sample_rate: int = 44_100, *, gain: float = 1.0, compression: float = 0.6) -> str:
+    """A signal as MP3, as the address of a sound that holds itself (`data:`).
+
+    Args:
+        signal: (c, samples).
+        sample_rate: in hertz.
+        gain: factor.
+        compression: 0 to 1, the largest and the smallest.
+    """
+    file = io.BytesIO()
+    frames = (signal.detach().cpu() * gain).T.numpy()
+    soundfile.write(file, frames, sample_rate, format="MP3", compression_level=compression)
+    return f"data:audio/mpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def progress(iterable: Iterable[Any], total: int, label: str, unit: str = "step") -> Iterator[Any]:

@@ -35,12 +35,12 @@ SECTIONS = (
 EXERCISES = 3
 
 # Files of the module that no chapter builds.
-NO_CHAPTER = {"__init__.py", "__main__.py", "audio.py", "parameters.py", "show.py"}
+NO_CHAPTER = {"__init__.py", "__main__.py", "audio.py", "explore.py", "parameters.py", "show.py"}
 # Files whose chapter is still to be written; a file that has its chapter must leave it.
 LATER: set[str] = {"benchmark.py"}
 
 # What bsmamba2.show offers that is no picture, and so needs no alternative text.
-NOT_PICTURES = {"source", "audio", "progress", "decibels", "table"}
+NOT_PICTURES = {"source", "audio", "explorable", "thumbnail", "sound", "progress", "decibels", "table"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------
