@@ -18,6 +18,7 @@ MAMBA_SSM := mamba-ssm==2.3.2.post1
 
 MODULE := $(wildcard bsmamba2/*.py)
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
+LABS := $(sort $(wildcard book/labs/*.ipynb))
 PARAMS := notebooks/params/train_small.yaml
 RESULT := book/results/first_run.ipynb
 
@@ -27,12 +28,12 @@ export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab train bench lint unit kernels chapters format clean
+.PHONY: help env book test lab train bench lint unit kernels chapters browser format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book      build the book: _build/html/index.html'
-	@echo 'make test      lint, unit, kernels and chapters: everything that CI runs besides the book'
+	@echo 'make test      lint, unit, kernels, chapters and browser: everything that CI runs besides the book'
 	@echo 'make lab       open the chapters in JupyterLab'
 	@echo 'make train     the training run that the book shows, if it is absent or older than the code'
 	@echo 'make bench     time the model part by part on this machine: book/results/benchmark'
@@ -40,6 +41,7 @@ help:
 	@echo 'make unit      the tests in tests/'
 	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
 	@echo 'make chapters  run each chapter and compare its tagged outputs'
+	@echo 'make browser   look at the built book and the labs in Chromium, as a reader would'
 	@echo 'make format    put code and chapters into the committed style'
 	@echo 'make env       only the environment, in .venv'
 	@echo 'make clean     remove what was made, but for .venv'
@@ -107,7 +109,7 @@ lab: $(ENV) $(RESULT)
 
 # --- checks -----------------------------------------------------------------------------------------------
 
-test: lint unit kernels chapters
+test: lint unit kernels chapters browser
 
 lint: $(ENV)
 	$(BIN)/ruff check
@@ -131,12 +133,16 @@ endif
 
 # Chapters may read the training run, so it is there first.
 chapters: $(ENV) $(RESULT)
-	$(BIN)/pytest --nbval-lax --nbval-cell-timeout=300 $(CHAPTERS)
+	$(BIN)/pytest --nbval-lax --nbval-cell-timeout=300 $(CHAPTERS) $(LABS)
+
+# What `make book` left behind, and the labs in a JupyterLab of their own. Tells what it skips without a book or Chromium.
+browser: $(ENV)
+	$(BIN)/pytest tests/browser
 
 format: $(ENV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/nbstripout --keep-id --keep-count $(CHAPTERS) notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id --keep-count $(CHAPTERS) $(LABS) notebooks/*.ipynb
 
 clean:
 	rm -rf _build book/results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -394,7 +394,7 @@ ANY_NOTEBOOK = (check_pictures, check_markdown, check_outputs, check_portable)
 # --- the book as it is ------------------------------------------------------------------------------------
 
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
-NOTEBOOKS = [*sorted((ROOT / "book").glob("*.ipynb")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+NOTEBOOKS = [path for folder in ("book", "book/labs", "notebooks") for path in sorted((ROOT / folder).glob("*.ipynb"))]
 FILES = {path.name for path in (ROOT / "bsmamba2").glob("*.py")}
 
 

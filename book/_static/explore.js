@@ -87,7 +87,7 @@
 
   // Rows of blocks on a hertz axis: one that moves, above one that stays.
   function bands(drawing, common, setting, width) {
-    const { svg, x, y0 } = frame(drawing, common.panel, width, 190);
+    const { svg, x } = frame(drawing, common.panel, width, 190);
     const rows = [[setting.name, setting.edges], [common.still.name, common.still.edges]];
     rows.forEach(([name, edges], row) => {
       const top = MARGIN.top + 18 + row * 58;
@@ -96,10 +96,10 @@
         const from = x(edges[k]), to = x(Math.min(edges[k + 1], common.panel.xlim[1]));
         add(svg, "rect", { x: from, y: top, width: Math.max(to - from - 0.4, 0.4), height: 30, class: `block s${k % 2}` });
       }
+      for (const hertz of common.marks) {
+        add(svg, "line", { x1: x(hertz), x2: x(hertz), y1: top - 2, y2: top + 34, class: "mark" });
+      }
     });
-    for (const hertz of common.marks) {
-      add(svg, "line", { x1: x(hertz), x2: x(hertz), y1: MARGIN.top, y2: y0, class: "mark" });
-    }
   }
 
   // Pictures and players, side by side where there is room.
@@ -138,8 +138,9 @@
     new ResizeObserver(() => {
       const now = Math.max(260, Math.floor(drawing.clientWidth));
       if (now === width) return;
+      const first = width === 0;
       width = now;
-      if (box.dataset.kind !== "listen" || !drawing.firstChild) draw();
+      if (first || box.dataset.kind !== "listen") draw(); // a player that plays is not drawn anew
     }).observe(drawing);
     sliders.forEach((slider) => slider.addEventListener("input", draw));
   }

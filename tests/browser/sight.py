@@ -1,0 +1,104 @@
+"""What is seen on one page: by a reader at a desk, in the dark, on a phone, and by axe-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser
+
+DESK = {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
+
+# Pictures that are not there; players with their durations, once they know them.
+BROKEN = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 100))"
+DECODED = "Promise.all([...document.images].map(i => { i.loading = 'eager'; return i.decode().catch(() => 0) }))"
+DURATIONS = """Promise.all([...document.querySelectorAll("audio")].map(audio => new Promise(done => {
+    const duration = () => Number.isFinite(audio.duration) ? audio.duration : -1;
+    const tell = () => done([audio.getAttribute("aria-label") || "", duration()]);
+    if (audio.readyState > 0 || audio.error) return tell();
+    audio.addEventListener("loadedmetadata", tell);
+    audio.addEventListener("error", tell);
+    audio.load();
+    setTimeout(tell, 5000);
+})))"""
+# What sticks out to the right of the window, deepest elements first named.
+WIDER = """document.documentElement.scrollWidth <= innerWidth ? [] : [...document.body.querySelectorAll("*")]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.querySelector("*"))
+    .slice(0, 3).map(e => `${e.tagName} .${e.className}`).concat(`${document.documentElement.scrollWidth} pixels`)"""
+
+
+@dataclass
+class Sight:
+    """What was seen on a page.
+
+    Attributes:
+        console: errors of its scripts.
+        elsewhere: addresses outside this machine that it asked for.
+        missing: addresses of this machine that were not there.
+        pictures: that did not load.
+        players: label and duration in seconds of each, −1 when it has none.
+        wider: what is wider than a phone, and by how much; empty when nothing is.
+        violations: of axe-core, serious and critical ones: rule, and the element's selector; with "(dark)" in the dark.
+    """
+
+    console: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    players: list[tuple[str, float]] = field(default_factory=list)
+    wider: list[str] = field(default_factory=list)
+    violations: list[tuple[str, str]] = field(default_factory=list)
+
+
+def look(browser: Browser, address: str, *, code: bool = False) -> Sight:
+    """Open a page and tell what is seen.
+
+    Args:
+        browser: a running one.
+        address: of the page.
+        code: whether the colours of its code are looked at; they are the same on all pages, and thousands.
+    """
+    sight = Sight()
+    context = browser.new_context(viewport=DESK, color_scheme="light", reduced_motion="reduce")
+    page = context.new_page()
+    page.on("console", lambda message: sight.console.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: sight.console.append(str(error)))
+    page.on("response", lambda reply: sight.missing.append(reply.url) if reply.status >= 400 else None)
+
+    def requested(request: Any) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme not in {"data", "blob", "about"} and parts.hostname not in {"127.0.0.1", "localhost"}:
+            sight.elsewhere.append(request.url)
+
+    page.on("request", requested)
+    page.goto(address, wait_until="load")
+    # The theme draws its version of these after the page has loaded.
+    page.evaluate("document.fonts.ready")
+    page.evaluate(DECODED)
+    sight.pictures = page.evaluate(BROKEN)
+    sight.players = [tuple(player) for player in page.evaluate(DURATIONS)]
+    sight.violations += _violations(page, "", code, {})
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.wait_for_timeout(50)
+    sight.violations += _violations(page, " (dark)", code, {"runOnly": ["color-contrast"]})
+    page.set_viewport_size(PHONE)
+    page.wait_for_timeout(50)
+    sight.wider = page.evaluate(WIDER)
+    context.close()
+    return sight
+
+
+def _violations(page: Any, where: str, code: bool, options: dict[str, Any]) -> list[tuple[str, str]]:
+    # Formulas are MathJax's, some elements for every letter. Style sheets are not fetched anew, a request of axe's own.
+    outside = ["mjx-container", *([] if code else ["div.highlight pre"])]
+    settings = {"resultTypes": ["violations"], "preload": False, **options}
+    found = Axe().run(page, context={"exclude": [[one] for one in outside]}, options=settings)
+    return [
+        (violation["id"] + where, " ".join(map(str, node["target"])))
+        for violation in found.response["violations"]
+        if violation["impact"] in {"serious", "critical"}
+        for node in violation["nodes"]
+    ]

@@ -1,0 +1,160 @@
+"""Every page of the built book, as readers meet it; and a page with every fault, to see that each is seen."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from links import broken, pages
+from playwright.sync_api import Browser, Page
+from sight import Sight, look
+
+# What the theme does and we cannot mend from outside: (rule of axe-core, selector) → why.
+THEME = {
+    ("aria-required-children", ".citation-list"): "Sphinx writes a role=list whose children are role=doc-biblioentry",
+}
+# Lines on the console that are no fault of a page: pattern → why.
+CONSOLE: dict[str, str] = {}
+CODE = ("03_scan", "installation")  # pages whose code is looked at as well
+
+
+@pytest.fixture(scope="session")
+def seen(book: str, site: Path, browser: Browser) -> dict[str, Sight]:
+    """What is seen on each page; the first one, at the root, only leads to another."""
+    return {
+        page: look(browser, f"{book}/{page}", code=Path(page).stem in CODE)
+        for page in pages(site)
+        if page != "index.html"
+    }
+
+
+def faults(seen: dict[str, Sight], attribute: str) -> dict[str, Any]:
+    return {page: found for page, sight in seen.items() if (found := getattr(sight, attribute))}
+
+
+def test_there_are_pages_to_look_at(seen: dict[str, Sight]) -> None:
+    assert len(seen) > 15
+
+
+def test_no_link_or_picture_leads_nowhere(site: Path) -> None:
+    assert {page: said for page in pages(site) if (said := broken(site, page))} == {}
+
+
+def test_scripts_report_no_errors(seen: dict[str, Sight]) -> None:
+    said = {
+        page: [line for line in sight.console if not any(re.search(known, line) for known in CONSOLE)]
+        for page, sight in seen.items()
+    }
+    assert {page: lines for page, lines in said.items() if lines} == {}
+
+
+def test_nothing_is_asked_for_elsewhere(seen: dict[str, Sight]) -> None:
+    assert faults(seen, "elsewhere") == {}
+
+
+def test_all_that_is_asked_for_is_there(seen: dict[str, Sight]) -> None:
+    assert faults(seen, "missing") == {}
+    assert faults(seen, "pictures") == {}
+
+
+def test_every_player_has_a_duration(seen: dict[str, Sight]) -> None:
+    players = [(page, *player) for page, sight in seen.items() for player in sight.players]
+    assert len(players) > 30
+    assert [player for player in players if not player[2] > 0] == []
+    assert [player for player in players if not player[1]] == []
+
+
+def test_no_page_is_wider_than_a_phone(seen: dict[str, Sight]) -> None:
+    assert faults(seen, "wider") == {}
+
+
+def test_axe_finds_nothing_serious(seen: dict[str, Sight]) -> None:
+    said = {page: [found for found in sight.violations if found not in THEME] for page, sight in seen.items()}
+    assert {page: found for page, found in said.items() if found} == {}
+
+
+def test_what_is_excused_is_still_there(seen: dict[str, Sight]) -> None:
+    met = {found for sight in seen.values() for found in sight.violations}
+    assert set(THEME) <= met, "the theme has been mended: shorten the list"
+
+
+def test_the_first_page_leads_to_the_book(book: str, page: Page) -> None:
+    page.goto(f"{book}/index.html")
+    page.wait_for_url("**/book/index.html")
+
+
+def test_search_finds_band_split(book: str, page: Page) -> None:
+    page.goto(f"{book}/search.html?q=band+split")
+    page.wait_for_selector("#search-results li a")
+    # Results come one after the other.
+    page.wait_for_function("/[1-9]\\d* page|found/.test(document.querySelector('#search-results').innerText)")
+    addresses = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.pathname)")
+    assert any(address.endswith("02_bands.html") for address in addresses), addresses
+
+
+def test_search_finds_no_nonsense(book: str, page: Page) -> None:
+    page.goto(f"{book}/search.html?q=zyxwvut")
+    page.get_by_text("did not match any documents").wait_for()
+
+
+def test_notebooks_can_be_downloaded(book: str, page: Page) -> None:
+    page.goto(f"{book}/book/02_bands.html")
+    with page.expect_download() as download:
+        page.eval_on_selector("a.btn-download-source-button", "link => link.click()")
+    text = Path(download.value.path()).read_text(encoding="utf-8")
+    assert '"nbformat"' in text
+
+
+# --- planted faults ---------------------------------------------------------------------------------------
+
+FAULTY = """<!DOCTYPE html><html lang="en"><head><title>Faults</title></head><body>
+<main><h1 id="here">Faults</h1>
+<p style="color:#ccc;background:#fff">Too faint to read.</p>
+<img src="absent.png" alt="not there">
+<img src="data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==">
+<audio controls aria-label="no sound" src="data:audio/wav;base64,UklGRg=="></audio>
+<audio controls aria-label="a second" src="second.wav"></audio>
+<div style="width:900px">Wide</div>
+<a href="#here">good</a><a href="#nowhere">bad</a><a href="absent.html">bad</a><a href="/root.html">bad</a>
+<a href="other.html#place">good</a><a href="other.html#none">bad</a><a href="https://example.org/">away</a>
+<script src="https://cdn.example.org/x.js"></script><script>throw new Error("planted")</script></main></body></html>"""
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "index.html").write_text(FAULTY, encoding="utf-8")
+    (folder / "other.html").write_text('<p id="place">Here</p>', encoding="utf-8")
+    sound = bytes(16_000)
+    head = (
+        b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 16_000, 2, 16) + b"data" + struct.pack("<I", len(sound))
+    )
+    (folder / "second.wav").write_bytes(b"RIFF" + struct.pack("<I", len(head) + len(sound)) + head + sound)
+    return folder
+
+
+def test_planted_faults_are_seen(faulty: Path, serve: Any, browser: Browser) -> None:
+    sight = look(browser, f"{serve(faulty)}/index.html")
+    assert any("planted" in line for line in sight.console)
+    assert sight.elsewhere == ["https://cdn.example.org/x.js"]
+    assert [address.rpartition("/")[2] for address in sight.missing if "favicon" not in address] == ["absent.png"]
+    assert [address.rpartition("/")[2] for address in sight.pictures] == ["absent.png"]
+    assert sight.players == [("no sound", -1), ("a second", 1)]
+    assert sight.wider[-1] == "908 pixels"
+    assert {rule for rule, _ in sight.violations} >= {"color-contrast"}
+    assert "color-contrast (dark)" in {rule for rule, _ in sight.violations}
+    assert "image-alt" in {rule for rule, _ in sight.violations}
+
+
+def test_planted_links_are_told(faulty: Path) -> None:
+    said = broken(faulty, "index.html")
+    assert [line.partition(":")[0].partition(" ")[0] for line in said] == [
+        "absent.png",
+        "#nowhere",
+        "absent.html",
+        "/root.html",
+        "other.html#none",
+    ]
