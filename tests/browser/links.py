@@ -35,6 +35,11 @@ def pages(site: Path) -> list[str]:
     return [path.as_posix() for path in found if "_static" not in path.parts]
 
 
+def addresses(path: Path) -> list[str]:
+    """Every address in a page, as written."""
+    return _read(path).addresses
+
+
 def broken(site: Path, page: str) -> list[str]:
     """Addresses in a page that lead to no file of the site, or to no place in it, or out of it."""
     said = []

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from links import broken, pages
+import yaml
+from links import addresses, broken, pages
 from playwright.sync_api import Browser, Page
 from sight import Sight, look
 
@@ -41,6 +42,19 @@ def test_there_are_pages_to_look_at(seen: dict[str, Sight]) -> None:
 
 def test_no_link_or_picture_leads_nowhere(site: Path) -> None:
     assert {page: said for page in pages(site) if (said := broken(site, page))} == {}
+
+
+def test_launch_buttons_lead_to_the_repository_or_are_not_there(site: Path) -> None:
+    config = yaml.safe_load((site.parents[1] / "_config.yml").read_text(encoding="utf-8"))
+    url = config.get("repository", {}).get("url", "")
+    where = url.removeprefix("https://github.com/") or "nowhere"
+    links = [
+        (page, address)
+        for page in pages(site)
+        for address in addresses(site / page)
+        if re.search(r"mybinder\.org|colab\.research", address)
+    ]
+    assert [link for link in links if where not in link[1]] == []
 
 
 def test_scripts_report_no_errors(seen: dict[str, Sight]) -> None:
