@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 SLIDERS = {
     "bands": ["Number of bands"],
@@ -15,13 +16,26 @@ SLIDERS = {
 }
 
 
-@pytest.fixture
-def explore(book: str, page: Page) -> Page:
+@pytest.fixture(scope="module")
+def opened(book: str, browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
     page.goto(f"{book}/book/explore.html")
-    page.wait_for_function(
-        "[...document.querySelectorAll('.explorable .drawing')].every(d => d.querySelector('svg, img'))"
+    drawn = "[...document.querySelectorAll('.explorable .drawing')].every(box => box.querySelector('svg, img'))"
+    page.wait_for_function(drawn)
+    yield page
+    context.close()
+
+
+@pytest.fixture
+def explore(opened: Page) -> Page:
+    """The page with its sliders where they were in the beginning."""
+    opened.set_viewport_size({"width": 1280, "height": 900})
+    opened.eval_on_selector_all(
+        ".explorable input",
+        "all => all.forEach(one => { one.value = one.defaultValue; one.dispatchEvent(new Event('input')) })",
     )
-    return page
+    return opened
 
 
 def test_all_are_known(explore: Page) -> None:
