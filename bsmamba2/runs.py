@@ -53,6 +53,8 @@ class Run:
         save_every: steps between two states.
         validate_every: steps between two validations.
         tensorboard: write curves to `tensorboard/` in the folder as well.
+        checkpoints: write `last.safetensors` and `best.safetensors`. Without them a run is its states and its log, all
+            there can be for a model with another `sequence_layer`: no checkpoint says what that is.
 
     Attributes:
         best: the best score so far and its step, or none.
@@ -72,12 +74,13 @@ class Run:
         save_every: int = 100,
         validate_every: int = 100,
         tensorboard: bool = False,
+        checkpoints: bool = True,
     ) -> None:
         for name, value in (("save_every", save_every), ("validate_every", validate_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RunError(f"{name}={value!r} must be a positive whole number of steps")
         self.folder, self.trainer, self.validate = folder, trainer, validate
-        self.save_every, self.validate_every = save_every, validate_every
+        self.save_every, self.validate_every, self.checkpoints = save_every, validate_every, checkpoints
         self.settings = json.loads(json.dumps({**(settings or {}), "processes": world()}))
         self.best: tuple[float, int] | None = None
         self.writer = rank() == 0
@@ -161,7 +164,8 @@ class Run:
         return {"usdr": usdr}
 
     def _keep(self, path: Path, **metadata: str) -> None:
-        save_checkpoint(self.trainer.averaged, path, metadata={"step": str(self.trainer.number), **metadata})
+        if self.checkpoints:
+            save_checkpoint(self.trainer.averaged, path, metadata={"step": str(self.trainer.number), **metadata})
 
     def _take_up(self) -> None:
         """Load the newest state that can be read, in every process."""
