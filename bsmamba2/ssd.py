@@ -25,6 +25,7 @@ state the wider one. Shapes that do not fit raise ValueError.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -145,7 +146,7 @@ class _Chunked(torch.autograd.Function):
     The decay is a product, e^{r_i − r_j} = e^{r_i − m} · e^{m − r_j}, whatever m. So no head needs a matrix of its own:
     x is weighed with the second factor, one product with the lower triangle of G mixes the frames of all heads, and the
     rows are weighed with the first. Written so, the factors may leave the range of a float, where their product does
-    not: rows are taken in blocks whose decays span at most `SPAN`, each with an m in its middle (`_blocks`). All frames
+    not: rows are taken in blocks whose decays span at most `SPAN`, each with an m in the middle (`_blocks`). All frames
     before a block have factors below 1, and what is lost when those underflow is beyond the precision of the row.
     """
 
@@ -175,7 +176,7 @@ class _Chunked(torch.autograd.Function):
 
             # A frame and those before it. dt_k A multiplies every path from a frame j < k to a frame i ≥ k, and `rates`
             # sums those. Where both lie in one block, as all paths to i ≥ k less those from j ≥ k: a difference, but a
-            # step so large that its rounding would count stands first in its block, where no path passes.
+            # step so large (`JUMP`) that its rounding would count stands first in its block, where no path passes.
             dG = torch.zeros_like(part.G)
             rates = torch.zeros_like(part.sums)  # of dt·A, (q, b, h)
             for rows, until, decay, into, out in part.blocks():
@@ -280,7 +281,8 @@ class _Chunk:
         """For each block of rows: the rows; all frames until its end; for these e^{m − r_j}, (j, b, h) in float64, and
         that times dt_j, (j, b, h, 1); for the rows e^{r_i − m}, (i, b, h, 1)."""
         for first, end in _blocks(self.sums):
-            middle = (self.sums[first] + self.sums[end - 1]) / 2
+            # Not the true middle: what comes out of a frame would depend on later ones, if only in its last bit.
+            middle = self.sums[first] - SPAN / 2
             decay = (middle - self.sums[:end]).exp2()
             into = (decay * self.dt[:end]).to(self.dt.dtype)[..., None]
             out = (self.sums[first:end] - middle).exp2().to(self.dt.dtype)[..., None]
@@ -306,26 +308,25 @@ class _Chunk:
 
 SPAN = 120.0
 """Most octaves that the decays of a block may span: factors from 2⁻⁶⁰ to 2⁶⁰, with as much to spare in float32."""
+JUMP = 16.0
+"""Most octaves that one step inside a block may take. Steps beyond are rare, and their gradients would be rounding."""
 
 
 def _blocks(sums: Tensor) -> list[tuple[int, int]]:
-    """Cut the rows of a chunk where their decays span more than `SPAN`: first row and end of each block.
+    """Cut the rows of a chunk where their decays pass `SPAN` or `JUMP`: first row and end of each block.
 
     Args:
         sums: of dt·A in octaves, falling, (q, b, h).
     """
     if isinstance(sums, FakeTensor):  # it has a shape alone
         return [(0, len(sums))]
-    found: list[tuple[int, int]] = []
-    todo = [(0, len(sums))]
-    while todo:
-        first, end = todo.pop()
-        if end - first > 1 and float((sums[first] - sums[end - 1]).max()) > SPAN:
-            middle = (first + end) // 2
-            todo += [(middle, end), (first, middle)]
-        else:
-            found.append((first, end))
-    return found
+    jumps = (sums[:-1] - sums[1:]).flatten(1).amax(1) > JUMP  # (q − 1)
+    starts = [0]
+    while starts[-1] < len(sums):
+        fits = (sums[starts[-1]] - sums[starts[-1] :]).flatten(1).amax(1) <= SPAN
+        fits[1:] &= ~jumps[starts[-1] :]
+        starts.append(starts[-1] + int(fits.cumprod(0).sum()))
+    return list(itertools.pairwise(starts))
 
 
 def _dot(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

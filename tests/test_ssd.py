@@ -121,7 +121,8 @@ def test_rows_are_cut_where_factors_would_leave_the_range_of_a_float(octaves: fl
     assert [first for first, _ in blocks] == [0, *(end for _, end in blocks[:-1])]
     assert blocks[-1][1] == 64
     assert all((end - first - 1) * octaves <= ssd.SPAN for first, end in blocks)
-    assert all((end - first) * 4 * octaves > ssd.SPAN for first, end in blocks) or len(blocks) == 1
+    shortest = 1 if octaves > ssd.JUMP else ssd.SPAN / octaves - 1
+    assert all(end - first >= shortest for first, end in blocks[:-1])
 
     x, dt, A, B, C, D, _ = problem(64, decay=1.0)
     A = torch.tensor([-octaves, -1e-3]).double() * torch.tensor(2.0).log()
@@ -134,6 +135,18 @@ def test_without_blocks_the_factors_would_leave_the_range(monkeypatch: pytest.Mo
     monkeypatch.setattr(ssd, "_blocks", lambda sums: [(0, len(sums))])
     with pytest.raises(AssertionError):
         assert_same(ssd.chunked, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_bit_of_a_frame_depends_on_later_ones(dtype: torch.dtype) -> None:
+    inputs = [part.to(dtype) for part in problem(64, dt=0.3, decay=10.0)[:6]]
+    with torch.no_grad():
+        y = ssd.chunked(*inputs)
+        for frame in (20, 40, 63):
+            for place, size in ((0, 10.0), (1, 1.2), (3, 10.0), (4, 10.0)):
+                changed = [part.clone() for part in inputs]
+                changed[place][:, frame:] *= size
+                assert torch.equal(ssd.chunked(*changed)[:, :frame], y[:, :frame])
 
 
 def test_a_quiet_stretch_after_a_reset_keeps_its_precision() -> None:
