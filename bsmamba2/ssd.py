@@ -324,6 +324,7 @@ def _blocks(sums: Tensor) -> list[tuple[int, int]]:
     starts = [0]
     while starts[-1] < len(sums):
         fits = (sums[starts[-1]] - sums[starts[-1] :]).flatten(1).amax(1) <= SPAN
+        fits[0] = True  # also where it is NaN: what is not a number goes through, and does not stop here
         fits[1:] &= ~jumps[starts[-1] :]
         starts.append(starts[-1] + int(fits.cumprod(0).sum()))
     return list(itertools.pairwise(starts))

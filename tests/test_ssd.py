@@ -129,6 +129,14 @@ def test_rows_are_cut_where_factors_would_leave_the_range_of_a_float(octaves: fl
     assert_same(ssd.chunked, [x, torch.ones_like(dt), A, B, C, D, problem(64)[6]])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_no_number_comes_out_as_such(place: int, value: float) -> None:
+    inputs = [part.float() for part in problem(20)[:6]]
+    inputs[place].flatten()[0] = -value if place == 2 else value
+    assert not ssd.chunked(*inputs).isfinite().all()
+
+
 def test_without_blocks_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = problem(64, dt=1.0, decay=20.0)
     assert_same(ssd.chunked, inputs)
