@@ -149,7 +149,7 @@ def test_ablation_trains_what_was_chosen(lab: str, page: Page) -> None:
     for count, layer in enumerate(("Mamba-2", "LSTM"), start=1):
         shown.get_by_label("Sequence layer").select_option(layer)
         shown.get_by_role("button", name="Train").click()
-        expect(rows).to_have_count(count)
+        expect(rows).to_have_count(count, timeout=180_000)  # some seconds, but for what else the machine does
         expect(rows.first).to_contain_text(layer)
         expect(shown.get_by_role("button", name="Train", exact=True)).to_be_enabled()
     scores = [row.locator("td").last.inner_text() for row in rows.all()]
