@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from tqdm import tqdm
 
-from . import audio, checkpoints, evaluate, kernels, songs
+from . import audio, checkpoints, evaluate, kernels, loops, songs
 from .config import PRESETS, ModelConfig
 from .cost import training_cost
 from .model import BSMamba2
@@ -120,7 +120,7 @@ def run_separate(chosen: argparse.Namespace) -> int:
         try:
             if base in taken:
                 raise audio.AudioError(f"{song}: its results would replace those of {taken[base]}; rename one of them")
-            with progress(f"{song.name} on {chosen.device}") as told:
+            with progress(f"{song.name} on {chosen.device}") as told, loops.compiled(chosen.compile):
                 done = separate_file(
                     model, song, base, segment=chosen.segment, overlap=chosen.overlap, look_ahead=chosen.look_ahead,
                     batch=chosen.batch, dtype=DTYPES[chosen.dtype], format=chosen.format, overwrite=chosen.overwrite,
@@ -205,13 +205,15 @@ def run_evaluate(chosen: argparse.Namespace) -> int:
             model, sha256, tracks, protocol, chosen.output,
             segments=chosen.segments, batch=chosen.batch, dtype=DTYPES[chosen.dtype],
         )  # fmt: skip
-        for one in tqdm(found, desc=f"tracks on {chosen.device}", total=total, unit="track", disable=None, leave=False):
-            if isinstance(one, evaluate.Failure):
-                failures.append(one)
-                if one.track not in {before.track for before in failures[:-1]}:
-                    say(one.message if one.track in one.message else f"{one.track}: {one.message}")
-            else:
-                rows.append(one)
+        bar = tqdm(found, desc=f"tracks on {chosen.device}", total=total, unit="track", disable=None, leave=False)
+        with loops.compiled(chosen.compile):
+            for one in bar:
+                if isinstance(one, evaluate.Failure):
+                    failures.append(one)
+                    if one.track not in {before.track for before in failures[:-1]}:
+                        say(one.message if one.track in one.message else f"{one.track}: {one.message}")
+                else:
+                    rows.append(one)
         result = evaluate.Evaluation(
             checkpoint=path.name, checkpoint_sha256=sha256, tracks=tracks, protocol=protocol, dtype=chosen.dtype,
             rows=tuple(rows), failures=tuple(failures),
@@ -429,6 +431,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the model computes in (float32); its spectrograms and masks stay in float32",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="segments computed at once (1)")
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="on a CPU: compile the loops between matrix products, half a minute once, for long songs and large models",
+    )  # fmt: skip
 
 
 def load_model(chosen: argparse.Namespace) -> BSMamba2:
@@ -449,6 +455,8 @@ def load_model(chosen: argparse.Namespace) -> BSMamba2:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--device {chosen.device}: {reason}; use --device cpu") from error
     path = chosen.checkpoint or checkpoints.shipped()
+    if chosen.checkpoint is None:
+        say("the checkpoint of the package: small, learned from synthesised songs alone; --checkpoint names another")
     if not path.exists():
         raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
     if path.is_file() and (known := checkpoints.identify(path)):

@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import cost, kernels
+from . import cost, kernels, loops, ssd
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer
 from .losses import WINDOWS, bsmamba2_loss
@@ -54,7 +55,7 @@ PEERS = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
 }
-PEER_CHUNKS = (32, 64, 128)
+PEER_CHUNKS = (32, 64)  # of 16 to 256 the quickest of Hugging Face's on the CPUs that were tried
 COMPILED = ", compiled"
 WAYS: dict[str, dict[str, Any]] = {  # of separating a song: what `separate_blocks` is told
     "end to end": {"overlap": 0.0},
@@ -92,7 +93,7 @@ class Settings:
         preset: size of the model.
         sequences: that the scan and the convolution read at once; 16 are what the published model hands them.
         peers: of `PEERS`; those that cannot be imported are listed as not run.
-        compile: also with the mixers' steps through `torch.compile`.
+        compile: also with the loops between matrix products compiled, `loops.compiled`; without gradients only.
         checkpointing: compute the model's layers again in its backward pass.
         limit: seconds that one run may take; a longer one is listed as not run.
         memory: gigabytes that one run may take beyond its inputs, on a CPU under Linux.
@@ -229,7 +230,10 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
         ):
             continue
         for axis in ("time", "band") if part == "mixer" else ("",):
-            yield [Case(part, axis, seconds, dtype, mode, name) for name in contestants(settings, part)]
+            names = contestants(settings, part)
+            if mode == BACKWARD:  # loops are compiled without gradients only
+                names = [name for name in names if not name.endswith(COMPILED)]
+            yield [Case(part, axis, seconds, dtype, mode, name) for name in names]
 
 
 def contestants(settings: Settings, part: str) -> list[str]:
@@ -264,8 +268,9 @@ def operations(case: Case, settings: Settings) -> float | None:
     """Of a job, counted as `bsmamba2.cost` does, for every contestant as if it were the chunked form."""
     config = ModelConfig.preset(settings.preset)
     frames, bands, d = _frames(case, config), len(config.bands), config.dim
+    chunk = ssd.CHUNK if case.mode == BACKWARD else ssd.LONG_CHUNK
     if case.part == "model" and case.contestant not in PEERS:
-        forward = cost.forward_flops(config, frames)
+        forward = cost.forward_flops(config, frames, chunk)
         again = forward["time"] + forward["band"] if settings.checkpointing else 0.0
         return sum(forward.values()) + (case.mode == BACKWARD) * (cost.backward_flops(config, frames) + again)
     if case.part not in ("scan", "mixer"):
@@ -273,8 +278,8 @@ def operations(case: Case, settings: Settings) -> float | None:
     sequences, length = settings.sequences, frames
     if case.part == "mixer":
         sequences, length = (bands, frames) if case.axis == "time" else (frames, bands)
-    scan, scan_backward = cost.scan_flops(config, length), cost.scan_backward_flops(config, length)
-    projections = 0.0 if case.part == "scan" else (cost.block_flops(config, length) - 4 * d * d) / 2 - scan
+    scan, scan_backward = cost.scan_flops(config, length, chunk), cost.scan_backward_flops(config, length)
+    projections = 0.0 if case.part == "scan" else (cost.block_flops(config, length, chunk) - 4 * d * d) / 2 - scan
     return sequences * length * (projections + scan + (case.mode == BACKWARD) * (2 * projections + scan_backward))
 
 
@@ -373,7 +378,7 @@ def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], c
         return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
 
     def forward() -> Tensor:
-        with torch.inference_mode(), precision():
+        with torch.inference_mode(), precision(), loops.compiled(case.contestant.endswith(COMPILED)):
             return run(x)
 
     def backward() -> Tensor:
@@ -400,7 +405,7 @@ def _mixer(contestant: str, config: ModelConfig) -> nn.Module:
         scan=kernels.choose("chunked" if peer else backend),
     )
     if not peer:
-        return _compiled(mixer) if contestant.endswith(COMPILED) else mixer
+        return mixer
     settings = importlib.import_module("transformers").Mamba2Config(
         hidden_size=config.dim,
         num_heads=config.heads,
@@ -433,14 +438,7 @@ def _model(contestant: str, config: ModelConfig, checkpointing: bool) -> nn.Modu
         )
     model = BSMamba2(config, scan=contestant.removesuffix(COMPILED))
     model.checkpointing = checkpointing
-    return _compiled(model) if contestant.endswith(COMPILED) else model
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    for mixer in module.modules():
-        if isinstance(mixer, Mamba2):
-            mixer.step = torch.compile(mixer.step)  # type: ignore[method-assign]
-    return module
+    return model
 
 
 def _padded_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -526,7 +524,9 @@ def trial(case: Case, settings: Settings) -> Trial | str:
                 return said
     except EOFError:
         process.join()
-        return f"its process ended with code {process.exitcode}: more memory than there is, most likely"
+        killed = process.exitcode is not None and process.exitcode < 0
+        why = "more memory than there is, most likely" if killed else "its own message stands above"
+        return f"its process ended with code {process.exitcode}: {why}"
     finally:
         process.kill()
         process.join()
@@ -682,6 +682,22 @@ def run(settings: Settings) -> Iterator[Row | NotRun]:
 
 def _without_length(case: Case) -> tuple[str, ...]:
     return case.part, case.axis, case.dtype, case.mode, case.contestant
+
+
+def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """What the benchmark notebook wrote: the rows, and the machine and day they are of.
+
+    Raises:
+        ValueError: when the file is not one of its own.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = {field.name for field in dataclasses.fields(Row)}
+        kept = [{name: value for name, value in row.items() if name in names} for row in content["rows"]]
+        rows = [Row(**{**row, "times": tuple(row["times"]), "peaks": tuple(row["peaks"])}) for row in kept]
+        return rows, content["machine"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} was not written by notebooks/benchmark.ipynb: {error!r}") from error
 
 
 # --- tables -----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ Book: "Scaling up". Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from . import ssd
 from .config import ModelConfig
 from .losses import bsmamba2_loss
 from .model import BSMamba2
+from .ssd import CHUNK
 
-CHUNK: int = inspect.signature(ssd.chunked).parameters["chunk"].default
 BYTES = {"float32": 4, "bfloat16": 2}
 TRAINING_STATE = 20
 """Bytes that training keeps for each weight, in float32: weight, gradient, two moments, moving average."""
@@ -104,16 +102,16 @@ def training_cost(
     )
 
 
-def forward_flops(config: ModelConfig, frames: int) -> dict[str, float]:
-    """Operations of the forward pass for one example, by part."""
+def forward_flops(config: ModelConfig, frames: int, chunk: int = CHUNK) -> dict[str, float]:
+    """Operations of the forward pass for one example, by part; in chunks of `CHUNK` frames where gradients are kept."""
     d, k = config.dim, len(config.bands)
     numbers = 2 * config.channels * config.bins  # a frame's real numbers
     hidden = config.mask_expand * d
     masks = k * 2 * d * hidden + 2 * hidden * 2 * numbers
     return {
         "band split": frames * 2.0 * numbers * d,
-        "time": config.layers * frames * k * block_flops(config, frames),
-        "band": config.layers * frames * k * block_flops(config, k),
+        "time": config.layers * frames * k * block_flops(config, frames, chunk),
+        "band": config.layers * frames * k * block_flops(config, k, chunk),
         "masks": float(len(config.stems) * frames * masks),
     }
 
@@ -129,32 +127,32 @@ def backward_flops(config: ModelConfig, frames: int) -> float:
     return 2 * once + scans
 
 
-def block_flops(config: ModelConfig, length: int) -> float:
+def block_flops(config: ModelConfig, length: int, chunk: int = CHUNK) -> float:
     """A bidirectional block, for one position: two mixers, and the Linear that merges them."""
     d, e, n, h = config.dim, config.inner, config.state, config.heads
     projections = 2.0 * d * (2 * e + 2 * n + h) + 2 * e * d
-    return 2 * (projections + scan_flops(config, length)) + 2 * 2 * d * d
+    return 2 * (projections + scan_flops(config, length, chunk)) + 2 * 2 * d * d
 
 
-def scan_flops(config: ModelConfig, length: int) -> float:
+def scan_flops(config: ModelConfig, length: int, chunk: int = CHUNK) -> float:
     """`ssd.chunked`, for one position: G and what it mixes inside a chunk; into and out of the state between chunks.
 
-    A little less where a chunk is cut because of the span of its decays.
+    A little more where a head's decays span several levels.
     """
-    q, between = _chunks(length)
+    q, between = _chunks(length, chunk)
     return 2.0 * q * (config.state + config.inner) + between * 4 * config.state * config.inner
 
 
 def scan_backward_flops(config: ModelConfig, length: int) -> float:
     """Its backward pass: G again, dB, dC; dG, dx, y inside a chunk again. The states again, and five more products."""
-    q, between = _chunks(length)
+    q, between = _chunks(length, CHUNK)
     n, e = config.state, config.inner
     return 6.0 * q * n + 6 * q * e + between * 12 * n * e
 
 
-def _chunks(length: int) -> tuple[int, float]:
+def _chunks(length: int, chunk: int) -> tuple[int, float]:
     """Frames of a chunk, and the share of chunks that have one before them."""
-    chunks = -(-length // CHUNK)
+    chunks = -(-length // chunk)
     return -(-length // chunks), 1 - 1 / chunks
 
 

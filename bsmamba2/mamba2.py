@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import kernels, ssd
+from .loops import loop
 
 EPS = 1e-5  # of every RMS norm in the published model
-PIECE = 64
-"""Frames that a mixer takes at once on a CPU, without gradients."""
+PIECE = 128
+"""Frames that a mixer takes at once on a CPU, without gradients: one chunk of its scan."""
 
-BLOCK = 2**18
-"""Features, d for each frame of each sequence, that a layer reads at once on a CPU."""
+BLOCK = 2**20
+"""Features, d for each frame of each sequence, that a layer reads at once on a CPU; a quarter of it with gradients."""
 
 Memory = tuple[Tensor, Tensor]
 """What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
@@ -40,8 +41,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return functional.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), EPS).to(x.dtype)
+        return _rms_norm(x, self.weight)
+
+
+@loop
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(_wide(x))
+    return functional.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), EPS).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type of what must not be rounded to that of x."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -55,23 +66,38 @@ def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x: (b, length, d).
     """
     b, length, d = x.shape
-    frames = length if torch.is_grad_enabled() else min(length, PIECE)
-    most = max(1, BLOCK // (frames * d))
+    features, frames = (BLOCK // 4, length) if torch.is_grad_enabled() else (BLOCK, min(length, PIECE))
+    most = max(1, features // (frames * d))
     if x.device.type != "cpu" or b <= most:
         return layer(x)
     return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])
 
 
-def norm_linear(x: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
-    """linear(norm(x)), (..., w) → (..., d), for a Linear without bias.
+def gate_norm_linear(x: Tensor, z: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
+    """linear(norm(x · SiLU(z))), (t, b, w) twice → (t, b, d), for a Linear without bias.
 
-    The gain goes into the matrix and the root mean square, one number a row, out of the product: the wide x is read
-    twice instead of written and read three times.
+    The gain goes into the matrix and the root mean square, one number a row, out of the product: the wide product
+    x · SiLU(z) is written and read once each.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    scale = (length.square() / x.shape[-1] + EPS).rsqrt()
-    return (functional.linear(x, linear.weight * norm.weight) * scale).to(x.dtype)
+    if torch.is_grad_enabled():
+        gated = x * functional.silu(z)
+        length = torch.linalg.vector_norm(gated, dim=-1, keepdim=True, dtype=_wide(x))
+        scale = (length.square() / x.shape[-1] + EPS).rsqrt()
+    else:
+        gated, scale = _gate(x, z)
+    return _scale(functional.linear(gated, linear.weight * norm.weight), scale)
+
+
+@loop
+def _scale(x: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale).to(x.dtype)
+
+
+@loop
+def _gate(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x · SiLU(z) and 1 / rms(y) over the last axis, float32 or wider: (t, b, w) twice → (t, b, w), (t, b, 1)."""
+    y = x * functional.silu(z)
+    return y, (y.to(_wide(x)).square().mean(-1, keepdim=True) + EPS).rsqrt()
 
 
 class Mamba2(nn.Module):
@@ -127,11 +153,11 @@ class Mamba2(nn.Module):
         """`forward`, some frames after the others, so that what lies between the projections stays in cache."""
         if x.shape[1] <= PIECE:
             return self.step(x)[0]
-        pieces, memory, parts = [], None, x.split(PIECE, dim=1)
-        for i, piece in enumerate(parts):
-            y, memory = self.step(piece, memory, keep=i + 1 < len(parts))
-            pieces.append(y.transpose(0, 1))
-        return torch.cat(pieces).transpose(0, 1)
+        pieces, memory, parts = [], None, x.tensor_split(-(-x.shape[1] // PIECE), dim=1)
+        for i, piece in enumerate(parts, start=1):
+            y, memory = self.step(piece, memory, keep=i < len(parts))
+            pieces.append(y)
+        return torch.cat(pieces, dim=1)
 
     def step(self, x: Tensor, memory: Memory | None = None, *, keep: bool = False) -> tuple[Tensor, Memory | None]:
         """A piece of a sequence, exactly as if it came with what was before it.
@@ -147,13 +173,14 @@ class Mamba2(nn.Module):
         before, state = (None, None) if memory is None else memory
         # The frames come first in memory: (t, b, ...). A tap of the convolution is then a shift of whole rows, and the
         # heads of all sequences one batch for the scan.
-        z, xBC, dt = self.in_proj(x.transpose(0, 1)).split(self.widths, dim=-1)
+        # Of what does not lie in order, autocast would make a product for each frame, and a copy of the weight.
+        z, xBC, dt = self.in_proj(x.transpose(0, 1).contiguous()).split(self.widths, dim=-1)
         if keep:
             before = xBC.new_zeros((self.past, *xBC.shape[1:])) if before is None else before
             after = torch.cat((before, xBC[-self.past :]))[-self.past :]
         xBC = kernels.convolution(xBC, self.conv1d.weight, self.conv1d.bias, before, otherwise=causal_conv_silu)
         u, B, C = (part.transpose(0, 1) for part in xBC.split(self.inner_widths, dim=-1))
-        wide = torch.promote_types(dt.dtype, torch.float32)
+        wide = _wide(dt)
         dt = functional.softplus(dt.to(wide) + self.dt_bias.to(wide)).transpose(0, 1)
         A = -self.A_log.to(wide).exp()
         u = u.unflatten(-1, (-1, self.head_width))
@@ -162,7 +189,7 @@ class Mamba2(nn.Module):
             y, state = y
             memory = (after, state)
         y = y.flatten(-2).transpose(0, 1)
-        y = norm_linear(y * functional.silu(z), self.norm, self.out_proj).transpose(0, 1)
+        y = gate_norm_linear(y, z, self.norm, self.out_proj).transpose(0, 1)
         return y, memory if keep else None
 
 
@@ -184,14 +211,28 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Ten
         (t, b, w), of the type of x.
     """
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    narrow, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)  # bfloat16 sums are slow on a CPU, and coarse
-    x, taps, bias = x.to(wide), weight[:, 0].mT.to(wide), bias.to(wide)
-    before = None if before is None else before.to(wide)
+    wide, past = _wide(x), weight.shape[-1] - 1  # bfloat16 sums are slow on a CPU, and coarse
+    taps, bias = weight[:, 0].mT.to(wide).contiguous(), bias.to(wide)
     if not torch.is_grad_enabled():
-        return functional.silu(_convolve(x, taps, bias, before), inplace=True).to(narrow)
+        y = torch.empty_like(x)
+        before = x.new_zeros((past, *x.shape[1:])) if before is None else before.to(x.dtype)
+        _convolve_into(y[:past], torch.cat((before, x[:past])), taps, bias)
+        if len(x) > past:
+            _convolve_into(y[past:], x, taps, bias)
+        return y
+    narrow, x = x.dtype, x.to(wide)
     if before is not None:
-        return _CausalConvSiLU.apply(torch.cat((before, x)), taps, bias)[len(before) :].to(narrow)
+        return _CausalConvSiLU.apply(torch.cat((before.to(wide), x)), taps, bias)[len(before) :].to(narrow)
     return _CausalConvSiLU.apply(x, taps, bias).to(narrow)
+
+
+@loop
+def _convolve_into(y: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> None:
+    """y ← SiLU of the convolution of x where all taps have a frame: (t, b, w), (t + taps − 1, b, w), (taps, w)."""
+    total = torch.addcmul(bias, x[: len(y)], taps[0])
+    for i in range(1, len(taps)):
+        total = total.addcmul_(x[i : i + len(y)], taps[i])
+    y.copy_(functional.silu(total))
 
 
 class _CausalConvSiLU(torch.autograd.Function):
@@ -213,14 +254,12 @@ class _CausalConvSiLU(torch.autograd.Function):
         return dx, torch.stack(dtaps), gradient.sum((0, 1))
 
 
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-    """(t, b, w), (taps, w), (w,), (taps − 1, b, w) → (t, b, w)."""
+def _convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """(t, b, w), (taps, w), (w,) → (t, b, w); before the first frame there are zeros."""
     past, frames = len(taps) - 1, len(x)
     y = torch.addcmul(bias, x, taps[past])
     for i, (earlier, later) in enumerate(_shifts(past, frames)):
         y[later].addcmul_(x[earlier], taps[i])
-        if before is not None:
-            y[: past - i].addcmul_(before[i : i + frames], taps[i])
     return y
 
 

@@ -34,6 +34,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .loops import loop
+
+CHUNK, LONG_CHUNK = 64, 128
+"""Frames in a chunk of `chunked` when none are named: with gradients, and without."""
 Scan = Callable[..., Any]
 """Any function with the signature above: the seam through which kernels enter the model."""
 
@@ -99,7 +103,7 @@ def chunked(
     *,
     initial_state: Tensor | None = None,
     return_state: bool = False,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> Any:
     """The matrix form inside chunks, the recurrence between them: time and memory linear in t.
 
@@ -108,11 +112,14 @@ def chunked(
     `Mamba2` has them. See the module for shapes.
 
     Args:
-        chunk: most frames in a chunk; the scores take chunk × chunk numbers per sequence.
+        chunk: most frames in a chunk; the scores take chunk × chunk numbers per sequence. When absent 64, and 128
+            without gradients, where a longer chunk saves writing the state and costs no more memory.
 
     Raises:
         ValueError: for a chunk below 1, or shapes that do not fit.
     """
+    if chunk is None:
+        chunk = CHUNK if torch.is_grad_enabled() else LONG_CHUNK
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be at least 1 frame")
     wide = check(x, dt, A, B, C, D, initial_state)
@@ -129,7 +136,8 @@ def chunked(
         q,
         return_state,
     )
-    y, state = _Chunked.apply(*inputs) if torch.is_grad_enabled() else _chunk_by_chunk(*inputs)
+    with torch.autocast(x.device.type, enabled=False):  # products are of the type of x, whatever surrounds them
+        y, state = _Chunked.apply(*inputs) if torch.is_grad_enabled() else _chunk_by_chunk(*inputs)
     y = y.transpose(0, 1)
     return y if state is None else (y, state.permute(0, 2, 3, 1))
 
@@ -146,8 +154,9 @@ class _Chunked(torch.autograd.Function):
     The decay is a product, e^{r_i − r_j} = e^{r_i − m} · e^{m − r_j}, whatever m. So no head needs a matrix of its own:
     x is weighed with the second factor, one product with the lower triangle of G mixes the frames of all heads, and the
     rows are weighed with the first. Written so, the factors may leave the range of a float, where their product does
-    not: rows are taken in blocks whose decays span at most `SPAN`, each with an m in the middle (`_blocks`). All frames
-    before a block have factors below 1, and what is lost when those underflow is beyond the precision of the row.
+    not. So rows are taken in blocks whose decays span at most `SPAN`, each with an m in the middle, `_blocks`. All
+    frames before a block have factors below 1, and what is lost when those underflow is beyond the row's precision.
+    Forwards, where less is asked, each head's rows are divided by themselves, `_levels`.
     """
 
     @staticmethod
@@ -161,7 +170,7 @@ class _Chunked(torch.autograd.Function):
         x, dt, A, B, C, D, first = ctx.saved_tensors
         dy, dstate = gradients
         assert dy is not None
-        parts = [part for part, _ in _chunks(x, dt, A, B, C, ctx.q)]
+        parts = list(_chunks(x, dt, A, B, C, ctx.q))
         states = [first]  # S before each chunk; none stands for zero
         for part in parts[:-1]:
             states.append(part.step(states[-1]))
@@ -240,19 +249,112 @@ class _Chunked(torch.autograd.Function):
 def _chunk_by_chunk(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, q: int, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y (t, b, h, p), and with `keep` the last state (b, n, h, p). See `_Chunked`."""
+    """y (t, b, h, p), and with `keep` the last state (b, n, h, p). See `_Chunked`.
+
+    One product with the lower triangle of G serves all heads, and one more the state. The decays of most heads span
+    less than `SPAN` octaves in a chunk; where a head's span more, its rows are divided into levels of `SPAN` octaves,
+    and every level but the first takes a product of its own, of such heads alone. What is two levels behind has
+    decayed by 2⁻¹²⁰: the state, too, is read by the first level only.
+    """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for (part, last), y_now in zip(_chunks(x, dt, A, B, C, q), y.split(q), strict=True):
-        torch.mul(part.x, part.same(D).to(x.dtype), out=y_now)
-        for rows, until, _, into, out in part.blocks():
-            if rows.stop > 1:  # no frame is before the first
-                found = part.G[:, rows, until] @ part.weigh(into)
-                y_now[rows].addcmul_(part.by_head(found), out.to(x.dtype))
-        if state is not None:
-            y_now.addcmul_(part.read(state), part.from_start.to(x.dtype))
-        if keep or not last:
-            state = part.step(state)
+    narrow = None if state is None else state.to(x.dtype).flatten(2)  # (b, n, h·p)
+    octaves = (dt.double() * (A.double() * math.log2(math.e))).clamp(min=-SPAN)  # of a step: more is nothing left
+    parts = zip(*(part.split(q) for part in (x, dt, B, C, octaves, y)), strict=True)
+    for i, (x_now, dt_now, B_now, C_now, steps, y_now) in enumerate(parts, start=1):
+        sums = steps.cumsum(0)  # r_i, (q, b, h), float64
+        kernel, reader = B_now.transpose(0, 1).contiguous(), C_now.transpose(0, 1).contiguous()  # (b, q, n)
+        G = reader @ kernel.mT  # (b, q, q)
+        diagonal = G.diagonal(dim1=1, dim2=2).mT[..., None].to(dt.dtype, copy=True)  # (q, b, 1)
+        same = torch.addcmul(D, diagonal, dt_now)  # G_ii dt_i + D, (q, b, h)
+        G.tril_(-1)
+        following = keep or i * q < len(x)
+        for number, heads, into, out, to_end in _levels(sums, dt_now):
+            some = x_now[:, :, heads]
+            weighed = _weigh(some, into).flatten(2)  # (b, q, h·p)
+            if number == 0 and narrow is not None:  # S C_i in the scale of the first level
+                found = reader @ narrow
+                torch.baddbmm(found, G, weighed, beta=2.0 ** (-SPAN / 2), out=found)
+            else:
+                found = G @ weighed
+            found = found.unflatten(-1, some.shape[2:])
+            if number == 0:
+                _mix(y_now, some, found, same, out)
+            else:
+                y_now[:, :, heads].addcmul_(found.transpose(0, 1), out[..., None].to(y.dtype))
+            if not following:
+                continue
+            added = (kernel.mT @ weighed).unflatten(-1, some.shape[2:])  # (b, n, h, p)
+            if number == 0:
+                kept = None if state is None else sums[-1].exp2().to(dt.dtype)  # e^R
+                state = _carry(state, added, kept, to_end)
+            else:
+                assert state is not None
+                state[:, :, heads].addcmul_(added, to_end[:, None, :, None])
+        if state is not None and i * q < len(x):
+            narrow = state.to(x.dtype).flatten(2)
     return y, state if keep else None
+
+
+def _levels(sums: Tensor, dt: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+    """The levels of a chunk's rows: where dt·A summed up to a row lies between −k·SPAN and −(k + 1)·SPAN octaves.
+
+    Args:
+        sums: of dt·A in octaves, falling, (q, b, h), float64.
+        dt: (q, b, h).
+
+    Yields:
+        For each level k and each run of neighbouring heads in which it occurs: k; the h' heads; and with m in the
+        middle of the level e^{m − r_j} dt_j of all frames up to it, zero beyond, (q, b, h'); e^{r_i − m} of its rows,
+        zero of others, (q, b, h'); and e^{R − m} where it is the last, else zero, (b, h'). First of all comes level 0,
+        in all heads at once.
+    """
+    if isinstance(sums, FakeTensor):  # it has a shape alone
+        deepest = [0] * sums.shape[-1]
+    else:  # a sum that is NaN lies in the first, and goes through
+        deepest = (sums[-1].nan_to_num() / -SPAN).amax(0).clamp(min=0).floor().int().tolist()
+    for number in range(max(deepest) + 1):
+        for heads in _runs([last >= number for last in deepest]):
+            some = sums[..., heads]
+            clock = some + (number + 0.5) * SPAN
+            into, out, to_end = -clock, clock, clock[-1]
+            if max(deepest[heads]):
+                level = (some / -SPAN).nan_to_num().floor()
+                into = into.masked_fill((level > number) | (into < -SPAN / 2 - FAR), -torch.inf)
+                out = out.masked_fill(level != number, -torch.inf)
+                to_end = to_end.masked_fill(level[-1] != number, -torch.inf)
+            into = into.exp2() * dt[..., heads]
+            yield number, heads, into.to(dt.dtype), out.exp2().to(dt.dtype), to_end.exp2().to(dt.dtype)
+
+
+def _runs(wanted: list[bool]) -> Iterator[slice]:
+    """The places of neighbouring trues."""
+    start = 0
+    for true, run in itertools.groupby(wanted):
+        end = start + sum(1 for _ in run)
+        if true:
+            yield slice(start, end)
+        start = end
+
+
+@loop
+def _weigh(x: Tensor, weights: Tensor) -> Tensor:
+    """x (j, b, h, p) times weights (j, b, h), with the sequences first: (b, j, h, p)."""
+    return (x * weights.to(x.dtype)[..., None]).transpose(0, 1).contiguous()
+
+
+@loop
+def _mix(y: Tensor, x: Tensor, found: Tensor, same: Tensor, out: Tensor) -> None:
+    """y ← same · x + out · found: (q, b, h, p), but found (b, q, h, p); weights (q, b, h)."""
+    y.copy_(torch.addcmul(x * same[..., None], found.transpose(0, 1), out[..., None]))
+
+
+@loop
+def _carry(state: Tensor | None, added: Tensor, kept: Tensor | None, share: Tensor) -> Tensor:
+    """state · kept + added · share, (b, n, h, p) with weights (b, h)."""
+    after = added * share[:, None, :, None]
+    if state is not None and kept is not None:
+        after = torch.addcmul(after, state, kept[:, None, :, None])
+    return after
 
 
 class _Chunk:
@@ -283,7 +385,8 @@ class _Chunk:
         for first, end in _blocks(self.sums):
             # Not the true middle: what comes out of a frame would depend on later ones, if only in its last bit.
             middle = self.sums[first] - SPAN / 2
-            decay = (middle - self.sums[:end]).exp2()
+            octaves = middle - self.sums[:end]
+            decay = octaves.masked_fill_(octaves < -SPAN / 2 - FAR, -torch.inf).exp2()
             into = (decay * self.dt[:end]).to(self.dt.dtype)[..., None]
             out = (self.sums[first:end] - middle).exp2().to(self.dt.dtype)[..., None]
             yield slice(first, end), slice(end), decay, into, out
@@ -307,7 +410,11 @@ class _Chunk:
 
 
 SPAN = 120.0
-"""Most octaves that the decays of a block may span: factors from 2⁻⁶⁰ to 2⁶⁰, with as much to spare in float32."""
+"""Most octaves that the decays of a level or a block may span: factors from 2⁻⁶⁰ to 2⁶⁰, with as much to spare in
+float32."""
+FAR = 50.0
+"""Octaves of decay beyond which a frame counts as forgotten: twice the precision of float32. Its factor would soon be a
+denormal number, and a product with those takes a hundred times as long on some processors."""
 JUMP = 16.0
 """Most octaves that one step inside a block may take. Steps beyond are rare, and their gradients would be rounding."""
 
@@ -345,12 +452,11 @@ def _later(x: Tensor) -> Tensor:
     return x.flip(0).cumsum(0).flip(0)
 
 
-def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> Iterator[tuple[_Chunk, bool]]:
-    """Cut (t, b, ...) into chunks of q frames, the last one perhaps shorter; and whether it is the last."""
-    steps = (dt.double() * (A.double() * math.log2(math.e))).split(q)
-    parts = zip(x.split(q), dt.split(q), B.split(q), C.split(q), steps, strict=True)
-    for i, (x_now, dt_now, B_now, C_now, step) in enumerate(parts):
-        yield _Chunk(x_now, dt_now, B_now, C_now, step.cumsum(0)), i + 1 == len(steps)
+def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> Iterator[_Chunk]:
+    """Cut (t, b, ...) into chunks of q frames, the last one perhaps shorter."""
+    steps = dt.double() * (A.double() * math.log2(math.e))
+    for x_now, dt_now, B_now, C_now, step in zip(*(part.split(q) for part in (x, dt, B, C, steps)), strict=True):
+        yield _Chunk(x_now, dt_now, B_now, C_now, step.cumsum(0))
 
 
 def decay_matrix(clock: Tensor) -> Tensor:

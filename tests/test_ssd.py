@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -129,12 +130,44 @@ def test_rows_are_cut_where_factors_would_leave_the_range_of_a_float(octaves: fl
     assert_same(ssd.chunked, [x, torch.ones_like(dt), A, B, C, D, problem(64)[6]])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("place", "value"), [(0, math.nan), (0, math.inf), (1, math.nan), (1, math.inf), (2, math.nan)]
+)
 def test_what_is_no_number_comes_out_as_such(place: int, value: float) -> None:
     inputs = [part.float() for part in problem(20)[:6]]
-    inputs[place].flatten()[0] = -value if place == 2 else value
+    inputs[place].flatten()[0] = value
     assert not ssd.chunked(*inputs).isfinite().all()
+
+
+def test_a_head_that_keeps_nothing_is_as_in_the_loop() -> None:
+    inputs = [part.float() for part in problem(20)[:6]]
+    inputs[2][0] = -math.inf
+    torch.testing.assert_close(ssd.chunked(*inputs), ssd.recurrent(*inputs))
+
+
+def test_levels_cost_only_the_heads_that_forget() -> None:
+    steps = torch.tensor([40.0, 1e-3, 3.0, 3.0]).double().expand(64, 1, 4)  # 2560, 0, 192, 192 octaves
+    found = list(ssd._levels(-steps.cumsum(0), torch.ones(64, 1, 4)))
+    kinds = [(number, heads.start, heads.stop) for number, heads, *_ in found]
+    assert kinds == [(0, 0, 4), (1, 0, 1), (1, 2, 4), *[(number, 0, 1) for number in range(2, 22)]]
+    assert all(part.isfinite().all() for _, _, *parts in found for part in parts)
+
+
+@pytest.mark.parametrize("decay", [3.0, 30.0, 300.0])
+def test_levels_are_exact_along_many_chunks(decay: float) -> None:
+    inputs = problem(150, 4, dt=1.0, decay=decay, n=6)
+    for chunk in (16, 64, 150):
+        assert_same(partial(ssd.chunked, chunk=chunk), inputs)
+
+
+def test_without_levels_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(64, dt=1.0, decay=20.0)[:6]
+    expected = ssd.recurrent(*inputs)
+    inputs = [part.float() for part in inputs]
+    with torch.no_grad():
+        assert relative(ssd.chunked(*inputs), expected) < 1e-5
+        monkeypatch.setattr(ssd, "SPAN", 1e6)
+        assert not relative(ssd.chunked(*inputs), expected) < 1e-5
 
 
 def test_without_blocks_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +247,18 @@ def test_bfloat16_keeps_decay_and_state_wide() -> None:
     assert state.dtype == torch.float32
     assert relative(y, expected) < 2e-2
     assert relative(state, final) < 1e-2
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    inputs = [part.float() for part in problem(150)]
+    expected = everything(ssd.chunked, inputs, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = ssd.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+        with torch.no_grad():
+            quick, _ = ssd.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+    torch.testing.assert_close(y, expected["y"], rtol=0, atol=0)
+    torch.testing.assert_close(state, expected["state"], rtol=0, atol=0)
+    assert relative(quick, expected["y"]) < 1e-5
 
 
 @pytest.mark.parametrize("position", range(5))
