@@ -8,6 +8,7 @@ Book: "Scaling up".
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import typing
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .checkpoints import read_checkpoint
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer, Validation, Windows, find_windows
 from .losses import WINDOWS
@@ -43,19 +45,22 @@ class Recipe:
     """
 
     preset: str = _parameter("small", f"size of the model: {', '.join(PRESETS)}")
+    init: str = _parameter(
+        "", "checkpoint of the same size whose weights to begin with, ours or published; else random ones"
+    )
     data: str = _parameter("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
     stems: tuple[str, ...] = _parameter(STEMS, "names of the files in a song's folder, the target first")
     faulty: str = _parameter("stop", "files that cannot be used: stop, or skip their songs")
     songs: int = _parameter(160, "synthesised songs to learn from")
     seconds_per_song: float = _parameter(6.0, "length of each")
     held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
-    variety: float = _parameter(0.0, "of the synthesised mixes, 0 (clean, a loud voice) to 1 (as recordings may be)")
+    variety: float = _parameter(0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)")
     segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
     accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
     steps: int = _parameter(400, "optimiser steps; 100 are a published epoch")
     lr: float = _parameter(2e-3, "learning rate; published: 5e-4")
-    schedule: str = _parameter("cosine", "constant, as published, or cosine, for short runs")
+    schedule: str = _parameter("cosine", "constant, as published; cosine, for short runs; trapezoid, for open ends")
     weight_decay: float = _parameter(0.01, "of AdamW")
     clip: float = _parameter(3.0, "largest norm of the gradient")
     ema_decay: float = _parameter(0.98, "of the moving average of the weights, per step; published: 0.999")
@@ -177,12 +182,24 @@ class Recipe:
         return remixer if not self.workers and world() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> Run:
-        """A new model in a run of its own, in `output_dir`, or the run that is there, taken up where it was."""
+        """A new model in a run of its own, in `output_dir`, or the run that is there, taken up where it was.
+
+        Raises:
+            ValueError: when `init` is no checkpoint, or of another size; `FileNotFoundError` when it is not there.
+        """
         torch.manual_seed(self.seed)
+        model, init = BSMamba2(self.model_config), ""
+        if self.init:
+            found = read_checkpoint(self.init)
+            if found.config != self.model_config:
+                raise ValueError(f"init={self.init!r} is {found.config}, and preset={self.preset!r} is another size")
+            model.load_state_dict(found.state)
+            init = hashlib.sha256(Path(self.init).read_bytes()).hexdigest()
         return Run(
             Path(self.output_dir),
-            Trainer(BSMamba2(self.model_config).to(device or "cpu"), self.train_config),
+            Trainer(model.to(device or "cpu"), self.train_config),
             settings={
+                "init": init,
                 **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
                 "examples": "by number" if self.workers or world() > 1 else "in order",
                 "windows": [len(found) for found in training],

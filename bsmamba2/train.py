@@ -30,6 +30,7 @@ from .losses import WINDOWS, bsmamba2_loss
 from .model import BSMamba2
 from .processes import total, world
 
+SCHEDULES = ("constant", "cosine", "trapezoid")
 Batch = Sequence[Any]
 """(mixture, target) or (mixture, target, names): two tensors (b, c, samples), and b strings that say where from."""
 
@@ -41,8 +42,10 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         lr: learning rate of AdamW; the published one is 5e-4.
-        schedule: `constant` as published, or `cosine`: a warm-up over the first twentieth of the steps,
-            then a half cosine to zero, for short runs.
+        schedule: `constant` as published. For short runs `cosine`: a warm-up over the first twentieth of the
+            steps, then a half cosine to zero. For runs whose end is not known yet `trapezoid`: a warm-up over
+            100 steps, constant, and a straight line to zero over the last fifth; such a run goes on with another
+            number of steps.
         weight_decay: of AdamW, not applied to `A_log`, `D` and `dt_bias`.
             Differs from the published model: its code decays these three as well.
         clip: largest norm of the gradient.
@@ -79,7 +82,7 @@ class TrainConfig:
         windows = self.loss_windows
         if not isinstance(windows, tuple) or not windows or not all(map(_is_count, windows)):
             raise ValueError(f"loss_windows={windows!r} must be positive whole numbers of samples, at least one")
-        for name, choices in (("schedule", ("constant", "cosine")), ("precision", ("float32", "bfloat16"))):
+        for name, choices in (("schedule", SCHEDULES), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
         for name in ("lr", "weight_decay", "clip", "ema_decay"):
@@ -235,14 +238,14 @@ class Trainer:
 
         Raises:
             ValueError: when the state is of another model or another training configuration. More `steps`
-                are no other configuration where the schedule is constant.
+                are no other configuration where the schedule is constant or a trapezoid.
         """
         for kind, here in (
             ("model_config", json.loads(self.model.config.to_json())),
             ("train_config", json.loads(json.dumps(dataclasses.asdict(self.config)))),
         ):
             there = json.loads(state[kind])
-            free = {"steps"} if self.config.schedule == "constant" else set()
+            free = set() if self.config.schedule == "cosine" else {"steps"}
             told = [f"{k}={there.get(k)!r}, now {v!r}" for k, v in here.items() if k not in free and there.get(k) != v]
             if told:
                 raise ValueError(f"the run was started with {'; '.join(told)}: start another run, or ask for the same")
@@ -256,6 +259,9 @@ def learning_rate(number: int, config: TrainConfig) -> float:
     """The rate of step `number`, from 1."""
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "trapezoid":
+        left = (config.steps + 1 - number) / max(1, config.steps // 5)
+        return config.lr * min(1.0, number / 100, left)
     warm = max(1, config.steps // 20)
     if number <= warm:
         return config.lr * number / warm

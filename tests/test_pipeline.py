@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import torch
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.__main__ import main
 from bsmamba2.bands import generate_bands
+from bsmamba2.recipe import Recipe
+from bsmamba2.runs import RunError
 from bsmamba2.songs import STEMS, songs
 
 ROOT = Path(__file__).parents[1]
@@ -183,3 +186,22 @@ def test_a_bad_parameter_stops_the_benchmark_at_once(tmp_path: Path, parameters:
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    model = BSMamba2(ModelConfig.preset("small"))
+    save_checkpoint(model, tmp_path / "begin.safetensors")
+    recipe = Recipe(
+        init=str(tmp_path / "begin.safetensors"), songs=2, held_out_songs=2, seconds_per_song=3.0, batch=1, steps=1,
+        validation_windows=1, output_dir=str(tmp_path / "run"), lr=0.0,
+    )  # fmt: skip
+    windows = recipe.windows()
+    run = recipe.start(*windows)
+    assert all(map(torch.equal, run.trainer.model.parameters(), model.parameters()))
+    list(run.steps(recipe.batches(windows[0])))
+    with pytest.raises(RunError, match="init="):
+        dataclasses.replace(recipe, init="").start(*windows)
+    with pytest.raises(ValueError, match="another size"):
+        dataclasses.replace(recipe, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
+    with pytest.raises(FileNotFoundError):
+        dataclasses.replace(recipe, init="absent.safetensors", output_dir=str(tmp_path / "other")).start(*windows)

@@ -424,6 +424,16 @@ def test_schedule() -> None:
     assert learning_rate(50, TrainConfig(steps=100, lr=0.5)) == 0.5
 
 
+def test_a_trapezoid_may_go_on() -> None:
+    config = TrainConfig(steps=1000, lr=1.0, schedule="trapezoid")
+    rates = [learning_rate(number, config) for number in range(1, 1001)]
+    assert rates[:100] == pytest.approx([number / 100 for number in range(1, 101)])
+    assert set(rates[100:801]) == {1.0}
+    assert rates[800:] == pytest.approx([number / 200 for number in range(200, 0, -1)])
+    longer = dataclasses.replace(config, steps=2000)
+    assert {learning_rate(number, longer) for number in range(100, 1601)} == {1.0}  # more steps: the fall comes later
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
