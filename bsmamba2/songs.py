@@ -155,7 +155,7 @@ def synthesise(
 def songs(
     count: int, *, seed: int = 0, seconds: float = 6.0, variety: float = 0.0, sample_rate: int = SAMPLE_RATE
 ) -> list[Song]:
-    """Make `count` different songs, with the occupancy drawn per song.
+    """Make `count` different songs, with the occupancy and, up to `variety`, the variety drawn per song.
 
     One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  Song i
     depends on `seed` and i alone, so a longer list begins with the shorter one.  A 6 s song takes 8.5 MB.
@@ -169,11 +169,17 @@ def songs(
     made = []
     for i in range(count):
         sequence = np.random.SeedSequence([seed, i])
-        kind, share = np.random.default_rng(sequence).random(2)
+        kind, share, varied = np.random.default_rng(sequence).random(3)
         occupancy = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 else round(0.3 + 0.6 * share, 3)
         song_seed = int(sequence.generate_state(2)[1])
         made.append(
-            synthesise(song_seed, seconds=seconds, occupancy=occupancy, variety=variety, sample_rate=sample_rate)
+            synthesise(
+                song_seed,
+                seconds=seconds,
+                occupancy=occupancy,
+                variety=round(varied * variety, 3),
+                sample_rate=sample_rate,
+            )
         )
     return made
 
@@ -970,13 +976,17 @@ def _solo(rng: Generator, score: _Score) -> list[_Note]:
 # ---------------------------------------------------------------------------------------------------- drums
 
 
-def _band(signal: Array, low: float, high: float, rate: int) -> Array:
-    """Keep `low` to `high` Hz of (..., t), 12 dB an octave outside."""
+def _filter(signal: Array, gain: Callable[[Array], Array], rate: int) -> Array:
+    """Multiply the spectrum of (..., t) with a gain that is a function of the frequency in Hz (from 1 on)."""
     samples = signal.shape[-1]
     length = _fast_length(samples)
-    f = np.maximum(np.fft.rfftfreq(length, 1 / rate), 1.0)
-    response = (1 / np.sqrt((1 + (low / f) ** 4) * (1 + (f / high) ** 4))).astype(np.float32)
+    response = gain(np.maximum(np.fft.rfftfreq(length, 1 / rate), 1.0)).astype(np.float32)
     return np.fft.irfft(np.fft.rfft(signal, length) * response, length)[..., :samples].astype(np.float32)
+
+
+def _band(signal: Array, low: float, high: float, rate: int) -> Array:
+    """Keep `low` to `high` Hz of (..., t), 12 dB an octave outside."""
+    return _filter(signal, lambda f: 1 / np.sqrt((1 + (low / f) ** 4) * (1 + (f / high) ** 4)), rate)
 
 
 def _kick(rng: Generator, rate: int) -> Array:
@@ -1168,12 +1178,22 @@ def _gate(phrases: Spans, rate: int, samples: int) -> Array:
 def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
     """Change stems (s, c, t) in place as recordings do, and draw how many dB the voice moves beside the band.
 
-    Stems are driven into saturation; the band moves from the sides to the middle; the voice gets doubles at the
-    sides whose delay sways, and echoes; and it sinks by up to 9 dB. All of it by chance, in proportion to `variety`.
-    Levels are set afterwards.
+    The bass growls, driven and with its middle raised; the voice is cut below its formants; stems are driven into
+    saturation; the band moves from the sides to the middle; the voice gets doubles at the sides whose delay sways, and
+    echoes; and it sinks by up to 9 dB. All of it by chance, in proportion to `variety`. Levels are set afterwards.
     """
     if not variety:
         return 0.0
+    bass = stems[STEMS.index("bass")]
+    power = float(np.mean(bass**2))
+    if rng.random() < variety and power:
+        drive = 10 ** (rng.uniform(0, 24) / 20)
+        steep, top = rng.uniform(0.3, 1.6), rng.uniform(400, 1_500)
+        driven = np.tanh(bass * np.float32(drive / math.sqrt(power)))
+        bass[:] = _filter(driven, lambda hertz: np.clip(hertz, 60, top) ** steep / (1 + (hertz / (4 * top)) ** 2), rate)
+    if rng.random() < variety:
+        corner, order = rng.uniform(150, 600), rng.uniform(1, 2.5)
+        stems[0][:] = _filter(stems[0], lambda hertz: 1 / np.sqrt(1 + (corner / hertz) ** (2 * order)), rate)
     for stem in stems:
         power = float(np.mean(stem**2))
         drive = 10 ** (rng.uniform(-10, 12) / 20)

@@ -354,6 +354,19 @@ def test_varied_voices_are_softer_than_plain_ones() -> None:
     assert max(lower) < 10
 
 
+def test_varied_basses_growl_and_varied_voices_are_cut_below() -> None:
+    def share(signal: torch.Tensor, low: float, high: float) -> float:
+        """Of the energy, between two frequencies, in dB."""
+        power = torch.fft.rfft(signal).abs().square().sum(0)
+        hertz = torch.fft.rfftfreq(signal.shape[-1], 1 / RATE)
+        return decibels(float(power[(hertz >= low) & (hertz < high)].sum() / power.sum()))
+
+    pairs = [(synthesise(seed), synthesise(seed, variety=1.0)) for seed in range(12)]
+    basses = [(a.stem("bass"), b.stem("bass")) for a, b in pairs if a.stem("bass").any() and b.stem("bass").any()]
+    assert np.mean([share(b, 300, 1_500) - share(a, 300, 1_500) for a, b in basses]) > 2
+    assert np.mean([share(b.vocals, 80, 250) - share(a.vocals, 80, 250) for a, b in pairs]) < -2
+
+
 @pytest.mark.parametrize("variety", [-0.1, 1.1, math.nan])
 def test_variety_out_of_range_is_refused(variety: float) -> None:
     with pytest.raises(ValueError, match="variety"):
