@@ -103,12 +103,26 @@ def csdr_seconds(
         _check(*pair)
         if pair[0].shape != reference.shape:
             raise ValueError(f"beside: {tuple(pair[0].shape)} must have the reference's {tuple(reference.shape)}")
-    signal, found = (_by_second(part, sample_rate) for part in (reference, estimate))
-    error = signal - found
-    ratios = 10 * torch.log10(torch.linalg.vecdot(signal, signal).sum(0) / torch.linalg.vecdot(error, error).sum(0))
-    for part in (signal, found, *(_by_second(part, sample_rate) for pair in beside for part in pair)):
-        ratios[part.sum(0).abs().amax(-1) == 0] = math.nan
+    signals, estimates, *others = (
+        _by_second(part, sample_rate) for pair in ((reference, estimate), *beside) for part in pair
+    )
+    energies = []  # of signal and error, second by second: what is computed of one stays in the processor's cache
+    for s, found in zip(signals.unbind(1), estimates.unbind(1), strict=True):
+        wide = s.double().flatten()
+        error = wide - found.double().flatten()
+        energies.append(torch.stack((wide @ wide, error @ error)))
+    signal, noise = torch.stack(energies).T if energies else torch.empty(2, 0, dtype=torch.float64)
+    ratios = 10 * torch.log10(signal / noise)
+    for part in (signals, estimates, *others):
+        ratios[_silent(part)] = math.nan
     return ratios
+
+
+def _silent(seconds: Tensor) -> Tensor:
+    """Where the channels sum to zero in every sample: (c, seconds, samples) → (seconds,). A few tell of most."""
+    silent = ~(seconds[..., ::101].double().sum(0) != 0).any(-1)
+    silent[silent.clone()] = ~(seconds[:, silent].double().sum(0) != 0).any(-1)
+    return silent
 
 
 def si_sdr(reference: Tensor, estimate: Tensor) -> float:
@@ -377,9 +391,9 @@ def onsets(
 
 
 def _by_second(values: Tensor, sample_rate: int) -> Tensor:
-    """(c, samples) → (c, seconds, samples of a second) float64, the tail dropped."""
+    """(c, samples) → (c, seconds, samples of a second), the tail dropped."""
     seconds = values.shape[-1] // sample_rate
-    return values[:, : seconds * sample_rate].double().unflatten(-1, (seconds, sample_rate))
+    return values[:, : seconds * sample_rate].unflatten(-1, (seconds, sample_rate))
 
 
 def _median(values: Tensor) -> float:
