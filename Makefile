@@ -27,6 +27,9 @@ RESULT := book/results/first_run.ipynb
 export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
+# Tests run side by side, one process and one thread for each processor core.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
+
 .DEFAULT_GOAL := help
 .PHONY: help env book test lab train bench lint unit kernels chapters browser format clean
 .DELETE_ON_ERROR:
@@ -120,7 +123,7 @@ lint: $(ENV)
 	$(BIN)/zizmor --offline --no-progress --config .github/zizmor.yml .github/workflows
 
 unit: $(ENV)
-	$(BIN)/pytest tests
+	$(PARALLEL) --dist worksteal tests
 
 # In a process of their own: the interpreter's switches hold for all of it. Triton is there on Linux only.
 ifeq ($(shell uname -s),Linux)
@@ -133,7 +136,7 @@ endif
 
 # Chapters may read the training run, so it is there first.
 chapters: $(ENV) $(RESULT)
-	$(BIN)/pytest --nbval-lax --nbval-cell-timeout=300 $(CHAPTERS) $(LABS)
+	$(PARALLEL) --dist loadfile --nbval-lax --nbval-cell-timeout=300 $(CHAPTERS) $(LABS)
 
 # What `make book` left behind, and the labs in a JupyterLab of their own. Tells what it skips without a book or Chromium.
 browser: $(ENV)
