@@ -1,0 +1,36 @@
+"""The checkpoint in the package is what its card says: size, kind, and scores that can be had again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bsmamba2 import ModelConfig
+from bsmamba2.checkpoints import SHIPPED, read_checkpoint
+from bsmamba2.evaluate import mean, score
+from bsmamba2.songs import excerpt, synthesise
+
+CARD = json.loads(SHIPPED.with_suffix(".json").read_text())
+
+
+def test_it_fits_a_repository_and_says_what_it_is() -> None:
+    assert SHIPPED.stat().st_size < 10e6
+    checkpoint = read_checkpoint(SHIPPED)
+    assert checkpoint.config == ModelConfig.preset("small")
+    assert checkpoint.metadata["licence"].startswith("MIT")
+    assert "synthesised" in checkpoint.metadata["title"]
+    assert sum(part.numel() for part in checkpoint.state.values()) == CARD["weights"]
+
+
+def test_the_score_on_the_real_excerpt_is_that_of_the_card() -> None:
+    assert score(read_checkpoint(SHIPPED).model(), excerpt()).model == pytest.approx(CARD["real"]["model"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_scores_on_sparse_songs_are_those_of_the_card() -> None:
+    model = read_checkpoint(SHIPPED).model()
+    row = next(row for row in CARD["by_occupancy"] if row["occupancy"] == 0.25)
+    seed = CARD["seed_of_the_scored_songs"] + 1_000
+    songs = [synthesise(seed + i, seconds=12.0, occupancy=0.25) for i in range(10)]
+    assert mean([score(model, song) for song in songs], "model") == pytest.approx(row["model"], abs=0.02)
