@@ -719,8 +719,8 @@ def results_table(rows: Sequence[Row], part: str) -> list[dict[str, Any]]:
                 "type": row.dtype,
                 "pass": row.mode,
                 "contestant": row.contestant,
-                "median (ms)": f"{1e3 * row.median:.4g}",
-                "quartiles (ms)": f"{1e3 * low:.4g} to {1e3 * high:.4g}",
+                "median (ms)": _milliseconds(row.median),
+                "quartiles (ms)": f"{_milliseconds(low)} to {_milliseconds(high)}",
                 "times the first": row.against(first),
                 unit: f"{row.rate:,.0f}",
                 "of the peak": None if row.fraction is None else f"{row.fraction:.0%}",
@@ -729,6 +729,10 @@ def results_table(rows: Sequence[Row], part: str) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
 
 
 def _job_of(case: Case) -> tuple[Any, ...]:
