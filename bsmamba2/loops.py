@@ -46,14 +46,17 @@ def compiled(wanted: bool = True) -> Iterator[None]:
 
 def loop(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a function of tensors, elementwise but for the shapes, that `compiled` may compile."""
-    quick: Any = torch.compile(function, dynamic=True)
+
+    @functools.cache
+    def quick() -> Any:  # not before it is wanted: the compiler takes seconds to import, and imports Triton
+        return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if not _wanted or _fault is not None or not _on_cpu(args) or torch.is_grad_enabled():
             return function(*args, **kwargs)
         try:
-            return quick(*args, **kwargs)
+            return quick()(*args, **kwargs)
         except Exception as error:  # a compiler has many ways to fail
             _give_up(error)
             return function(*args, **kwargs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -86,3 +88,11 @@ def test_the_command_line_asks_for_it(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["separate", "--help"])
     assert "--compile" in capsys.readouterr().out
+
+
+def test_the_compiler_is_not_imported_before_it_is_wanted() -> None:
+    told = (
+        "import sys, bsmamba2; print([one for one in ('triton', 'torch._inductor.compile_fx') if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
