@@ -8,7 +8,6 @@ Book: "Scaling up".
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import typing
@@ -23,6 +22,7 @@ import torch
 from .checkpoints import read_checkpoint
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer, Validation, Windows, find_windows
+from .evaluate import fingerprint
 from .losses import WINDOWS
 from .model import BSMamba2
 from .processes import from_first, rank, world
@@ -194,7 +194,7 @@ class Recipe:
             if found.config != self.model_config:
                 raise ValueError(f"init={self.init!r} is {found.config}, and preset={self.preset!r} is another size")
             model.load_state_dict(found.state)
-            init = hashlib.sha256(Path(self.init).read_bytes()).hexdigest()
+            init = fingerprint(self.init)
         return Run(
             Path(self.output_dir),
             Trainer(model.to(device or "cpu"), self.train_config),
