@@ -55,7 +55,7 @@ PEERS = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
 }
-PEER_CHUNKS = (32, 64)  # of 16 to 256 the quickest of Hugging Face's on the CPUs that were tried
+PEER_CHUNKS = (32, 64)  # of 32, 64, 128 and 256 the quickest of Hugging Face's on the CPUs that were tried
 COMPILED = ", compiled"
 WAYS: dict[str, dict[str, Any]] = {  # of separating a song: what `separate_blocks` is told
     "end to end": {"overlap": 0.0},
