@@ -524,9 +524,7 @@ def trial(case: Case, settings: Settings) -> Trial | str:
                 return said
     except EOFError:
         process.join()
-        killed = process.exitcode is not None and process.exitcode < 0
-        why = "more memory than there is, most likely" if killed else "its own message stands above"
-        return f"its process ended with code {process.exitcode}: {why}"
+        return f"its process ended with code {process.exitcode}: more memory than there is, most likely"
     finally:
         process.kill()
         process.join()
