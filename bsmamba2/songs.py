@@ -1126,10 +1126,13 @@ def _convolve(signal: Array, kernel: Array) -> Array:
     return np.fft.irfft(total, 2 * BLOCK)[..., BLOCK:].reshape(channels, -1)[:, :samples].astype(np.float32)
 
 
-def _equaliser(rng: Generator, rate: int) -> Array:
-    """A smooth random filter, (taps,) with its middle at BLOCK / 2; it takes out rumble and offset."""
+def _equaliser(rng: Generator, rate: int, spread: float = 1.8) -> Array:
+    """A smooth random filter, (taps,) with its middle at BLOCK / 2; it takes out rumble and offset.
+
+    `spread` is the standard deviation in dB of each of its points.
+    """
     points = np.array([-7.0, -5.0, -4.3, -3, -2, -1, 0, 1, 2, 3, 4, 4.6])  # octaves about 1 kHz
-    decibels = rng.normal(0, 1.8, len(points)) + rng.normal(0, 0.8) * points
+    decibels = rng.normal(0, spread, len(points)) + rng.normal(0, 0.8) * points
     decibels[:2] = (-60, -9)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(BLOCK, 1 / rate), 1) / 1_000)
     response = 10 ** (np.interp(octaves, points, decibels) / 20)
@@ -1175,12 +1178,45 @@ def _gate(phrases: Spans, rate: int, samples: int) -> Array:
     return gate
 
 
+def _sway(rng: Generator, signal: Array, delay: float, rate: int) -> Array:
+    """A signal (t,) late by about `delay` milliseconds, more and less by turns, as a second take or a chorus is."""
+    places = np.arange(len(signal))
+    sway = rng.uniform(0.5, 3) * np.sin(2 * np.pi * (rng.uniform(0.2, 0.9) * places / rate + rng.random()))
+    return np.interp(places - (delay + sway) * rate / 1_000, places, signal, left=0).astype(np.float32)
+
+
+def _amplify(rng: Generator, stem: Array, rate: int) -> Array:
+    """A stem (c, t) through two driven amplifiers, one a channel, played twice as rhythm guitars are.
+
+    Clipping makes chords that hold: their difference tones fill 80 to 500 Hz, where voices and basses are.
+    """
+    out = np.empty_like(stem)
+    root = math.sqrt(float(np.mean(stem**2)))
+    drive, bias, blend = 10 ** (rng.uniform(6, 32) / 20), rng.uniform(0, 0.4), rng.uniform(0, 1)
+    low, thump, gain = rng.uniform(60, 120), rng.uniform(90, 300), 10 ** (rng.uniform(0, 9) / 20)
+    top = rng.uniform(2_500, 5_500)
+
+    def cabinet(hertz: Array) -> Array:
+        resonance = 1 + (gain - 1) * np.exp(-((np.log2(hertz / thump) / 0.7) ** 2))
+        return resonance / np.sqrt((1 + (low / hertz) ** 4) * (1 + (hertz / top) ** 8))
+
+    middle = stem.mean(0)
+    for channel in (0, 1):
+        string = np.float32(blend) * stem[channel] + np.float32(1 - blend) * middle
+        if channel:
+            string = _sway(rng, string, rng.uniform(3, 20), rate)
+        driven = np.tanh(string * np.float32(drive / root) + np.float32(bias))
+        out[channel] = _filter(driven, cabinet, rate)
+    return out
+
+
 def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
     """Change stems (s, c, t) in place as recordings do, and draw how many dB the voice moves beside the band.
 
-    The bass growls, driven and with its middle raised; the voice is cut below its formants; stems are driven into
-    saturation; the band moves from the sides to the middle; the voice gets doubles at the sides whose delay sways, and
-    echoes; and it sinks by up to 9 dB. All of it by chance, in proportion to `variety`. Levels are set afterwards.
+    The bass growls, driven and with its middle raised; the band plays through two amplifiers, left and right, and the
+    bass is wide; the voice is cut below its formants; stems are driven into saturation and filtered; the band moves
+    from the sides to the middle; the voice gets doubles at the sides whose delay sways, and echoes; and it sinks by up
+    to 9 dB. All of it by chance, in proportion to `variety`. Levels are set afterwards.
     """
     if not variety:
         return 0.0
@@ -1191,6 +1227,13 @@ def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
         steep, top = rng.uniform(0.3, 1.6), rng.uniform(400, 1_500)
         driven = np.tanh(bass * np.float32(drive / math.sqrt(power)))
         bass[:] = _filter(driven, lambda hertz: np.clip(hertz, 60, top) ** steep / (1 + (hertz / (4 * top)) ** 2), rate)
+    other = stems[STEMS.index("other")]
+    if rng.random() < 0.6 * variety and other.any():
+        other[:] = _amplify(rng, other, rate)
+    if rng.random() < 0.5 * variety and bass.any():
+        level, delay = rng.uniform(0.05, 0.35), rng.uniform(4, 15)
+        side = np.float32(level) * _sway(rng, bass.mean(0), delay, rate)
+        bass += np.stack((side, -side))
     if rng.random() < variety:
         corner, order = rng.uniform(150, 600), rng.uniform(1, 2.5)
         stems[0][:] = _filter(stems[0], lambda hertz: 1 / np.sqrt(1 + (corner / hertz) ** (2 * order)), rate)
@@ -1199,6 +1242,10 @@ def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
         drive = 10 ** (rng.uniform(-10, 12) / 20)
         if rng.random() < 0.6 * variety and power:
             stem[:] = np.tanh(stem * np.float32(drive / math.sqrt(power)))
+        if rng.random() < variety:
+            taps = _equaliser(rng, rate, spread=4.0)
+            delayed = _convolve(np.pad(stem, ((0, 0), (0, BLOCK // 2))), taps[None].repeat(2, 0))
+            stem[:] = delayed[:, BLOCK // 2 :]
     for stem in stems[1:]:
         side = (stem[0] - stem[1]) * np.float32(0.5 * variety * rng.random())
         stem -= np.stack((side, -side))
@@ -1206,11 +1253,8 @@ def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
     samples = voice.shape[1]
     if rng.random() < 0.4 * variety:
         level = rng.uniform(0.2, 0.9)
-        places = np.arange(samples)
         for side in (0, 1):
-            sway = rng.uniform(0.5, 3) * np.sin(2 * np.pi * (rng.uniform(0.2, 0.9) * places / rate + rng.random()))
-            late = places - (rng.uniform(10, 35) + sway) * rate / 1_000
-            voice[side] += np.float32(level) * np.interp(late, places, dry.mean(0), left=0).astype(np.float32)
+            voice[side] += np.float32(level) * _sway(rng, dry.mean(0), rng.uniform(10, 35), rate)
     if rng.random() < 0.4 * variety:
         level, delay = rng.uniform(0.1, 0.4), round(rng.uniform(0.07, 0.4) * rate)
         for i in range(1, 1 + (samples - 1) // delay):
