@@ -1232,8 +1232,8 @@ def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
         other[:] = _amplify(rng, other, rate)
     if rng.random() < 0.5 * variety and bass.any():
         level, delay = rng.uniform(0.05, 0.35), rng.uniform(4, 15)
-        side = np.float32(level) * _sway(rng, bass.mean(0), delay, rate)
-        bass += np.stack((side, -side))
+        wide = np.float32(level) * _sway(rng, bass.mean(0), delay, rate)
+        bass += np.stack((wide, -wide))
     if rng.random() < variety:
         corner, order = rng.uniform(150, 600), rng.uniform(1, 2.5)
         stems[0][:] = _filter(stems[0], lambda hertz: 1 / np.sqrt(1 + (corner / hertz) ** (2 * order)), rate)
@@ -1247,8 +1247,8 @@ def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
             delayed = _convolve(np.pad(stem, ((0, 0), (0, BLOCK // 2))), taps[None].repeat(2, 0))
             stem[:] = delayed[:, BLOCK // 2 :]
     for stem in stems[1:]:
-        side = (stem[0] - stem[1]) * np.float32(0.5 * variety * rng.random())
-        stem -= np.stack((side, -side))
+        narrow = (stem[0] - stem[1]) * np.float32(0.5 * variety * rng.random())
+        stem -= np.stack((narrow, -narrow))
     voice, dry = stems[0], stems[0].copy()
     samples = voice.shape[1]
     if rng.random() < 0.4 * variety:
