@@ -29,6 +29,13 @@ export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
 # Tests run side by side, one process and one thread for each processor core.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
+NBVAL := $(PARALLEL) --dist loadfile --nbval-lax --nbval-cell-timeout=300
+
+CACHE := $(CURDIR)/_build/.jupyter_cache
+# Touched when every chapter has been run with this code, and gave what it should.
+RUN := _build/chapters-run
+# The last first: the longest chapters are not among the first, and two processes then end at about the same time.
+reverse = $(if $1,$(call reverse,$(wordlist 2,$(words $1),$1)) $(firstword $1))
 
 .DEFAULT_GOAL := help
 .PHONY: help env book test lab train bench lint unit kernels chapters browser format clean
@@ -96,15 +103,17 @@ bench: $(ENV)
 
 # --- book -------------------------------------------------------------------------------------------------
 
-book: $(ENV) $(RESULT) _build/code-seen-by-cache
+book: $(ENV) $(RESULT) $(RUN)
 	$(BIN)/jupyter-book build . --all -n -W --keep-going
 	@echo 'The book is at _build/html/index.html'
 
-# The cache of executed notebooks is keyed on their cells alone. When the module, the training run or the
-# environment is newer than the cache, the stored outputs belong to other code.
-_build/code-seen-by-cache: $(MODULE) $(RESULT) $(ENV)
+# Each chapter is run once, by nbval, side by side with the next; what it gave is kept in the cache that Jupyter Book
+# reads (book/conftest.py). The cache is keyed on the cells alone: when the module, the training run or the environment is
+# newer, its outputs belong to other code, and all chapters are run; else those that have changed.
+$(RUN): $(CHAPTERS) $(MODULE) $(RESULT) $(ENV) $(wildcard book/*.py book/data/*.json)
 	@mkdir -p $(@D)
-	rm -rf _build/.jupyter_cache
+	$(if $(filter-out $(CHAPTERS),$?),rm -rf $(CACHE))
+	JUPYTERCACHE=$(CACHE) $(NBVAL) $(call reverse,$(if $(filter-out $(CHAPTERS),$?),$(CHAPTERS),$(filter $(CHAPTERS),$?)))
 	@touch $@
 
 lab: $(ENV) $(RESULT)
@@ -134,13 +143,13 @@ kernels:
 	@echo 'Not run: the tests of the fused kernels need Triton, which comes with torch on Linux.'
 endif
 
-# Chapters may read the training run, so it is there first.
-chapters: $(ENV) $(RESULT)
-	$(PARALLEL) --dist loadfile --nbval-lax --nbval-cell-timeout=300 $(CHAPTERS) $(LABS)
+# Those of the book were run with it, if it is there.
+chapters: $(ENV) $(RESULT) $(RUN)
+	$(NBVAL) $(LABS)
 
 # What `make book` left behind, and the labs in a JupyterLab of their own. Tells what it skips without a book or Chromium.
 browser: $(ENV)
-	$(BIN)/pytest tests/browser
+	$(PARALLEL) --dist loadfile tests/browser
 
 format: $(ENV)
 	$(BIN)/ruff check --fix

@@ -119,6 +119,31 @@ def _near(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
     return bool((one - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-12))
 
 
+# --- Sound and silence ------------------------------------------------------------------------------------
+
+
+@_check
+def check_best_gain(best_gain: Callable[[Tensor, Tensor], Any]) -> Iterator[str]:
+    """`best_gain(voice, mixture)`: two of (c, samples) → the number g whose g · mixture comes nearest to the voice."""
+    draw = torch.Generator().manual_seed(0)
+    voice, band = torch.randn(2, 2, 1000, generator=draw)
+    for mixture in (voice + 2 * band, 3 * voice, 0.5 * band - voice):
+        answer = best_gain(voice.clone(), mixture.clone())
+        yield from _nothing(answer)
+        g, (s, m) = float(answer), (voice.double(), mixture.double())
+        best = float((s * m).sum() / m.square().sum())
+        if abs(g * best - 1) < 1e-3 < abs(g - best):
+            yield "that is the gain from the voice to the mixture; it is wanted the other way round"
+        if best < 0 <= g:
+            yield f"g = {g:.3g}, but this mixture holds the voice turned round (times −1): the best gain is negative"
+        if abs(g - best) > 1e-3:
+            errors = [float((s - gain * m).square().sum()) for gain in (g, best)]
+            yield f"g = {g:.3g} leaves an error of {errors[0]:.5g}, and another number one of {errors[1]:.5g}"
+    g = float(best_gain(voice.clone(), torch.zeros_like(voice)))
+    if not math.isfinite(g):
+        yield f"for a silent mixture it gives {g}: any number is as good there, but it must be a number"
+
+
 # --- The spectrogram --------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,28 @@ def told(verdict: exercises.Verdict, expected: str) -> None:
     assert re.search(expected, verdict.message), verdict
 
 
+def best_gain(voice: Tensor, mixture: Tensor) -> float:
+    power = mixture.square().sum()
+    return float((voice * mixture).sum() / power) if power else 0.0
+
+
+GAIN: dict[str, tuple[Callable[..., Any], str]] = {
+    "nothing": (lambda voice, mixture: None, "gives None"),
+    "other way round": (lambda voice, mixture: (voice * mixture).sum() / voice.square().sum(), "error of"),
+    "one over it": (lambda voice, mixture: mixture.square().sum() / (voice * mixture).sum(), "other way round"),
+    "level to level": (lambda voice, mixture: voice.norm() / mixture.norm(), "error of"),
+    "no less than nothing": (lambda voice, mixture: max(0.0, best_gain(voice, mixture)), "turned round"),
+    "silence": (lambda voice, mixture: (voice * mixture).sum() / mixture.square().sum(), "it gives nan"),
+    "zero by zero": (lambda voice, mixture: 1 / float(mixture.square().sum()), "error of"),
+}
+
+
+@pytest.mark.parametrize("name", GAIN)
+def test_mistakes_with_the_gain(name: str) -> None:
+    answer, expected = GAIN[name]
+    told(exercises.check_best_gain(answer), expected)
+
+
 def muffle(audio: Tensor, cutoff: float) -> Tensor:
     view = stft(audio)
     return istft(view * (torch.arange(1025) * 44_100 / 2048 <= cutoff)[:, None], audio.shape[-1])
@@ -227,6 +249,7 @@ def test_mistakes_with_both_sides(name: str) -> None:
 
 def test_right_answers_pass(mixer: Mamba2) -> None:
     for verdict in (
+        exercises.check_best_gain(best_gain),
         exercises.check_muffle(muffle),
         exercises.check_mel_bands(mel_bands),
         exercises.check_both_ways(both_ways),

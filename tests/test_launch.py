@@ -32,13 +32,13 @@ def launch() -> ModuleType:
 def copy(tmp_path: Path) -> Path:
     """The configuration and two chapters."""
     (tmp_path / "book").mkdir()
-    for name in ("_config.yml", "book/01_spectrogram.ipynb", "book/03_scan.ipynb"):
+    for name in ("_config.yml", "book/02_spectrogram.ipynb", "book/05_scan.ipynb"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
 def first(root: Path) -> dict:
-    return json.loads((root / "book" / "03_scan.ipynb").read_text())["cells"][0]
+    return json.loads((root / "book" / "05_scan.ipynb").read_text())["cells"][0]
 
 
 def test_chapters_and_configuration_agree(launch: ModuleType) -> None:
@@ -60,7 +60,7 @@ def test_an_address_makes_buttons_and_cells_and_another_takes_its_place(launch: 
         assert config["title"] == yaml.safe_load((ROOT / "_config.yml").read_text())["title"]
         assert address in "".join(first(copy)["source"])
         assert launch.disagreements(copy) == []
-    assert HERE not in (copy / "_config.yml").read_text() + (copy / "book" / "03_scan.ipynb").read_text()
+    assert HERE not in (copy / "_config.yml").read_text() + (copy / "book" / "05_scan.ipynb").read_text()
     text = (copy / "_config.yml").read_text()
     (copy / "_config.yml").write_text(text.replace(THERE, HERE))
     assert len(launch.disagreements(copy)) == 2

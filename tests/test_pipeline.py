@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
 import torch
+from notebook_cells import check_parameters
 
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.__main__ import main
@@ -70,29 +72,72 @@ def test_the_notebook_goes_on_with_a_run_on_files_that_was_stopped(tmp_path: Pat
             path = tmp_path / "data" / f"song {number}" / f"{name}.flac"
             soundfile.write(path, stem.T.numpy(), song.sample_rate, subtype="PCM_24")
     parameters = {"data": str(tmp_path / "data"), "schedule": "constant", "held_out_songs": 1, "validation_windows": 1}
-    for steps in (1, 2):
-        done = papermill(tmp_path, **{**parameters, "steps": steps})
-        assert done.returncode == 0, done.stderr
+    stopped = Recipe.from_mapping({**SHORT, **parameters, "steps": 1, "output_dir": str(tmp_path / "run")})
+    windows = stopped.windows()
+    assert [step.number for step in stopped.start(*windows).steps(stopped.batches(windows[0]))] == [1]
+    done = papermill(tmp_path, **parameters)
+    assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
     assert [json.loads(line)["number"] for line in lines] == [1, 2]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["loss_first"] == json.loads(lines[0])["loss"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
+def test_a_bad_parameter_stops_the_notebook_at_once(tmp_path: Path) -> None:
+    done = papermill(tmp_path, stepz=3)
+    assert done.returncode != 0
+    assert "stepz" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+CHECKED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "train": [
         ({"lr": "3e-3"}, "lr='3e-3'"),
         ({"batch": 1.5}, "batch=1.5"),
         ({"preset": "huge"}, "preset 'huge'"),
         ({"stepz": 3}, "stepz"),
     ],
+    "evaluate": [
+        ({"segmnts": [1.0]}, "no parameter 'segmnts'"),
+        ({"segments": 1.0}, r"segments=1\.0 must be of type list\[float\]"),
+        ({"protocol": "papers"}, "protocol='papers' is not one of paper"),
+        ({"songs": 0}, "songs=0"),
+    ],
+    "benchmark": [
+        ({"lenghts": [1.0]}, "no parameter 'lenghts'"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"dtypes": ["fp8"]}, "'fp8'"),
+    ],
+    "sweep": [
+        ({"grids": {}}, "unknown parameters grids"),
+        ({"workers": "2"}, "workers='2' must be of type int"),
+        ({"grid": {"learning_rate": [1.0]}}, "unknown parameters learning_rate"),
+        ({"grid": {"lr": ["1e-3"]}}, "lr='1e-3' must be a number"),
+        ({"notebook": "notebooks/evaluate.ipynb"}, "must be one of train.ipynb, silence.ipynb"),
+        ({"notebook": "notebooks/silence.ipynb", "base": "", "grid": {"lair": [1]}}, "unknown parameters lair"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "parameters", "message"),
+    [(notebook, *case) for notebook, cases in CHECKED.items() for case in cases],
 )
-def test_a_bad_parameter_stops_the_notebook_at_once(tmp_path: Path, parameters: dict, message: str) -> None:
-    done = papermill(tmp_path, **parameters)
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_the_cell_after_the_parameters_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook: str, parameters: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((ValueError, TypeError), match=message):
+        check_parameters(notebook, {"output_dir": str(tmp_path / "run"), **parameters})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("notebook", CHECKED)
+def test_the_cell_after_the_parameters_accepts_good_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notebook: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    check_parameters(notebook, {"output_dir": str(tmp_path / "run")})
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
@@ -121,23 +166,6 @@ def test_the_evaluation_notebook_scores_a_checkpoint(tmp_path: Path, small_model
     outputs = (tmp_path / "run.ipynb").read_text()
     assert outputs.count("image/png") == 2
     assert "not comparable" in outputs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"segmnts": [1.0]}, "no parameter 'segmnts'"),
-        ({"segments": 1.0}, "segments=1.0 must be of type list[float]"),
-    ],
-)
-def test_a_bad_parameter_stops_the_evaluation_at_once(
-    tmp_path: Path, small_model: Path, parameters: dict, message: str
-) -> None:
-    done = papermill(tmp_path, "evaluate", BRIEF, checkpoint=str(small_model), **parameters)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 # --- benchmark --------------------------------------------------------------------------------------------
@@ -174,18 +202,6 @@ def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
         assert "nothing below was run on a GPU" in outputs
     assert outputs.count("image/png") == 1
     assert "1 s against 0.25 s" in outputs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [({"lenghts": [1.0]}, "no parameter 'lenghts'"), ({"repeats": 0}, "repeats=0"), ({"dtypes": ["fp8"]}, "'fp8'")],
-)
-def test_a_bad_parameter_stops_the_benchmark_at_once(tmp_path: Path, parameters: dict, message: str) -> None:
-    done = papermill(tmp_path, "benchmark", {**INSTANT, **parameters})
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:

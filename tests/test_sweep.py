@@ -134,22 +134,3 @@ def test_the_notebook_trains_a_grid_and_sums_it_up(tmp_path: Path) -> None:
     assert summary["failed"] == ["segment=60.0"]
     said = (tmp_path / "out.ipynb").read_text()
     assert "never heard for" in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"grids": {}}, "unknown parameters grids"),
-        ({"workers": "2"}, "workers='2' must be of type int"),
-        ({"grid": {"learning_rate": [1.0]}}, "unknown parameters learning_rate"),
-        ({"grid": {"lr": ["1e-3"]}}, "lr='1e-3' must be a number"),
-        ({"notebook": "notebooks/evaluate.ipynb"}, "must be one of train.ipynb, silence.ipynb"),
-        ({"notebook": "notebooks/silence.ipynb", "base": "", "grid": {"lair": [1]}}, "unknown parameters lair"),
-    ],
-)
-def test_bad_parameters_stop_the_notebook_at_once(tmp_path: Path, parameters: dict[str, Any], message: str) -> None:
-    done = papermill(tmp_path, **parameters)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert not (tmp_path / "sweep").exists()

@@ -92,8 +92,9 @@ def look(browser: Browser, address: str, *, code: bool = False) -> Sight:
 
 
 def _violations(page: Any, where: str, code: bool, options: dict[str, Any]) -> list[tuple[str, str]]:
-    # Formulas are MathJax's, some elements for every letter. Style sheets are not fetched anew, a request of axe's own.
-    outside = ["mjx-container", *([] if code else ["div.highlight pre"])]
+    # Formulas are MathJax's, some elements for every letter. In a list of functions or of a class's members all entries
+    # are made alike, and three of them stand for the rest. Style sheets are not fetched anew, a request of axe's own.
+    outside = ["mjx-container", "dl.py:nth-of-type(n+4)", *([] if code else ["div.highlight pre"])]
     settings = {"resultTypes": ["violations"], "preload": False, **options}
     found = Axe().run(page, context={"exclude": [[one] for one in outside]}, options=settings)
     return [

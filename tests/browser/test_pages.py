@@ -19,7 +19,7 @@ THEME = {
 }
 # Lines on the console that are no fault of a page: pattern → why.
 CONSOLE: dict[str, str] = {}
-CODE = ("03_scan", "installation")  # pages whose code is looked at as well
+CODE = ("05_scan", "installation")  # pages whose code is looked at as well
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +106,7 @@ def test_search_finds_band_split(book: str, page: Page) -> None:
     # Results come one after the other.
     page.wait_for_function("/[1-9]\\d* page|found/.test(document.querySelector('#search-results').innerText)")
     addresses = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.pathname)")
-    assert any(address.endswith("02_bands.html") for address in addresses), addresses
+    assert any(address.endswith("03_bands.html") for address in addresses), addresses
 
 
 def test_search_finds_no_nonsense(book: str, page: Page) -> None:
@@ -115,7 +115,7 @@ def test_search_finds_no_nonsense(book: str, page: Page) -> None:
 
 
 def test_notebooks_can_be_downloaded(book: str, page: Page) -> None:
-    page.goto(f"{book}/book/02_bands.html")
+    page.goto(f"{book}/book/03_bands.html")
     with page.expect_download() as download:
         page.eval_on_selector("a.btn-download-source-button", "link => link.click()")
     text = Path(download.value.path()).read_text(encoding="utf-8")
