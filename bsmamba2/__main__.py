@@ -461,6 +461,11 @@ def load_model(chosen: argparse.Namespace) -> BSMamba2:
         raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
     if path.is_file() and (known := checkpoints.identify(path)):
         say(f"{path}: {known}")
+    longer = kernels.slower_than_float32(device, DTYPES[chosen.dtype])
+    if longer > 2:
+        say(
+            f"--dtype {chosen.dtype}: this processor takes {longer:.0f} times as long for it as for float32, the default"
+        )
     return checkpoints.load_checkpoint(path).to(device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import re
 import sys
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import TINY, relative
 from test_ssd import everything, problem
@@ -551,3 +553,32 @@ def test_the_command_prints_every_backend(plant: Plant, capsys: pytest.CaptureFi
         assert "NVIDIA GPU" in fused[1]
         assert "causal-conv1d 9.9" in fused[2]
         assert "NVIDIA GPU" in fused[3]
+
+
+def test_a_type_that_the_processor_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert kernels.slower_than_float32(CPU, torch.float32) == 0
+    assert kernels.slower_than_float32(torch.device("meta"), torch.bfloat16) == 0
+    assert kernels.slower_than_float32(CPU, torch.float64) > 0
+    clock = itertools.count()
+    # Every reading of the clock one later than the last, but a narrow product takes twelve more.
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(clock))
+    linear = kernels.functional.linear
+
+    def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        for _ in range(12 * (x.dtype == torch.bfloat16)):
+            next(clock)
+        return linear(x, weight)
+
+    monkeypatch.setattr(kernels.functional, "linear", slow)
+    assert kernels.slower_than_float32(CPU, torch.bfloat16) == 13
+    monkeypatch.undo()
+    soundfile.write(tmp_path / "song.wav", torch.zeros(4410, 2).numpy(), 44_100)
+    for longer, expected in ((13.0, "13 times as long"), (0.5, "")):
+        monkeypatch.setattr(kernels, "slower_than_float32", lambda device, dtype, longer=longer: longer)
+        command = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / f"{longer}"), "--dtype", "bfloat16"]
+        assert main(command) == 0
+        said = capsys.readouterr().err
+        assert expected in said
+        assert ("times as long" in said) == bool(expected)
