@@ -463,9 +463,7 @@ def load_model(chosen: argparse.Namespace) -> BSMamba2:
         say(f"{path}: {known}")
     longer = kernels.slower_than_float32(device, DTYPES[chosen.dtype])
     if longer > 2:
-        say(
-            f"--dtype {chosen.dtype}: this processor takes {longer:.0f} times as long for it as for float32, the default"
-        )
+        say(f"--dtype {chosen.dtype}: takes {longer:.0f} times as long as float32, the default, on this processor")
     return checkpoints.load_checkpoint(path).to(device)
 
 
