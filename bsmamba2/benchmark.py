@@ -63,6 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {  # of separating a song: what `separate_bloc
     "carried, 2 s ahead": {"look_ahead": 2.0},
 }
 LEAST = 0.05  # seconds of a timed run: a shorter job is done several times
+LONG = 120.0  # seconds of a separation that is timed once, as it is tried: it computes the same piece over and over
 COMPILING = 600.0  # seconds that torch.compile is given, and imports are
 EXAMPLES = 64  # that a run of the loading part reads; up to four of them have been read ahead
 
@@ -498,10 +499,11 @@ class _Held:
 
 @dataclass(frozen=True)
 class Trial:
-    """Largest memory of a process before the job, and at its end, in bytes."""
+    """Largest memory of a process before the job, and at its end, in bytes; and how long the job took, in seconds."""
 
     before: int
     memory: int
+    seconds: float
 
 
 def trial(case: Case, settings: Settings) -> Trial | str:
@@ -542,9 +544,8 @@ def _try(case: Case, settings: Settings, threads: int, pipe: Connection) -> None
         if settings.device == "cpu" and sys.platform == "linux":
             _bound_memory(round(settings.memory * 1e9))
         pipe.send(None)
-        job()
-        _settle(torch.device(settings.device))
-        pipe.send(Trial(before, _largest_memory(settings.device)))
+        seconds = seconds_of(job, torch.device(settings.device))
+        pipe.send(Trial(before, _largest_memory(settings.device), seconds))
     except Exception as error:  # whatever it is, it is the answer
         told = f"{type(error).__name__}: {error}".splitlines()[0]
         short = isinstance(error, MemoryError) or any(word in told for word in ("allocate memory", "out of memory"))
@@ -612,7 +613,7 @@ class Peak:
 def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]:
     """Try every case of a group, then time those that passed in rounds."""
     device = torch.device(settings.device)
-    jobs: list[tuple[Case, Job, int, Trial | None, float | None]] = []
+    jobs: list[tuple[Case, Job | None, int, Trial | None, float | None]] = []
     first: Tensor | None = None
     for case in cases:
         why = obstacle(case, settings)
@@ -621,6 +622,9 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
             yield NotRun(**dataclasses.asdict(case), why=found)
             continue
         job = prepare(case, settings)
+        if found and found.seconds > LONG and case.part == "separation":
+            jobs.append((case, None, 1, found, None))
+            continue
         started = time.perf_counter()
         result = job()  # a warm-up, and what came out
         took = time.perf_counter() - started
@@ -639,8 +643,13 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
     times: list[list[float]] = [[] for _ in jobs]
     peaks: list[list[float]] = [[] for _ in jobs]
     before = peak()
-    for _ in range(settings.repeats):
-        for i, (_, job, calls, _, _) in enumerate(jobs):
+    for number in range(settings.repeats):
+        for i, (_, job, calls, found, _) in enumerate(jobs):
+            if job is None:
+                if number == 0 and found:
+                    times[i].append(found.seconds)
+                    peaks[i].append(before)
+                continue
             times[i].append(seconds_of(job, device, calls))
             after = peak()
             peaks[i].append((before + after) / 2)

@@ -142,6 +142,18 @@ def test_what_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None
     assert why == "not installed: pip install no-such-peer"
 
 
+@pytest.mark.parametrize(("took", "runs", "times"), [(500.0, 0, 1), (5.0, 3, 2)])
+def test_a_long_separation_is_timed_once(monkeypatch: pytest.MonkeyPatch, took: float, runs: int, times: int) -> None:
+    done = []
+    monkeypatch.setattr(benchmark, "trial", lambda case, settings: Trial(1, 2, took))
+    monkeypatch.setattr(benchmark, "prepare", lambda case, settings: lambda: (done.append(1), time.sleep(1.1))[0])
+    settings = benchmark.dataclasses.replace(SMALL, repeats=2)
+    (row,) = benchmark.measure([Case("separation", "", 3600.0, "float32", FORWARD, "carried")], settings)
+    assert isinstance(row, benchmark.Row)
+    assert (len(done), len(row.times), len(row.peaks), row.memory) == (runs, times, times, 2)
+    assert (row.times == (took,)) == (took > benchmark.LONG)
+
+
 def test_what_failed_at_one_length_is_not_tried_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
