@@ -644,13 +644,13 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
     peaks: list[list[float]] = [[] for _ in jobs]
     before = peak()
     for number in range(settings.repeats):
-        for i, (_, job, calls, found, _) in enumerate(jobs):
-            if job is None:
-                if number == 0 and found:
-                    times[i].append(found.seconds)
+        for i, (_, again, calls, tried, _) in enumerate(jobs):
+            if again is None:
+                if number == 0 and tried:
+                    times[i].append(tried.seconds)
                     peaks[i].append(before)
                 continue
-            times[i].append(seconds_of(job, device, calls))
+            times[i].append(seconds_of(again, device, calls))
             after = peak()
             peaks[i].append((before + after) / 2)
             before = after

@@ -34,7 +34,7 @@ def compiled(wanted: bool = True) -> Iterator[None]:
     """A context in which loops without gradients on a CPU are compiled, each when it is first called.
 
     That takes a C++ compiler, and about half a minute once (the results are kept on disk by torch). Where it fails, one
-    RuntimeWarning says why, and the loops run as they are written.
+    RuntimeWarning says why, and the loops run as they are written. Too little memory is no such failure, and is raised.
     """
     global _wanted
     before, _wanted = _wanted, wanted
@@ -57,7 +57,11 @@ def loop(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         try:
             return quick()(*args, **kwargs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a compiler has many ways to fail
+            if "allocate memory" in str(error):  # what the CPU's allocator says, in a plain RuntimeError
+                raise
             _give_up(error)
             return function(*args, **kwargs)
 

@@ -337,6 +337,26 @@ def check_pictures(notebook: Notebook) -> list[str]:
     return said
 
 
+def check_figures(notebook: Notebook) -> list[str]:
+    """A picture has a caption and a name, so a number; the prose sends the reader to it, but for those in an answer."""
+    said, names = [], []
+    for i, cell in cells(notebook, "code"):
+        options = cell["metadata"].get("mystnb", {})
+        if "image" not in options:
+            continue
+        name = options.get("figure", {}).get("name", "")
+        if not (name.startswith("fig-") and options["figure"].get("caption", "").endswith(".")):
+            said.append(f"cell {i} draws, and its metadata mystnb.figure have no name fig-… and a caption, a sentence")
+        names.append((name, "hide-cell" in tags(cell)))
+    words = "\n".join(prose(cell) for _, cell in cells(notebook, "markdown"))
+    links = re.findall(r"\[Figure\]\(#([^)]*)\)", words)
+    said += [f"[Figure](#{link}) leads to no picture of this chapter" for link in links if link not in dict(names)]
+    said += [
+        f"no [Figure](#{name}) in the prose" for name, answer in names if name and not answer and name not in links
+    ]
+    return said
+
+
 def check_markdown(notebook: Notebook) -> list[str]:
     """Markdown that JupyterLab shows as the book does: no roles, directives, targets or attributes."""
     patterns = {
@@ -451,7 +471,7 @@ def test_docstrings_name_chapters_by_title() -> None:
 def test_chapter_has_the_shape(path: Path) -> None:
     notebook = read(path)
     said = check_sections(notebook) + check_exercises(notebook) + check_module(notebook, FILES, exports())
-    said += check_difficulty(notebook)
+    said += check_difficulty(notebook) + check_figures(notebook)
     assert said == []
 
 
@@ -482,7 +502,14 @@ def sound_chapter() -> Notebook:
     parts: dict[str, list[dict[str, Any]]] = {name: [markdown(f"## {name}\n\nSome words.")] for name in SECTIONS}
     parts["What you need"] += [code("import matplotlib.pyplot as plt\nfrom bsmamba2 import bands, show")]
     parts["Picture"] += [
-        code("show.spectrogram(1)", mystnb={"image": {"alt": "Two lines that cross"}}),
+        code(
+            "show.spectrogram(1)",
+            mystnb={
+                "image": {"alt": "Two lines that cross"},
+                "figure": {"name": "fig-lines", "caption": "Two lines."},
+            },
+        ),
+        markdown("As [Figure](#fig-lines) shows."),
         markdown(
             "![Boxes from left to right](_static/boxes.svg)\n\n```python\n# no heading\n```\n\n$\\hat{x}`$ [a](b)"
         ),
@@ -508,9 +535,24 @@ def complaints(notebook: Notebook) -> list[str]:
         *check_sections(notebook),
         *check_exercises(notebook),
         *check_difficulty(notebook),
+        *check_figures(notebook),
         *check_module(notebook, {"bands.py", "masks.py"}, {}),
         *(complaint for check in ANY_NOTEBOOK for complaint in check(notebook)),
     ]
+
+
+def test_a_picture_without_a_number_or_a_reader_is_reported() -> None:
+    def said(figure: dict[str, str], words: str, *tagged: str) -> list[str]:
+        picture = code("show.lines(1)", *tagged, mystnb={"image": {"alt": "a b c"}, "figure": figure})
+        return check_figures({"cells": [markdown(words), picture], "metadata": {}})
+
+    good = {"name": "fig-a", "caption": "A line."}
+    assert said(good, "See [Figure](#fig-a).") == []
+    assert said(good, "Nothing.", "hide-cell") == []
+    assert "no [Figure](#fig-a)" in said(good, "See the figure.")[0]
+    assert "leads to no picture" in said(good, "[Figure](#fig-a) and [Figure](#fig-b)")[0]
+    assert "no name fig-" in said({"caption": "A line."}, "Words.")[0]
+    assert "no name fig-" in said({"name": "fig-a"}, "[Figure](#fig-a)")[0]
 
 
 def test_a_sound_chapter_has_no_complaints() -> None:

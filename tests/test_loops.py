@@ -64,6 +64,31 @@ def test_a_loop_tells_its_own_faults(broken: list[int]) -> None:
         wrong(torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    ],
+)
+def test_too_little_memory_is_not_the_compilers_fault(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def compiles(function: object, **options: object) -> object:
+        def quick(*args: object) -> None:
+            raise error
+
+        return quick
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(loops, "_fault", None)
+    double = loops.loop(lambda x: 2 * x)
+    with torch.no_grad(), loops.compiled(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(type(error)):
+            double(torch.ones(3))
+    assert loops._fault is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -57,6 +57,17 @@ def test_launch_buttons_lead_to_the_repository_or_are_not_there(site: Path) -> N
     assert [link for link in links if where not in link[1]] == []
 
 
+def test_pictures_have_numbers_and_links_to_them_say_which(site: Path) -> None:
+    numbered = []
+    for page in (site / "book").glob("[0-9]*.html"):
+        text = page.read_text(encoding="utf-8")
+        captions = dict(re.findall(r'<figure[^>]*id="(fig-[\w-]+)".*?caption-number">Figure ([\d.]+)', text, re.DOTALL))
+        links = re.findall(r'href="#(fig-[\w-]+)"[^>]*>(?:<[^>]*>)*(Figure[^<]*)<', text)
+        assert links == [(name, f"Figure {captions.get(name)}") for name, _ in links], page.name
+        numbered += captions.values()
+    assert len(numbered) == len(set(numbered)) > 50
+
+
 def test_scripts_report_no_errors(seen: dict[str, Sight]) -> None:
     said = {
         page: [line for line in sight.console if not any(re.search(known, line) for known in CONSOLE)]
