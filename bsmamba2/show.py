@@ -319,7 +319,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
     def text(value: Any) -> str:
         if value is None or value != value:
             return "–"
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
+        return f"{value:z.2f}" if isinstance(value, float) else str(value)  # z: no −0.00
 
     keys = list(rows[0])
     head = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
