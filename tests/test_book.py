@@ -402,7 +402,16 @@ def check_portable(notebook: Notebook) -> list[str]:
     return said
 
 
-ANY_NOTEBOOK = (check_pictures, check_markdown, check_outputs, check_portable)
+def check_history(notebook: Notebook) -> list[str]:
+    """nbval runs cells without a history, and IPython then shows what a semicolon at the end should hide."""
+    return [
+        f"cell {i} ends in a semicolon: write _ = …"
+        for i, cell in cells(notebook, "code")
+        if text(cell).rstrip().endswith(";")
+    ]
+
+
+ANY_NOTEBOOK = (check_pictures, check_markdown, check_outputs, check_portable, check_history)
 
 
 # --- the book as it is ------------------------------------------------------------------------------------
@@ -632,6 +641,7 @@ FAULTS: dict[str, tuple[Callable[[Notebook], None], str]] = {
     "role": (append(markdown("See {doc}`here`.")), "a role"),
     "target": (append(markdown("(here)=\n")), "a target"),
     "attribute": (append(markdown("![Boxes in a row](a.svg){width=50%}")), "an attribute"),
+    "semicolon": (append(code("1 + 1;")), "ends in a semicolon"),
     "output not compared": (retag("print('equal')"), "is not tagged check"),
     "output that nbval passes over": (retag("print('equal')", "check", "keep_output"), "also needs the tags"),
     "error": (
