@@ -621,10 +621,10 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
         if isinstance(found, str):
             yield NotRun(**dataclasses.asdict(case), why=found)
             continue
-        job = prepare(case, settings)
         if found and found.seconds > LONG and case.part == "separation":
             jobs.append((case, None, 1, found, None))
             continue
+        job = prepare(case, settings)
         started = time.perf_counter()
         result = job()  # a warm-up, and what came out
         took = time.perf_counter() - started

@@ -1159,8 +1159,12 @@ def _finish(stem: Array, equaliser: Array, room: Array, wet: float) -> Array:
     length = _fast_length(len(equaliser) + room.shape[1])
     spectrum = np.fft.rfft(equaliser, length) * (1 + np.float32(wet) * np.fft.rfft(room, length))
     kernel = np.fft.irfft(spectrum, length)[:, : len(equaliser) + (room.shape[1] if wet else 0)].astype(np.float32)
-    delay = len(equaliser) // 2
-    return _convolve(np.pad(stem, ((0, 0), (0, delay))), kernel)[:, delay:]
+    return _convolve_centred(stem, kernel, len(equaliser) // 2)
+
+
+def _convolve_centred(signal: Array, kernel: Array, middle: int) -> Array:
+    """`_convolve` with a kernel whose time zero is at `middle`: what comes out is not late."""
+    return _convolve(np.pad(signal, ((0, 0), (0, middle))), kernel)[:, middle:]
 
 
 def _gate(phrases: Spans, rate: int, samples: int) -> Array:
@@ -1244,8 +1248,7 @@ def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
             stem[:] = np.tanh(stem * np.float32(drive / math.sqrt(power)))
         if rng.random() < variety:
             taps = _equaliser(rng, rate, spread=4.0)
-            delayed = _convolve(np.pad(stem, ((0, 0), (0, BLOCK // 2))), taps[None].repeat(2, 0))
-            stem[:] = delayed[:, BLOCK // 2 :]
+            stem[:] = _convolve_centred(stem, taps[None].repeat(2, 0), BLOCK // 2)
     for stem in stems[1:]:
         narrow = (stem[0] - stem[1]) * np.float32(0.5 * variety * rng.random())
         stem -= np.stack((narrow, -narrow))
