@@ -121,7 +121,10 @@ lab: $(ENV) $(RESULT)
 
 # --- checks -----------------------------------------------------------------------------------------------
 
-test: lint unit kernels chapters browser
+# The first two take one core each, the others all there are.
+test: $(ENV)
+	$(MAKE) --no-print-directory --jobs=2 lint kernels
+	$(MAKE) --no-print-directory unit chapters browser
 
 lint: $(ENV)
 	$(BIN)/ruff check
@@ -149,7 +152,7 @@ chapters: $(ENV) $(RESULT) $(RUN)
 
 # What `make book` left behind, and the labs in a JupyterLab of their own. Tells what it skips without a book or Chromium.
 browser: $(ENV)
-	$(PARALLEL) --dist loadfile tests/browser
+	$(PARALLEL) --dist worksteal tests/browser
 
 format: $(ENV)
 	$(BIN)/ruff check --fix

@@ -11,6 +11,8 @@ Book: "Scaling up". Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -173,36 +175,39 @@ class Kept:
     ends: float
 
 
+@functools.cache
 def kept_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> Kept:
     """Run the forward pass on tensors that have shapes and no content, and add up what autograd would keep.
 
-    Two layers are run and compared with one: all layers are alike. What is kept grows with the number of frames, so
-    a second of audio is enough.
+    All layers are alike, so a model of one and that layer by itself will do. What is kept grows with the number of
+    frames, so a second of audio is enough.
     """
     short = min(samples, max(config.sample_rate, 2 * 2048))
     frames, short_frames = samples // config.hop + 1, short // config.hop + 1
-    found = []
-    with FakeTensorMode():
-        for layers in (1, 2):
-            model = BSMamba2(dataclasses.replace(config, layers=layers), scan="chunked")
-            mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
-            saved = _Saved()
-            with saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                model.apply_to_spectrogram(mixture)
-            found.append(saved.bytes)
-        estimate = torch.empty(1, config.channels, short, requires_grad=True)
-        saved = _Saved()
-        with saved:
-            bsmamba2_loss(estimate, torch.empty_like(estimate), hop=loss_hop)
     scale = frames / short_frames
-    layer = scale * (found[1] - found[0])
-    loss = scale * saved.bytes
+    with FakeTensorMode():
+        model = BSMamba2(dataclasses.replace(config, layers=1), scan="chunked")
+        mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
+        features = torch.empty(1, short_frames, len(config.bands), config.dim, requires_grad=True)
+        estimate = torch.empty(1, config.channels, short, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            whole = scale * _kept(lambda: model.apply_to_spectrogram(mixture))
+            layer = scale * _kept(lambda: model.layers[0](features))
+        loss = scale * _kept(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop=loss_hop))
     return Kept(
         layer=layer,
         layer_input=float(frames * len(config.bands) * config.dim * BYTES[dtype]),
         loss=loss,
-        ends=scale * found[0] - layer + loss,
+        ends=whole - layer + loss,
     )
+
+
+def _kept(run: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps of what is run."""
+    saved = _Saved()
+    with saved:
+        run()
+    return saved.bytes
 
 
 class _Saved(saved_tensors_hooks):

@@ -6,6 +6,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import TINY
@@ -20,29 +21,35 @@ from bsmamba2.train import TrainConfig, Trainer
 SAMPLES = 4000
 
 
-def main(folder: Path, batch: int, stop_after: int) -> None:
-    torch.set_num_threads(1)
+def main(folder: Path, batch: int) -> None:
+    """A run of four steps, and another that is stopped after two and taken up again."""
     with together("cpu"):
-        pool = songs(3, seed=5, seconds=2.0, sample_rate=8000)
-        loader = Loader(Remixer(pool, SAMPLES, batch, seed=7))
-        torch.manual_seed(rank())  # the others get the first one's weights
-        config = TrainConfig(steps=4, accumulate=2, lr=1e-2, loss_windows=(256,), loss_hop=441)
-        trainer = Trainer(BSMamba2(TINY), config)
-        validation = Validation(find_windows(pool, SAMPLES)[0], SAMPLES)
-        run = Run(folder, trainer, validate=validation, save_every=2, validate_every=4)
-        exchanged = []
-        if trainer.together is not None:
-            trainer.together.register_comm_hook(exchanged, count_exchanges)
-        done = [[step.number, step.loss, step.gradient] for step in islice(run.steps(loader), stop_after)]
-        names = gather(
-            [name for batch in islice(Loader(Remixer(pool, SAMPLES, batch, seed=7)), 4) for name in batch[2]]
-        )
-        weights = gather([float(p.detach().double().sum()) for p in trainer.model.parameters()])
+        whole = train(folder / "whole", batch)
+        train(folder / "halves", batch, stop_after=2)
+        rest = train(folder / "halves", batch)
         if rank() == 0:
-            gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
-            torch.save(gradients, folder / "gradients.pt")
-            report = {"world": world(), "steps": done, "names": names, "weights": weights, "exchanges": len(exchanged)}
-            (folder / "report.json").write_text(json.dumps(report))
+            (folder / "report.json").write_text(json.dumps({"world": world(), "whole": whole, "rest": rest}))
+
+
+def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
+    """Losses and gradients of the steps, names in all the batches and sum of the weights by process, exchanges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = songs(3, seed=5, seconds=2.0, sample_rate=8000)
+    loader = Loader(Remixer(pool, SAMPLES, batch, seed=7))
+    torch.manual_seed(rank())  # the others get the first one's weights
+    config = TrainConfig(steps=4, accumulate=2, lr=1e-2, loss_windows=(256,), loss_hop=441)
+    trainer = Trainer(BSMamba2(TINY), config)
+    validation = Validation(find_windows(pool, SAMPLES)[0], SAMPLES)
+    run = Run(folder, trainer, validate=validation, save_every=2, validate_every=4)
+    exchanged: list[int] = []
+    if trainer.together is not None:
+        trainer.together.register_comm_hook(exchanged, count_exchanges)
+    done = [[step.number, step.loss, step.gradient] for step in islice(run.steps(loader), stop_after)]
+    names = gather([name for batch in islice(Loader(Remixer(pool, SAMPLES, batch, seed=7)), 4) for name in batch[2]])
+    weights = gather([float(p.detach().double().sum()) for p in trainer.model.parameters()])
+    if rank() == 0:
+        torch.save({name: p.grad for name, p in trainer.model.named_parameters()}, folder / "gradients.pt")
+    return {"steps": done, "names": names, "weights": weights, "exchanges": len(exchanged)}
 
 
 def count_exchanges(exchanged, bucket):  # torch would refuse annotations that are strings
@@ -54,4 +61,5 @@ def count_exchanges(exchanged, bucket):  # torch would refuse annotations that a
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]))

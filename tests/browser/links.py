@@ -7,6 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+SITE = Path(__file__).parents[2] / "_build" / "html"
+"""The built book."""
+
 
 class _Page(HTMLParser):
     def __init__(self) -> None:

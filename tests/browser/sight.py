@@ -7,10 +7,23 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser
+from playwright.sync_api import BrowserContext
 
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
+
+# axe-core walks through every element there is. Where many are made alike, three stay on the page and stand for the rest:
+# modules, members of a module and of a class, entries of the index and of the contents to both sides of the text, and
+# colours of code. Formulas are MathJax's, some elements for every letter, and go.
+THREE = """document.querySelectorAll(`dl.py:nth-of-type(n+4), section:has(> dl.py):nth-of-type(n+4),
+        .genindextable li:nth-of-type(n+4),
+        .bd-sidebar-primary li:nth-of-type(n+4), .bd-sidebar-secondary li:nth-of-type(n+4)`).forEach(one => one.remove());
+    document.querySelectorAll("mjx-container").forEach(one => one.replaceChildren());
+    const met = {};
+    document.querySelectorAll("div.highlight pre span").forEach(one => {
+        met[one.className] = (met[one.className] || 0) + 1;
+        if (met[one.className] > 3) one.replaceWith(...one.childNodes);
+    })"""
 
 # Pictures that are not there; players with their durations, once they know them.
 BROKEN = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 100))"
@@ -53,17 +66,16 @@ class Sight:
     violations: list[tuple[str, str]] = field(default_factory=list)
 
 
-def look(browser: Browser, address: str, *, code: bool = False) -> Sight:
+def look(readers: BrowserContext, address: str) -> Sight:
     """Open a page and tell what is seen.
 
     Args:
-        browser: a running one.
+        readers: a browser's context; pages of one share what they have loaded, as a reader's do.
         address: of the page.
-        code: whether the colours of its code are looked at; they are the same on all pages, and thousands.
     """
     sight = Sight()
-    context = browser.new_context(viewport=DESK, color_scheme="light", reduced_motion="reduce")
-    page = context.new_page()
+    page = readers.new_page()
+    page.set_viewport_size(DESK)
     page.on("console", lambda message: sight.console.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: sight.console.append(str(error)))
     page.on("response", lambda reply: sight.missing.append(reply.url) if reply.status >= 400 else None)
@@ -80,23 +92,22 @@ def look(browser: Browser, address: str, *, code: bool = False) -> Sight:
     page.evaluate(DECODED)
     sight.pictures = page.evaluate(BROKEN)
     sight.players = [tuple(player) for player in page.evaluate(DURATIONS)]
-    sight.violations += _violations(page, "", code, {})
-    page.evaluate("document.documentElement.dataset.theme = 'dark'")
-    page.wait_for_timeout(50)
-    sight.violations += _violations(page, " (dark)", code, {"runOnly": ["color-contrast"]})
     page.set_viewport_size(PHONE)
     page.wait_for_timeout(50)
     sight.wider = page.evaluate(WIDER)
-    context.close()
+    page.set_viewport_size(DESK)
+    page.evaluate(f"() => {{ {THREE} }}")
+    sight.violations += _violations(page, "", {})
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.wait_for_timeout(50)
+    sight.violations += _violations(page, " (dark)", {"runOnly": ["color-contrast"]})
+    page.close()
     return sight
 
 
-def _violations(page: Any, where: str, code: bool, options: dict[str, Any]) -> list[tuple[str, str]]:
-    # Formulas are MathJax's, some elements for every letter. In a list of functions or of a class's members all entries
-    # are made alike, and three of them stand for the rest. Style sheets are not fetched anew, a request of axe's own.
-    outside = ["mjx-container", "dl.py:nth-of-type(n+4)", *([] if code else ["div.highlight pre"])]
-    settings = {"resultTypes": ["violations"], "preload": False, **options}
-    found = Axe().run(page, context={"exclude": [[one] for one in outside]}, options=settings)
+def _violations(page: Any, where: str, options: dict[str, Any]) -> list[tuple[str, str]]:
+    # Style sheets are not fetched anew, a request of axe's own.
+    found = Axe().run(page, options={"resultTypes": ["violations"], "preload": False, **options})
     return [
         (violation["id"] + where, " ".join(map(str, node["target"])))
         for violation in found.response["violations"]
