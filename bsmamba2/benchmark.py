@@ -243,7 +243,7 @@ def contestants(settings: Settings, part: str) -> list[str]:
     mixers = [f"transformers, chunk {chunk}" for chunk in PEER_CHUNKS] if "transformers" in settings.peers else []
     roformer = ["bs_roformer"] if "bs_roformer" in settings.peers else []
     return {
-        "scan": [*settings.backends],
+        "scan": [*settings.backends, *compiled],
         "convolution": ["shifts", "conv1d", "causal-conv1d"],
         "mixer": [*settings.backends, *compiled, *mixers],
         "model": [*settings.backends, *compiled, *roformer],
@@ -332,7 +332,7 @@ def prepare(case: Case, settings: Settings) -> Job:
         return _job(lambda x: run(x, conv.weight, conv.bias), xBC, list(conv.parameters()), case, device)
     dt = functional.softplus(torch.randn(xBC.shape[0], settings.sequences, h, device=device) - 3).transpose(0, 1)
     A, D = -torch.rand(h, device=device) * 15 - 1, torch.ones(h, device=device)
-    scan = kernels.choose(case.contestant)
+    scan = kernels.choose(case.contestant.removesuffix(COMPILED))
 
     def scanned(xBC: Tensor) -> Tensor:
         x, B, C = (part.transpose(0, 1) for part in xBC.split((h * p, n, n), dim=-1))

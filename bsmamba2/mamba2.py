@@ -25,7 +25,7 @@ PIECE = 128
 """Frames that a mixer takes at once on a CPU, without gradients: one chunk of its scan."""
 
 BLOCK = 2**20
-"""Features, d for each frame of each sequence, that a layer reads at once on a CPU; a quarter of it with gradients."""
+"""Features, d for each frame of each sequence, that a layer reads at once on a CPU; half of it with gradients."""
 
 Memory = tuple[Tensor, Tensor]
 """What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
@@ -66,11 +66,13 @@ def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x: (b, length, d).
     """
     b, length, d = x.shape
-    features, frames = (BLOCK // 4, length) if torch.is_grad_enabled() else (BLOCK, min(length, PIECE))
+    features, frames = (BLOCK // 2, length) if torch.is_grad_enabled() else (BLOCK, min(length, PIECE))
     most = max(1, features // (frames * d))
     if x.device.type != "cpu" or b <= most:
         return layer(x)
-    return torch.cat([layer(part) for part in x.tensor_split(-(-b // most))])
+    blocks = -(-b // most)
+    sizes = [(b + i) // blocks for i in range(blocks)]  # as equal as can be
+    return torch.cat([layer(part) for part in x.split(sizes)])
 
 
 def gate_norm_linear(x: Tensor, z: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:

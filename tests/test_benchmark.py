@@ -54,7 +54,7 @@ def test_operations_are_those_that_torch_counts(
     part: str, axis: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssd, "SPAN", 1e9)  # one level: how many there are depends on the data
-    case = Case(part, axis, 3.0, "float32", mode, "chunked")
+    case = Case(part, axis, 6.0, "float32", mode, "chunked")
     job = benchmark.prepare(case, SMALL)
     with FlopCounterMode(display=False) as counter:
         job()
