@@ -26,6 +26,7 @@ import torch
 from cycler import cycler
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
 from torch import Tensor
 from tqdm import tqdm
 
@@ -292,6 +293,59 @@ def images(
         if shared:
             figure.colorbar(image, ax=axes[0].tolist(), label=colour_label)
         axes[0, 0].set_ylabel(ylabel)
+    return figure
+
+
+def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
+    """Features as a block of three axes, cut into the strips that a layer reads; one of them is outlined.
+
+    Seen are the sides that face the reader: all bands and frames of the first feature in front, all features of the
+    last band on top, and of the last frame on the right.
+
+    Args:
+        x: (t, k, d).
+        cuts: for each block along what it is cut, `time` or `band`.
+        strip: the outlined one: a band where it is cut along time, else a frame.
+
+    Raises:
+        ValueError: for another cut.
+    """
+    frames, many, _ = x.shape
+    width, high, (right, up) = 3.2, 1.6, (0.9, 0.55)  # of the front, and how far its back lies to the right and up
+    corner = np.array([[0, 0], [width, 0], [0, high]])  # where a side begins; its two edges
+    sides = (
+        (x[:, :, 0].T, corner[0], (width, 0), (0, high)),
+        (x[:, -1, :].T, corner[2], (width, 0), (right, up)),
+        (x[-1, :, :], corner[1], (right, up), (0, high)),
+    )
+    size = float(x.abs().quantile(0.98))
+    with _figure(1, len(cuts), 7.5, 2.7) as (figure, axes):
+        for axis, cut in zip(axes[0], cuts, strict=True):
+            if cut not in ("time", "band"):
+                raise ValueError(f"cut={cut!r} must be 'time' or 'band'")
+            count = many if cut == "time" else frames
+            for values, origin, across, upwards in sides:
+                place = Affine2D.from_values(*across, *upwards, *origin) + axis.transData
+                options: dict[str, Any] = {"extent": (0, 1, 0, 1), "origin": "lower", "aspect": "auto"}
+                axis.imshow(values, **options, vmin=-size, vmax=size, interpolation="nearest", transform=place)
+
+            def edges(share: float, cut: str = cut) -> np.ndarray:
+                """Where a cut runs over two sides: three corners of it, (3, 2)."""
+                if cut == "time":
+                    return np.array([(0, share * high), (width, share * high), (width + right, share * high + up)])
+                return np.array([(share * width, 0), (share * width, high), (share * width + right, high + up)])
+
+            for i in range(1, count):
+                axis.plot(*edges(i / count).T, color="white", linewidth=0.5)
+            outline = np.concatenate([edges(strip / count), edges((strip + 1) / count)[::-1], edges(strip / count)[:1]])
+            axis.plot(*outline.T, color=COLOURS[4], linewidth=1.8)
+            strips = f"{many} strips of {frames} frames" if cut == "time" else f"{frames} strips of {many} bands"
+            axis.set(title=f"along {'time' if cut == 'time' else 'bands'}: {strips}", aspect="equal")
+            axis.set(xlim=(-0.25, width + right + 0.1), ylim=(-0.3, high + up + 0.1))
+            axis.axis("off")
+            axis.text(width / 2, -0.08, "frame →", ha="center", va="top")
+            axis.text(-0.08, high / 2, "band →", ha="right", va="center", rotation=90)
+            axis.text(width + right / 2 + 0.12, up / 2 - 0.08, "feature →", ha="left", va="center", rotation=31)
     return figure
 
 

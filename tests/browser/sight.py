@@ -12,12 +12,13 @@ from playwright.sync_api import BrowserContext
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 
-# axe-core walks through every element there is. Where many are made alike, three stay on the page and stand for the rest:
-# modules, members of a module and of a class, entries of the index and of the contents to both sides of the text, and
-# colours of code. Formulas are MathJax's, some elements for every letter, and go.
-THREE = """document.querySelectorAll(`dl.py:nth-of-type(n+4), section:has(> dl.py):nth-of-type(n+4),
-        .genindextable li:nth-of-type(n+4),
-        .bd-sidebar-primary li:nth-of-type(n+4), .bd-sidebar-secondary li:nth-of-type(n+4)`).forEach(one => one.remove());
+# axe-core walks through every element there is. Where many are made alike, three stay and stand for the rest: modules,
+# members of a module and of a class, entries of the index and of the contents to both sides of the text, and colours of
+# code. Formulas are MathJax's, some elements for every letter, and go.
+THREE = """
+    for (const many of ["dl.py", "section:has(> dl.py)", ".genindextable li", ".bd-sidebar-primary li",
+                        ".bd-sidebar-secondary li"])
+        document.querySelectorAll(`${many}:nth-of-type(n+4)`).forEach(one => one.remove());
     document.querySelectorAll("mjx-container").forEach(one => one.replaceChildren());
     const met = {};
     document.querySelectorAll("div.highlight pre span").forEach(one => {

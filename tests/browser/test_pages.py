@@ -11,7 +11,7 @@ import pytest
 import yaml
 from links import SITE, addresses, broken, pages
 from playwright.sync_api import BrowserContext, Page
-from sight import Sight, look
+from sight import look
 
 # What the theme does and we cannot mend from outside: page → (rule of axe-core, selector) → why.
 THEME = {
