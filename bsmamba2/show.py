@@ -326,8 +326,9 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
             count = many if cut == "time" else frames
             for values, origin, across, upwards in sides:
                 place = Affine2D.from_values(*across, *upwards, *origin) + axis.transData
-                options: dict[str, Any] = {"extent": (0, 1, 0, 1), "origin": "lower", "aspect": "auto"}
-                axis.imshow(values, **options, vmin=-size, vmax=size, interpolation="nearest", transform=place)
+                options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "nearest", "aspect": "auto"}
+                extent = (0, 1, 0, 1)
+                axis.imshow(np.asarray(values), **options, extent=extent, origin="lower", transform=place)
 
             def edges(share: float, cut: str = cut) -> np.ndarray:
                 """Where a cut runs over two sides: three corners of it, (3, 2)."""
