@@ -1,5 +1,5 @@
 # make book    the rendered book, at _build/html/index.html
-# make test    style, types, tests, and every chapter run once more
+# make test    style, types, tests, labs, pages; and the chapters, where they have changed since
 # make lab     JupyterLab on the chapters
 # make help    the other targets
 #

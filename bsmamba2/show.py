@@ -310,38 +310,39 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
     Raises:
         ValueError: for another cut.
     """
+    for cut in cuts:
+        if cut not in ("time", "band"):
+            raise ValueError(f"cut={cut!r} must be 'time' or 'band'")
     frames, many, _ = x.shape
     width, high, (right, up) = 3.2, 1.6, (0.9, 0.55)  # of the front, and how far its back lies to the right and up
-    corner = np.array([[0, 0], [width, 0], [0, high]])  # where a side begins; its two edges
-    sides = (
-        (x[:, :, 0].T, corner[0], (width, 0), (0, high)),
-        (x[:, -1, :].T, corner[2], (width, 0), (right, up)),
-        (x[-1, :, :], corner[1], (right, up), (0, high)),
+    sides = (  # numbers, where they begin, and where their rows and columns lead
+        (x[:, :, 0].T, (0, 0), (width, 0), (0, high)),
+        (x[:, -1, :].T, (0, high), (width, 0), (right, up)),
+        (x[-1, :, :], (width, 0), (right, up), (0, high)),
     )
     size = float(x.abs().quantile(0.98))
+    options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "nearest", "aspect": "auto"}
+
+    def edges(cut: str, share: float) -> np.ndarray:
+        """Where a cut runs over two sides: three corners of it, (3, 2)."""
+        if cut == "time":
+            return np.array([(0, share * high), (width, share * high), (width + right, share * high + up)])
+        return np.array([(share * width, 0), (share * width, high), (share * width + right, high + up)])
+
     with _figure(1, len(cuts), 7.5, 2.7) as (figure, axes):
         for axis, cut in zip(axes[0], cuts, strict=True):
-            if cut not in ("time", "band"):
-                raise ValueError(f"cut={cut!r} must be 'time' or 'band'")
-            count = many if cut == "time" else frames
             for values, origin, across, upwards in sides:
                 place = Affine2D.from_values(*across, *upwards, *origin) + axis.transData
-                options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "nearest", "aspect": "auto"}
-                extent = (0, 1, 0, 1)
-                axis.imshow(np.asarray(values), **options, extent=extent, origin="lower", transform=place)
-
-            def edges(share: float, cut: str = cut) -> np.ndarray:
-                """Where a cut runs over two sides: three corners of it, (3, 2)."""
-                if cut == "time":
-                    return np.array([(0, share * high), (width, share * high), (width + right, share * high + up)])
-                return np.array([(share * width, 0), (share * width, high), (share * width + right, high + up)])
-
+                axis.imshow(np.asarray(values), **options, extent=(0, 1, 0, 1), origin="lower", transform=place)
+            if cut == "time":
+                count, title = many, f"along time: {many} strips of {frames} frames"
+            else:
+                count, title = frames, f"along bands: {frames} strips of {many} bands"
             for i in range(1, count):
-                axis.plot(*edges(i / count).T, color="white", linewidth=0.5)
-            outline = np.concatenate([edges(strip / count), edges((strip + 1) / count)[::-1], edges(strip / count)[:1]])
-            axis.plot(*outline.T, color=COLOURS[4], linewidth=1.8)
-            strips = f"{many} strips of {frames} frames" if cut == "time" else f"{frames} strips of {many} bands"
-            axis.set(title=f"along {'time' if cut == 'time' else 'bands'}: {strips}", aspect="equal")
+                axis.plot(*edges(cut, i / count).T, color="white", linewidth=0.5)
+            near, far = edges(cut, strip / count), edges(cut, (strip + 1) / count)
+            axis.plot(*np.concatenate([near, far[::-1], near[:1]]).T, color=COLOURS[4], linewidth=1.8)
+            axis.set(title=title, aspect="equal")
             axis.set(xlim=(-0.25, width + right + 0.1), ylim=(-0.3, high + up + 0.1))
             axis.axis("off")
             axis.text(width / 2, -0.08, "frame →", ha="center", va="top")

@@ -47,12 +47,15 @@ def test_a_run_on_files_that_was_stopped_goes_on_and_leaves_a_model_that_separat
     parameters = {"data": str(tmp_path / "data"), "schedule": "constant", "held_out_songs": 1, "validation_windows": 1}
     stopped = Recipe.from_mapping({**SHORT, **parameters, "steps": 1, "output_dir": str(tmp_path / "run")})
     windows = stopped.windows()
-    first = next(iter(stopped.start(*windows).steps(stopped.batches(windows[0]))))
+    (first,) = stopped.start(*windows).steps(stopped.batches(windows[0]))
+    run = tmp_path / "run"
+    before = (run / "steps.jsonl").read_text().splitlines()
     done = papermill(tmp_path, **parameters)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
-    steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    lines = (run / "steps.jsonl").read_text().splitlines()
+    assert lines[:1] == before  # with the seconds that it took: it was not run again
+    steps = [json.loads(line) for line in lines]
     assert [step["number"] for step in steps] == [first.number, 2] == [1, 2]
     assert steps[0]["loss"] == summary["loss_first"] == first.loss > 0
     assert summary["usdr"]["silence"] == pytest.approx(0)

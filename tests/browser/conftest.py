@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from links import SITE
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from sight import DESK
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 # Nothing but this machine has a name: whatever a page asks for elsewhere fails, and is told.
@@ -83,15 +84,15 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def readers(browser: Browser) -> Iterator[BrowserContext]:
-    """What the pages are opened in: in the light, without motion."""
-    context = browser.new_context(color_scheme="light", reduced_motion="reduce")
+    """What the pages are opened in: at a desk, in the light, without motion."""
+    context = browser.new_context(viewport=DESK, color_scheme="light", reduced_motion="reduce")
     yield context
     context.close()
 
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(viewport=DESK)
     context.set_default_timeout(20_000)
     yield context.new_page()
     context.close()

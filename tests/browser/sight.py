@@ -71,12 +71,11 @@ def look(readers: BrowserContext, address: str) -> Sight:
     """Open a page and tell what is seen.
 
     Args:
-        readers: a browser's context; pages of one share what they have loaded, as a reader's do.
+        readers: a browser's context of a desk's size; its pages share what they have loaded, as a reader's do.
         address: of the page.
     """
     sight = Sight()
     page = readers.new_page()
-    page.set_viewport_size(DESK)
     page.on("console", lambda message: sight.console.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: sight.console.append(str(error)))
     page.on("response", lambda reply: sight.missing.append(reply.url) if reply.status >= 400 else None)

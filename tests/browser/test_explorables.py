@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page
+from sight import DESK
 
 SLIDERS = {
     "bands": ["Number of bands"],
@@ -18,7 +19,7 @@ SLIDERS = {
 
 @pytest.fixture(scope="module")
 def opened(book: str, browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context = browser.new_context(viewport=DESK)
     page = context.new_page()
     page.goto(f"{book}/book/explore.html")
     drawn = "[...document.querySelectorAll('.explorable .drawing')].every(box => box.querySelector('svg, img'))"
@@ -30,7 +31,7 @@ def opened(book: str, browser: Browser) -> Iterator[Page]:
 @pytest.fixture
 def explore(opened: Page) -> Page:
     """The page with its sliders where they were in the beginning."""
-    opened.set_viewport_size({"width": 1280, "height": 900})
+    opened.set_viewport_size(DESK)
     opened.eval_on_selector_all(
         ".explorable input",
         "all => all.forEach(one => { one.value = one.defaultValue; one.dispatchEvent(new Event('input')) })",
