@@ -1,5 +1,5 @@
 # make book    the rendered book, at _build/html/index.html
-# make test    style, types, tests, labs, pages; and the chapters, where they have changed since
+# make test    style, types, tests, pages in a browser; and the book, where something has changed since
 # make lab     JupyterLab on the chapters
 # make help    the other targets
 #
@@ -27,30 +27,43 @@ RESULT := book/results/first_run.ipynb
 export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
-# Tests run side by side, one process and one thread for each processor core.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
-NBVAL := $(PARALLEL) --dist loadfile --nbval-lax --nbval-cell-timeout=300
+# One target after the other, and each takes all cores. With --jobs there are several at a time, and each takes one core:
+# `make --jobs=2 book test` keeps two cores busy to the end, and training loses nothing by waiting for a second thread.
+ONE = $(filter -j%,$(MAKEFLAGS))
+THREAD = $(if $(ONE),OMP_NUM_THREADS=1)
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(if $(ONE),0,logical)
+NBVAL = JUPYTERCACHE=$(CURDIR)/_build/.jupyter_cache $(PARALLEL) --dist loadfile --nbval-lax --nbval-cell-timeout=300
 
-CACHE := $(CURDIR)/_build/.jupyter_cache
-# Touched when every chapter has been run with this code, and gave what it should.
-RUN := _build/chapters-run
+# Chapters and labs run as soon as what they read is there: most of them at once, those that read what the training run
+# has left after it. These are touched when all of them have been run with this code, and gave what they should.
+AFTER := $(shell grep -l results/first_run/ $(CHAPTERS) $(LABS))
+BEFORE := $(filter-out $(AFTER),$(CHAPTERS) $(LABS))
+RUN_BEFORE := _build/run-before-training
+RUN_AFTER := _build/run-after-training
 # The last first: the longest chapters are not among the first, and two processes then end at about the same time.
 reverse = $(if $1,$(call reverse,$(wordlist 2,$(words $1),$1)) $(firstword $1))
+# Of the notebooks $1, those that have changed; all, where something else has.
+stale = $(call reverse,$(if $(filter-out $1,$?),$1,$(filter $1,$?)))
+
+BOOK := _build/html/index.html
+# What the pages are made of, besides chapters.
+PAGES := $(wildcard _config.yml _toc.yml *.md book/*.md book/*.bib book/_ext/*.py book/_static/* book/data/* book/data/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab train bench lint unit kernels chapters browser format clean
+.PHONY: help env book test lab train bench lint unit kernels chapters browser pages labs format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book      build the book: _build/html/index.html'
-	@echo 'make test      lint, unit, kernels, chapters and browser: everything that CI runs besides the book'
+	@echo 'make test      lint, kernels, unit, chapters and browser, and the book for them'
+	@echo 'make --jobs=2 book test    both on two cores, side by side: what CI runs'
 	@echo 'make lab       open the chapters in JupyterLab'
 	@echo 'make train     the training run that the book shows, if it is absent or older than the code'
 	@echo 'make bench     time the model part by part on this machine: book/results/benchmark'
 	@echo 'make lint      style, types and workflows'
 	@echo 'make unit      the tests in tests/'
 	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
-	@echo 'make chapters  run each chapter and compare its tagged outputs'
+	@echo 'make chapters  run the chapters and labs that have changed, and compare their tagged outputs'
 	@echo 'make browser   look at the built book and the labs in Chromium, as a reader would'
 	@echo 'make format    put code and chapters into the committed style'
 	@echo 'make env       only the environment, in .venv'
@@ -87,7 +100,7 @@ train: $(RESULT)
 # progress bar is one line for each of its steps in a stored notebook; coalescing leaves the last.
 $(RESULT): notebooks/train.ipynb $(PARAMS) $(MODULE) | $(ENV)
 	@mkdir -p _build $(@D)
-	$(BIN)/papermill notebooks/train.ipynb _build/first_run.ipynb -f $(PARAMS) || { \
+	$(THREAD) $(BIN)/papermill notebooks/train.ipynb _build/first_run.ipynb -f $(PARAMS) || { \
 	  echo 'The training notebook failed; what it did until then is in _build/first_run.ipynb' >&2; exit 1; }
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace --coalesce-streams _build/first_run.ipynb
 	rm -f $(@D)/first_run/state-*.pt
@@ -103,17 +116,25 @@ bench: $(ENV)
 
 # --- book -------------------------------------------------------------------------------------------------
 
-book: $(ENV) $(RESULT) $(RUN)
-	$(BIN)/jupyter-book build . --all -n -W --keep-going
-	@echo 'The book is at _build/html/index.html'
+book: $(BOOK)
 
-# Each chapter is run once, by nbval, side by side with the next; what it gave is kept in the cache that Jupyter Book
-# reads (book/conftest.py). The cache is keyed on the cells alone: when the module, the training run or the environment is
-# newer, its outputs belong to other code, and all chapters are run; else those that have changed.
-$(RUN): $(CHAPTERS) $(MODULE) $(RESULT) $(ENV) $(wildcard book/*.py book/data/*.json)
+$(BOOK): $(RUN_BEFORE) $(RUN_AFTER) $(RESULT) $(PAGES)
+	$(BIN)/jupyter-book build . --all -n -W --keep-going
+	@echo 'The book is at $(BOOK)'
+
+# Each chapter is run once, by nbval, and what it gave is kept in the cache that Jupyter Book reads (book/conftest.py).
+# The cache is keyed on the cells alone: when the module, the training run or the environment is newer, what is there
+# belongs to other code, and all are run; else those that have changed.
+RUNS_WITH := $(MODULE) $(ENV) $(wildcard book/*.py book/data/*.json)
+
+$(RUN_BEFORE): $(BEFORE) $(RUNS_WITH)
 	@mkdir -p $(@D)
-	$(if $(filter-out $(CHAPTERS),$?),rm -rf $(CACHE))
-	JUPYTERCACHE=$(CACHE) $(NBVAL) $(call reverse,$(if $(filter-out $(CHAPTERS),$?),$(CHAPTERS),$(filter $(CHAPTERS),$?)))
+	$(NBVAL) $(call stale,$(BEFORE))
+	@touch $@
+
+$(RUN_AFTER): $(AFTER) $(RUNS_WITH) $(RESULT)
+	@mkdir -p $(@D)
+	$(NBVAL) $(call stale,$(AFTER))
 	@touch $@
 
 lab: $(ENV) $(RESULT)
@@ -121,10 +142,7 @@ lab: $(ENV) $(RESULT)
 
 # --- checks -----------------------------------------------------------------------------------------------
 
-# The first two take one core each, the others all there are.
-test: $(ENV)
-	$(MAKE) --no-print-directory --jobs=2 lint kernels
-	$(MAKE) --no-print-directory unit chapters browser
+test: lint kernels unit chapters browser
 
 lint: $(ENV)
 	$(BIN)/ruff check
@@ -140,19 +158,22 @@ unit: $(ENV)
 # In a process of their own: the interpreter's switches hold for all of it. Triton is there on Linux only.
 ifeq ($(shell uname -s),Linux)
 kernels: $(KERNELS)
-	$(BIN)/pytest tests/kernels
+	$(THREAD) $(BIN)/pytest tests/kernels
 else
 kernels:
 	@echo 'Not run: the tests of the fused kernels need Triton, which comes with torch on Linux.'
 endif
 
-# Those of the book were run with it, if it is there.
-chapters: $(ENV) $(RESULT) $(RUN)
-	$(NBVAL) $(LABS)
+chapters: $(RUN_BEFORE) $(RUN_AFTER)
 
-# What `make book` left behind, and the labs in a JupyterLab of their own. Tells what it skips without a book or Chromium.
-browser: $(ENV)
-	$(PARALLEL) --dist worksteal tests/browser
+# In Chromium, and told to be skipped without: every page of the built book, and the labs in a JupyterLab of their own.
+browser: pages labs
+
+pages: $(BOOK)
+	$(PARALLEL) --dist worksteal tests/browser --ignore=tests/browser/test_lab.py
+
+labs: $(RESULT)
+	$(PARALLEL) --dist worksteal tests/browser/test_lab.py
 
 format: $(ENV)
 	$(BIN)/ruff check --fix

@@ -103,7 +103,7 @@ def _mean_modulus(signals: Tensor, window: int, hop: int, wanted: bool) -> tuple
     mean = modulus.mean()
     if not wanted:
         return mean, None
-    spectrum /= modulus.clamp_(min=torch.finfo(modulus.dtype).tiny)
+    spectrum *= modulus.clamp_(min=torch.finfo(modulus.dtype).tiny).reciprocal_()  # a division takes five times as long
     spectrum[..., 1:-1] *= 0.5  # `irfft` counts every bin but the first and last twice
     back = torch.fft.irfft(spectrum, n_fft, norm="forward")[..., :window] * (hann / modulus.numel())
 

@@ -575,9 +575,11 @@ def test_a_type_that_the_processor_lacks_is_told(
     assert kernels.slower_than_float32(CPU, torch.bfloat16) == 13
     monkeypatch.undo()
     soundfile.write(tmp_path / "song.wav", torch.zeros(4410, 2).numpy(), 44_100)
+    save_checkpoint(BSMamba2(TINY), tmp_path / "tiny.safetensors")
     for longer, expected in ((13.0, "13 times as long"), (0.5, "")):
         monkeypatch.setattr(kernels, "slower_than_float32", lambda device, dtype, longer=longer: longer)
         command = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / f"{longer}"), "--dtype", "bfloat16"]
+        command += ["--checkpoint", str(tmp_path / "tiny.safetensors")]
         assert main(command) == 0
         said = capsys.readouterr().err
         assert expected in said
