@@ -27,12 +27,15 @@ RESULT := book/results/first_run.ipynb
 export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
-# One target after the other, and each takes all cores. With --jobs there are several at a time, and each takes one core:
-# `make --jobs=2 book test` keeps two cores busy to the end, and training loses nothing by waiting for a second thread.
+# One target after the other, and each takes all cores. With --jobs there are several at a time: then training takes one
+# core, and so does what runs beside it, and all cores what comes after. `make --jobs=2 book test` is never idle.
 ONE = $(filter -j%,$(MAKEFLAGS))
 THREAD = $(if $(ONE),OMP_NUM_THREADS=1)
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(if $(ONE),0,logical)
-NBVAL = JUPYTERCACHE=$(CURDIR)/_build/.jupyter_cache $(PARALLEL) --dist loadfile --nbval-lax --nbval-cell-timeout=300
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PARALLEL := $(PYTEST) -n logical
+BESIDE = $(PYTEST) -n $(if $(ONE),0,logical)
+NBVAL := --dist loadfile --nbval-lax --nbval-cell-timeout=300
+CACHE := JUPYTERCACHE=$(CURDIR)/_build/.jupyter_cache
 
 # Chapters and labs run as soon as what they read is there: most of them at once, those that read what the training run
 # has left after it. These are touched when all of them have been run with this code, and gave what they should.
@@ -86,11 +89,6 @@ $(ENV): pyproject.toml
 	$(BIN)/python -m pip check
 	@touch $@
 
-$(KERNELS): $(ENV)
-	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
-	  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)'
-	@touch $@
-
 # --- training run -----------------------------------------------------------------------------------------
 
 train: $(RESULT)
@@ -129,12 +127,12 @@ RUNS_WITH := $(MODULE) $(ENV) $(wildcard book/*.py book/data/*.json)
 
 $(RUN_BEFORE): $(BEFORE) $(RUNS_WITH)
 	@mkdir -p $(@D)
-	$(NBVAL) $(call stale,$(BEFORE))
+	$(CACHE) $(BESIDE) $(NBVAL) $(call stale,$(BEFORE))
 	@touch $@
 
 $(RUN_AFTER): $(AFTER) $(RUNS_WITH) $(RESULT)
 	@mkdir -p $(@D)
-	$(NBVAL) $(call stale,$(AFTER))
+	$(CACHE) $(PARALLEL) $(NBVAL) $(call stale,$(AFTER))
 	@touch $@
 
 lab: $(ENV) $(RESULT)
@@ -153,11 +151,14 @@ lint: $(ENV)
 	$(BIN)/zizmor --offline --no-progress --config .github/zizmor.yml .github/workflows
 
 unit: $(ENV)
-	$(PARALLEL) --dist worksteal tests
+	$(BESIDE) --dist worksteal tests
 
 # In a process of their own: the interpreter's switches hold for all of it. Triton is there on Linux only.
 ifeq ($(shell uname -s),Linux)
-kernels: $(KERNELS)
+kernels: $(ENV)
+	@test $(KERNELS) -nt $(ENV) || { MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)' && \
+	  touch $(KERNELS); }
 	$(THREAD) $(BIN)/pytest tests/kernels
 else
 kernels:
@@ -173,7 +174,7 @@ pages: $(BOOK)
 	$(PARALLEL) --dist worksteal tests/browser --ignore=tests/browser/test_lab.py
 
 labs: $(RESULT)
-	$(PARALLEL) --dist worksteal tests/browser/test_lab.py
+	$(BESIDE) --dist worksteal tests/browser/test_lab.py
 
 format: $(ENV)
 	$(BIN)/ruff check --fix
