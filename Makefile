@@ -173,7 +173,8 @@ browser: pages labs
 pages: $(BOOK)
 	$(PARALLEL) --dist worksteal tests/browser --ignore=tests/browser/test_lab.py
 
-labs: $(RESULT)
+# After the book, which the pages wait for.
+labs: $(RESULT) | $(BOOK)
 	$(BESIDE) --dist worksteal tests/browser/test_lab.py
 
 format: $(ENV)
