@@ -28,7 +28,7 @@ export MALLOC_MMAP_THRESHOLD_ := 8000000000
 export MALLOC_TRIM_THRESHOLD_ := 8000000000
 
 # One target after the other, and each takes all cores. With --jobs there are several at a time: then training takes one
-# core, and so does what runs beside it, and all cores what comes after. `make --jobs=2 book test` is never idle.
+# core, and so does what runs beside it, and all cores what comes after: `make --jobs=2 book test`.
 ONE = $(filter -j%,$(MAKEFLAGS))
 THREAD = $(if $(ONE),OMP_NUM_THREADS=1)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
@@ -50,7 +50,7 @@ stale = $(call reverse,$(if $(filter-out $1,$?),$1,$(filter $1,$?)))
 
 BOOK := _build/html/index.html
 # What the pages are made of, besides chapters.
-PAGES := $(wildcard _config.yml _toc.yml *.md book/*.md book/*.bib book/_ext/*.py book/_static/* book/data/* book/data/*/*)
+PAGES := $(wildcard _config.yml _toc.yml CONTRIBUTING.md book/*.md book/*.bib book/_ext/*.py book/_static/* book/data/* book/data/*/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help env book test lab train bench lint unit kernels chapters browser pages labs format clean
@@ -155,6 +155,7 @@ unit: $(ENV)
 
 # In a process of their own: the interpreter's switches hold for all of it. Triton is there on Linux only.
 ifeq ($(shell uname -s),Linux)
+# Installed by the recipe: while a target of its own would be made, make starts the long tests in the place of these.
 kernels: $(ENV)
 	@test $(KERNELS) -nt $(ENV) || { MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 	  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)' && \

@@ -76,6 +76,14 @@ def test_a_run_on_files_that_was_stopped_goes_on_and_leaves_a_model_that_separat
     torch.testing.assert_close(torch.from_numpy(vocals.T.copy()), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_bad_parameter_stops_the_notebook_at_once(tmp_path: Path) -> None:
+    done = papermill(tmp_path, stepz=3)
+    assert done.returncode != 0
+    assert "stepz" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 CHECKED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "train": [
         ({"lr": "3e-3"}, "lr='3e-3'"),
