@@ -433,7 +433,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="segments computed at once (1)")
     parser.add_argument(
         "--compile", action="store_true",
-        help="on a CPU: compile the loops between matrix products, half a minute once, for long songs and large models",
+        help="on a CPU: build the mixer's own kernel, ten seconds once, for long songs and large models",
     )  # fmt: skip
 
 

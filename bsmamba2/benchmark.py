@@ -50,7 +50,7 @@ from .tracks import FileTrack
 PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BACKENDS = ("chunked", "matrix", "recurrent", "fused")
+BACKENDS = ("chunked", "matrix", "recurrent", "native", "fused")
 PEERS = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
@@ -94,7 +94,7 @@ class Settings:
         preset: size of the model.
         sequences: that the scan and the convolution read at once; 16 are what the published model hands them.
         peers: of `PEERS`; those that cannot be imported are listed as not run.
-        compile: also with the loops between matrix products compiled, `loops.compiled`; without gradients only.
+        compile: also the chunked form with the loops between matrix products compiled; without gradients only.
         checkpointing: compute the model's layers again in its backward pass.
         limit: seconds that one run may take; a longer one is listed as not run.
         memory: gigabytes that one run may take beyond its inputs, on a CPU under Linux.
@@ -232,8 +232,8 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
             continue
         for axis in ("time", "band") if part == "mixer" else ("",):
             names = contestants(settings, part)
-            if mode == BACKWARD:  # loops are compiled without gradients only
-                names = [name for name in names if not name.endswith(COMPILED)]
+            if mode == BACKWARD:  # what is compiled has no gradients
+                names = [name for name in names if not _compiled(name)]
             yield [Case(part, axis, seconds, dtype, mode, name) for name in names]
 
 
@@ -253,12 +253,16 @@ def contestants(settings: Settings, part: str) -> list[str]:
     }[part]
 
 
+def _compiled(contestant: str) -> bool:
+    return contestant.endswith(COMPILED) or contestant == "native"
+
+
 def obstacle(case: Case, settings: Settings) -> str:
     """Why a contestant cannot take part here at all; empty when it can."""
     peer = case.contestant.partition(",")[0]
     if peer in PEERS and importlib.util.find_spec(peer) is None:
         return f"not installed: {PEERS[peer][0]}"
-    name = {"fused": "fused", "causal-conv1d": "conv"}.get(case.contestant)
+    name = {"native": "native", "fused": "fused", "causal-conv1d": "conv"}.get(case.contestant)
     if name:
         found = {row.name: row for row in kernels.backends(torch.device(settings.device), DTYPES[case.dtype])}[name]
         return "" if found.usable else f"{found.why}. To mend this: {found.mend}"
@@ -379,7 +383,7 @@ def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], c
         return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
 
     def forward() -> Tensor:
-        with torch.inference_mode(), precision(), loops.compiled(case.contestant.endswith(COMPILED)):
+        with torch.inference_mode(), precision(), loops.compiled(_compiled(case.contestant)):
             return run(x)
 
     def backward() -> Tensor:

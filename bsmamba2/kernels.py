@@ -1,8 +1,10 @@
 """Which scan runs: ours, or a fused GPU kernel where one was seen to work.
 
     recurrent, matrix, chunked   `bsmamba2.ssd`, on every device
+    native                       `bsmamba2.native`, C++ on a CPU, without gradients
     fused                        mamba-ssm's Triton kernels, on a CUDA device
-    auto                         fused where a trial run agreed with ours, else chunked
+    auto                         on a CUDA device fused, on a CPU native within `loops.compiled`, each where a trial run
+                                 agreed with ours; else chunked
 
 mamba-ssm and causal-conv1d are optional, each without the other, and imported when first needed. What
 decides is where the tensor is and whether the kernel gave the right numbers there, never that an import
@@ -20,9 +22,7 @@ import importlib.util
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import ssd
+from . import loops, native, ssd
+from .trials import Backend, BackendError, refuse, say_once, trial
 
 Convolution = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """SiLU of a causal convolution, with the arguments of `conv_silu`."""
@@ -54,41 +55,10 @@ HINTS = {  # word in an import error: mend
 # Largest error of a trial run, relative to float64 in the Euclidean norm. Rounding the inputs alone gives a third of
 # it: bfloat16 has 8 bits, and the kernels multiply float32 in TF32, which has 11, where a GPU can.
 TOLERANCE = {torch.float32: 3e-3, torch.float16: 5e-3, torch.bfloat16: 1.2e-2}
-
-
-class BackendError(RuntimeError):
-    """A kernel that cannot run here.
-
-    Attributes:
-        why: what is wrong.
-        mend: what would make it usable.
-    """
-
-    def __init__(self, why: str, mend: str) -> None:
-        super().__init__(why, mend)
-        self.why, self.mend = why, mend
-
-    def __str__(self) -> str:
-        return f"{self.why}. To mend this: {self.mend}"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One line of `backends`.
-
-    Attributes:
-        name: of the scan, or `conv` for the convolution.
-        usable: on the device that was asked about.
-        version: package and version, or a dash.
-        why: it is usable, or not.
-        mend: what would make it usable; empty when it is.
-    """
-
-    name: str
-    usable: bool
-    version: str
-    why: str
-    mend: str = ""
+MENDS = (
+    "a build of the package and of Triton for this GPU and this torch; the chunked form runs meanwhile",
+    "another version of the package or of Triton; the chunked form runs meanwhile",
+)
 
 
 # --- choosing a scan --------------------------------------------------------------------------------------
@@ -119,18 +89,21 @@ def choose(scan: ssd.Scan | str) -> ssd.Scan:
     """The function of a name; a function is returned as it is.
 
     Args:
-        scan: "auto", "recurrent", "matrix", "chunked", "fused", or a function with `ssd`'s signature.
+        scan: "auto", "recurrent", "matrix", "chunked", "native", "fused", or a function with `ssd`'s signature.
 
     Raises:
         ValueError: for another name.
-        BackendError: for "fused" where mamba-ssm cannot be imported or there is no CUDA device.
+        BackendError: for "fused" where mamba-ssm cannot be imported or there is no CUDA device, for "native" where
+            it cannot be built.
     """
     if not isinstance(scan, str):
         return scan
     if scan not in SCANS:
         raise ValueError(f"scan={scan!r} must be one of {', '.join(map(repr, SCANS))}, or a function")
     if scan == "fused":
-        _refuse(_obstacles(scan_kernel))
+        refuse(_obstacles(scan_kernel))
+    if scan == "native":
+        native.operators()
     return SCANS[scan]
 
 
@@ -147,20 +120,26 @@ def auto(
 ) -> Any:
     """The scan that suits the device of x (`scan_for`). See `bsmamba2.ssd` for shapes."""
     scan = scan_for(x.device, x.dtype)
+    if scan is native.scan and native.misfits(x.device, x.dtype, x.shape[-1], B.shape[-1]):
+        scan = ssd.chunked
     return scan(x, dt, A, B, C, D, initial_state=initial_state, return_state=return_state)
 
 
 def scan_for(device: torch.device, dtype: torch.dtype) -> ssd.Scan:
-    """What `auto` runs for x on this device and of this type: `fused`, or `ssd.chunked`.
+    """What `auto` runs for x on this device and of this type: `fused`, `native.scan`, or `ssd.chunked`.
 
-    On a GPU without a working kernel one RuntimeWarning says why, and what would mend it.
+    Without a working kernel one RuntimeWarning says why, and what would mend it. On a CPU a kernel is wanted within
+    `loops.compiled` and without gradients only.
     """
-    if device.type != GPU:
+    if device.type == GPU:
+        fault, kernel, scan = scan_fault(device, dtype), "fused", fused
+    elif device.type == "cpu" and loops.wanted() and dtype in native.TOLERANCE:
+        fault, kernel, scan = native.fault(dtype), "native", native.scan
+    else:
         return ssd.chunked
-    fault = scan_fault(device, dtype)
     if fault is None:
-        return fused
-    _say_once(f"scan='auto' runs the chunked form instead of the fused kernel: {fault}")
+        return scan
+    say_once(f"scan='auto' runs the chunked form instead of the {kernel} kernel: {fault}")
     return ssd.chunked
 
 
@@ -211,7 +190,7 @@ def fused(
         ValueError: for shapes that do not fit.
     """
     ssd.check(x, dt, A, B, C, D, initial_state)
-    _refuse(_misfits(x.device, x.dtype))
+    refuse(_misfits(x.device, x.dtype))
     kernel = scan_kernel()
     b, t = x.shape[:2]
     chunk = SHORT_CHUNK if t <= 2 * SHORT_CHUNK else LONG_CHUNK
@@ -275,7 +254,7 @@ def convolution(
         return otherwise(x, weight, bias, before)
     fault = conv_fault(x.device, x.dtype)
     if fault is not None:
-        _say_once(f"the convolution runs without causal-conv1d: {fault}")
+        say_once(f"the convolution runs without causal-conv1d: {fault}")
         return otherwise(x, weight, bias, before)
     return conv_silu(x, weight, bias, before)
 
@@ -298,7 +277,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | N
     Raises:
         BackendError: when causal-conv1d cannot be imported, or does not take x or the weight.
     """
-    _refuse(_misfits(x.device, x.dtype) + _size_misfits(weight))
+    refuse(_misfits(x.device, x.dtype) + _size_misfits(weight))
     kernel = conv_kernel()
     if before is not None:
         return conv_silu(torch.cat((before, x)), weight, bias)[len(before) :]
@@ -423,22 +402,6 @@ def _obstacles(load: Callable[[], object]) -> list[BackendError]:
     return said
 
 
-def _refuse(obstacles: list[BackendError]) -> None:
-    if len(obstacles) == 1:
-        raise obstacles[0]
-    if obstacles:
-        raise BackendError("; ".join(each.why for each in obstacles), "; then ".join(each.mend for each in obstacles))
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-_said: set[str] = set()
-
-
 # --- trial runs -------------------------------------------------------------------------------------------
 
 
@@ -469,7 +432,7 @@ def scan_fault(device: torch.device, dtype: torch.dtype) -> BackendError | None:
         names = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "d initial state")
         return _errors(names, functools.partial(run, fused), functools.partial(run, ssd.recurrent), cast, device)
 
-    return _trial("the fused scan", tried, device, dtype)
+    return trial("the fused scan", tried, device, dtype, tolerance=TOLERANCE.get(dtype, 0.0), mends=MENDS)
 
 
 @functools.cache
@@ -487,37 +450,7 @@ def conv_fault(device: torch.device, dtype: torch.dtype) -> BackendError | None:
     def tried() -> dict[str, float]:
         return _errors(("y", "dx", "dweight", "dbias"), lambda parts: (conv_silu(*parts),), reference, inputs, device)
 
-    return _trial("causal-conv1d", tried, device, dtype)
-
-
-def _trial(
-    name: str, errors: Callable[[], dict[str, float]], device: torch.device, dtype: torch.dtype
-) -> BackendError | None:
-    """The fault that `errors` shows; none when it runs and every error is within the tolerance."""
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.autocast(device.type, enabled=False),
-        ):  # the first enables gradients, too
-            found = errors()
-    except BackendError as fault:
-        return fault
-    except Exception as error:
-        if _out_of_memory(error):
-            raise
-        said = f"{type(error).__name__}: {error}".strip()
-        return BackendError(
-            f"{name} fails on {device} in {dtype} ({said})",
-            "a build of the package and of Triton for this GPU and this torch; the chunked form runs meanwhile",
-        )
-    wrong = {part: error for part, error in found.items() if not error <= TOLERANCE[dtype]}
-    if not wrong:
-        return None
-    listed = ", ".join(f"{part} by {error:.1%}" for part, error in wrong.items())
-    return BackendError(
-        f"{name} gives wrong numbers on {device} in {dtype}: off the reference {listed}",
-        "another version of the package or of Triton; the chunked form runs meanwhile",
-    )
+    return trial("causal-conv1d", tried, device, dtype, tolerance=TOLERANCE.get(dtype, 0.0), mends=MENDS)
 
 
 def _errors(
@@ -543,11 +476,6 @@ def _errors(
     return {name: float((mine - right).norm() / right.norm()) for name, mine, right in pairs}
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Also where Triton or the driver reports it in words of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
 # --- what is there ----------------------------------------------------------------------------------------
 
 SCANS: dict[str, ssd.Scan] = {
@@ -555,6 +483,7 @@ SCANS: dict[str, ssd.Scan] = {
     "recurrent": ssd.recurrent,
     "matrix": ssd.matrix,
     "chunked": ssd.chunked,
+    "native": native.checked,
     "fused": checked,
 }
 
@@ -574,17 +503,28 @@ def backends(device: torch.device | None = None, dtype: torch.dtype = torch.floa
         Backend("matrix", True, ours, "runs on every device; memory grows with the square of the length"),
         Backend("chunked", True, ours, "runs on every device; time and memory grow with the length"),
     ]
+    trouble = native.fault(dtype)
+    rows.append(
+        Backend("native", True, ours, f"agrees with the reference on cpu in {dtype}; without gradients")
+        if trouble is None
+        else Backend("native", False, ours, trouble.why, trouble.mend)
+    )
     for name, package, load, fault in (
         ("fused", "mamba-ssm", scan_kernel, scan_fault),
         ("conv", "causal-conv1d", conv_kernel, conv_fault),
     ):
         try:
-            _refuse(_obstacles(load))
+            refuse(_obstacles(load))
             trouble = fault(device, dtype)
         except BackendError as error:
             trouble = error
         agrees = f"agrees with the reference on {device} in {dtype}"
         why, mend = (agrees, "") if trouble is None else (trouble.why, trouble.mend)
         rows.append(Backend(name, trouble is None, _version(package), why, mend))
-    chosen = "fused" if device.type == GPU and rows[3].usable else "chunked"
+    usable = {row.name for row in rows if row.usable}
+    chosen = "chunked"
+    if device.type == GPU:
+        chosen = "fused" if "fused" in usable else chosen
+    elif device.type == "cpu" and "native" in usable:
+        chosen = "chunked, and native with --compile"
     return [Backend("auto", True, "–", f"takes {chosen} on {device}"), *rows]

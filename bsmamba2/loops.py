@@ -44,6 +44,11 @@ def compiled(wanted: bool = True) -> Iterator[None]:
         _wanted = before
 
 
+def wanted() -> bool:
+    """Whether what may be compiled should be, here and now: within `compiled`, and without gradients."""
+    return _wanted and not torch.is_grad_enabled()
+
+
 def loop(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a function of tensors, elementwise but for the shapes, that `compiled` may compile."""
 
@@ -53,7 +58,7 @@ def loop(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not _wanted or _fault is not None or not _on_cpu(args) or torch.is_grad_enabled():
+        if not wanted() or _fault is not None or not _on_cpu(args):
             return function(*args, **kwargs)
         try:
             return quick()(*args, **kwargs)

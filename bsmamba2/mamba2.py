@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import kernels, ssd
+from . import kernels, loops, native, ssd
 from .loops import loop
 
 EPS = 1e-5  # of every RMS norm in the published model
@@ -26,6 +26,10 @@ PIECE = 128
 
 BLOCK = 2**20
 """Features, d for each frame of each sequence, that a layer reads at once on a CPU; half of it with gradients."""
+
+NATIVE_BLOCK = 15 * 2**20
+"""Of what the first projection gives, as much as the native kernel reads at once: 30 MB in bfloat16. The GNU C library
+keeps buffers up to 32 MB; larger ones it gives back after each use, and clears them when it asks for them again."""
 
 Memory = tuple[Tensor, Tensor]
 """What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
@@ -41,6 +45,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim)."""
+        if loops.wanted() and native.normalises(x):
+            return native.rms_norm(x, self.weight, EPS)
         return _rms_norm(x, self.weight)
 
 
@@ -55,7 +61,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, most: int | None = None) -> Tensor:
     """layer(x) for a layer that reads each sequence by itself, on a CPU a few sequences at a time.
 
     What the layer computes in between then stays in the processor's cache, where the whole batch would go through
@@ -64,10 +70,12 @@ def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Args:
         layer: (b, length, d) → (b, length, d).
         x: (b, length, d).
+        most: sequences at a time; by `BLOCK` when absent.
     """
     b, length, d = x.shape
-    features, frames = (BLOCK // 2, length) if torch.is_grad_enabled() else (BLOCK, min(length, PIECE))
-    most = max(1, features // (frames * d))
+    if most is None:
+        features, frames = (BLOCK // 2, length) if torch.is_grad_enabled() else (BLOCK, min(length, PIECE))
+        most = max(1, features // (frames * d))
     if x.device.type != "cpu" or b <= most:
         return layer(x)
     blocks = -(-b // most)
@@ -149,6 +157,9 @@ class Mamba2(nn.Module):
         """(b, t, d) → (b, t, d)."""
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.step(x)[0]
+        if self.kernel(x):
+            most = max(1, NATIVE_BLOCK // (x.shape[1] * sum(self.widths)))
+            return block_by_block(lambda part: self.step(part)[0], x, most)
         return block_by_block(self.in_pieces, x)
 
     def in_pieces(self, x: Tensor) -> Tensor:
@@ -172,6 +183,8 @@ class Mamba2(nn.Module):
         Returns:
             (b, t, d), and with `keep` the memory after it.
         """
+        if self.kernel(x):
+            return self.native_step(x, memory, keep)
         before, state = (None, None) if memory is None else memory
         # The frames come first in memory: (t, b, ...). A tap of the convolution is then a shift of whole rows, and the
         # heads of all sequences one batch for the scan.
@@ -193,6 +206,42 @@ class Mamba2(nn.Module):
         y = y.flatten(-2).transpose(0, 1)
         y = gate_norm_linear(y, z, self.norm, self.out_proj).transpose(0, 1)
         return y, memory if keep else None
+
+    def kernel(self, x: Tensor) -> bool:
+        """Whether the native kernel does what lies between the projections of x, instead of the steps one by one."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if self.scan is native.checked:
+            native.require(dtype)
+            return True
+        if self.scan is not kernels.auto or x.device.type != "cpu":
+            return False
+        fits = not native.misfits(x.device, dtype, self.head_width, self.inner_widths[1])
+        return fits and kernels.scan_for(x.device, dtype) is native.scan
+
+    def native_step(self, x: Tensor, memory: Memory | None, keep: bool) -> tuple[Tensor, Memory | None]:
+        """`step` with the native kernel."""
+        before, state = (None, None) if memory is None else (memory[0].transpose(0, 1), memory[1])
+        z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
+        dt = functional.softplus(dt.to(_wide(dt)) + self.dt_bias)
+        y, last = native.mix(
+            z,
+            xBC,
+            dt,
+            -self.A_log.exp(),
+            self.D,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            eps=EPS,
+            before=before,
+            initial_state=state,
+            return_state=keep,
+        )
+        y = functional.linear(y, self.out_proj.weight * self.norm.weight)
+        if last is None:
+            return y, None
+        before = xBC.new_zeros(len(xBC), self.past, xBC.shape[2]) if before is None else before
+        after = torch.cat((before, xBC[:, -self.past :]), dim=1)[:, -self.past :]
+        return y, (after.transpose(0, 1), last)
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None) -> Tensor:

@@ -1,0 +1,314 @@
+"""The native kernel: the numbers of the loop in float64 where it runs; elsewhere a word, and the chunked form."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bsmamba2 import BSMamba2, ModelConfig, kernels, loops, native, ssd, trials
+from bsmamba2.mamba2 import Mamba2, RMSNorm
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
+AMX = Path("/proc/cpuinfo").is_file() and "amx_bf16" in Path("/proc/cpuinfo").read_text()
+BOUND = native.TOLERANCE
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not AMX, reason="this CPU has no AMX")),
+]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def problem(t: int, h: int = 2, *, b: int = 2, p: int = 32, n: int = 32, dt: float = 0.1, decay: float = 8.0) -> list:
+    """x, dt, A, B, C, D and a first state; x, B and C are numbers of bfloat16."""
+    g = torch.Generator().manual_seed(t)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).bfloat16().float()
+
+    rates = -torch.rand(h, generator=g) * decay - 1e-3
+    steps, B, C = torch.rand(b, t, h, generator=g) * dt, normal(b, t, n), normal(b, t, n)
+    return [normal(b, t, h, p), steps, rates, B, C, normal(h), normal(b, h, p, n)]
+
+
+def assert_same(parts: list, dtype: torch.dtype, *, start: bool = True) -> None:
+    first = parts[6] if start else None
+    wide = [part.double() for part in parts[:6]]
+    y, state = ssd.recurrent(*wide, initial_state=None if first is None else first.double(), return_state=True)
+    narrow = [part.to(dtype) if i in (0, 3, 4) else part for i, part in enumerate(parts[:6])]
+    found, last = native.scan(*narrow, initial_state=first, return_state=True)
+    assert found.dtype == dtype
+    assert relative(found.double(), y) < BOUND[dtype]
+    assert relative(last.double(), state) < BOUND[dtype]
+    assert torch.equal(native.scan(*narrow, initial_state=first), found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [1, 2, 31, 64, 65, 130, 200])
+@pytest.mark.parametrize("start", [True, False])
+def test_agrees_with_the_loop(t: int, start: bool, dtype: torch.dtype) -> None:
+    assert_same(problem(t), dtype, start=start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("step", "decay"), [(1e-7, 8.0), (0.05, 0.0), (0.2, 30.0), (3.0, 100.0), (60.0, 100.0)])
+def test_from_no_decay_to_all_forgotten(step: float, decay: float, dtype: torch.dtype) -> None:
+    """The third and fourth have heads of both kinds: that share a product with G, and that need one of their own."""
+    assert_same(problem(150, 16, dt=step, decay=decay), dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    t=st.integers(1, 140),
+    h=st.integers(1, 5),
+    p=st.sampled_from([32, 64, 96]),
+    n=st.sampled_from([32, 64]),
+    step=st.floats(-6, 1.5),
+    decay=st.floats(-3, 2),
+    start=st.booleans(),
+)
+def test_any_size_and_decay(t: int, h: int, p: int, n: int, step: float, decay: float, start: bool) -> None:
+    assert_same(problem(t, h, p=p, n=n, dt=10**step, decay=10**decay), torch.float32, start=start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silence_stays_silence(dtype: torch.dtype) -> None:
+    parts = problem(70)
+    parts[0], parts[6] = torch.zeros_like(parts[0]).to(dtype), torch.zeros_like(parts[6])
+    parts[3:5] = (part.to(dtype) for part in parts[3:5])
+    y, state = native.scan(*parts[:6], initial_state=parts[6], return_state=True)
+    assert not y.any()
+    assert not state.any()
+
+
+def test_frames_may_lie_outermost() -> None:
+    parts = problem(70, b=3)
+    turned = [
+        part.transpose(0, 1).contiguous().transpose(0, 1) if i in (0, 1, 3, 4) else part for i, part in enumerate(parts)
+    ]
+    turned[2] = parts[2].repeat_interleave(2)[::2]
+    assert torch.equal(native.scan(*turned[:6]), native.scan(*parts[:6]))
+
+
+def test_what_is_no_number_stays_in_its_sequence_and_after_its_frame() -> None:
+    parts = problem(100, b=3)
+    clean = native.scan(*parts[:6])
+    for i in (0, 1, 3):
+        broken = [part.clone() for part in parts]
+        broken[i][1, 80] = torch.nan
+        y = native.scan(*broken[:6])
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+        assert y[1, 80:].isnan().any()
+        torch.testing.assert_close(y[1, :50], clean[1, :50])  # the chunk before
+
+
+# --- in a mixer -------------------------------------------------------------------------------------------
+
+
+def mixer(scan: ssd.Scan) -> Mamba2:
+    torch.manual_seed(0)
+    made = Mamba2(32, state=32, head_width=32, scan=scan).eval()
+    torch.nn.init.uniform_(made.norm.weight, 0.5, 1.5)
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [1, 2, 90, 300])
+def test_a_mixer_gives_the_same(t: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, t, 32)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = mixer(native.checked)(x)
+    expected = mixer(ssd.recurrent).double()(x.double())
+    assert relative(found.double(), expected) < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+
+
+def test_a_mixer_goes_on_from_either_memory() -> None:
+    x, plain, quick = torch.randn(3, 150, 32), mixer(ssd.chunked), mixer(native.checked)
+    whole = plain(x)
+    for first, second in ((quick, quick), (quick, plain), (plain, quick)):
+        for cut in (1, 2, 70):
+            y, memory = first.step(x[:, :cut], keep=True)
+            rest, _ = second.step(x[:, cut:], memory)
+            assert relative(torch.cat((y, rest), dim=1), whole) < 1e-5
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The type of what the kernel was run on, for each time."""
+    seen: list[torch.dtype] = []
+    mix = native.mix
+
+    def spied(z: Tensor, *args: object, **options: object) -> object:
+        seen.append(z.dtype)
+        return mix(z, *args, **options)
+
+    monkeypatch.setattr(native, "mix", spied)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_published_model_gives_its_reference(
+    published_model: BSMamba2, published: dict[str, Tensor], runs: list[torch.dtype], dtype: torch.dtype
+) -> None:
+    spectrogram = torch.view_as_complex(published["input.spectrogram"])
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32), loops.compiled():
+        found = published_model.apply_to_spectrogram(spectrogram)
+    assert set(runs) == {dtype}
+    bound = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert relative(torch.view_as_real(found), published["output.spectrogram"]) < bound
+
+
+def test_auto_takes_it_only_where_it_was_asked_for_and_fits(
+    runs: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "_fault", "not here")  # what it does not take runs as it is written
+    x, made = torch.randn(2, 5, 32), mixer(kernels.auto)
+    made(x)
+    with loops.compiled(False):
+        made(x)
+    with loops.compiled(), torch.enable_grad():
+        made(x).sum().backward()
+    odd = Mamba2(32, state=32, head_width=16, scan=kernels.auto)
+    with loops.compiled():
+        odd.double()(x.double())
+        odd.float()(x)
+        assert not runs
+        made(x)
+    assert runs == [torch.float32]
+
+
+def test_a_norm_gives_the_same() -> None:
+    norm, x = RMSNorm(64), torch.randn(3, 7, 64)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x[1] *= 1e-4  # where the epsilon counts
+    x[2] = 0
+    with loops.compiled():
+        assert relative(norm(x), norm.double()(x.double())) < 1e-6
+
+
+# --- where it does not run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({0: lambda x: x.double()}, "does not take torch.float64"),
+        ({0: lambda x: x[..., :16], 6: lambda x: x[:, :, :16]}, "head_width=16"),
+        ({0: lambda x: x.requires_grad_()}, "no gradients"),
+        ({i: lambda x: x.to("meta") for i in range(7)}, "runs on a CPU"),
+    ],
+)
+def test_what_it_does_not_take_is_said(change: dict, said: str) -> None:
+    parts = problem(5)
+    for i, changed in change.items():
+        parts[i] = changed(parts[i])
+    with torch.enable_grad(), pytest.raises(trials.BackendError, match=said):
+        native.scan(*parts[:6], initial_state=parts[6])
+
+
+def test_training_with_it_is_refused() -> None:
+    with torch.enable_grad(), pytest.raises(trials.BackendError, match=r"no gradients.*scan='auto'"):
+        mixer(native.checked)(torch.randn(1, 5, 32))
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """No trial has been made, before and after."""
+    native.fault.cache_clear()
+    trials._said.clear()
+    yield
+    native.fault.cache_clear()
+
+
+class Wrong:
+    """The operators with a planted fault: one of the inputs is one per cent too large."""
+
+    def __init__(self, name: str, place: int) -> None:
+        self.made, self.name, self.place = native.operators(), name, place
+
+    def __getattr__(self, name: str) -> object:
+        real = getattr(self.made, name)
+
+        def wrong(*args: object) -> object:
+            return real(*(arg * 1.01 if i == self.place else arg for i, arg in enumerate(args)))
+
+        return wrong if name == self.name else real
+
+
+@pytest.mark.parametrize(("name", "place"), [("scan", 1), ("scan", 5), ("mix", 2), ("mix", 5), ("rms_norm", 1)])
+def test_wrong_numbers_are_found_out_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, forgotten: None, runs: list[torch.dtype], name: str, place: int
+) -> None:
+    wrong = Wrong(name, place)
+    monkeypatch.setattr(native, "operators", lambda: wrong)
+    x, made = torch.randn(2, 9, 32), mixer(kernels.auto)
+    expected = made(x)
+    monkeypatch.setattr(loops, "_fault", "not here")  # the loops are not compiled either
+    with loops.compiled():
+        with pytest.warns(RuntimeWarning, match="native kernel gives wrong numbers"):
+            assert torch.equal(made(x), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made(x)
+    with pytest.raises(trials.BackendError, match="wrong numbers"):
+        mixer(native.checked)(x)
+    assert "wrong numbers" in next(row.why for row in kernels.backends() if row.name == "native")
+
+
+@pytest.fixture
+def nothing_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("script", "why", "mend"),
+    [
+        (None, "there is no C\\+\\+ compiler", "apt install g\\+\\+"),
+        ("echo 'x.cpp: error: no such thing' >&2; exit 1", "fails to build it .*error: no such thing", "g\\+\\+ 11"),
+        ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "cannot be loaded", "remove the file"),
+    ],
+)
+def test_a_compiler_that_is_not_there_or_fails(
+    monkeypatch: pytest.MonkeyPatch, nothing_built: Path, script: str | None, why: str, mend: str
+) -> None:
+    compiler = nothing_built / "compiler"
+    if script is not None:
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(trials.BackendError, match=f"{why}.*To mend this: .*{mend}"):
+        native.operators.__wrapped__()
+    assert {path.suffix for path in nothing_built.iterdir()} <= {"", ".so"}, "what was half made is gone"
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, nothing_built: Path) -> None:
+    (nothing_built / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(nothing_built / "file" / "below"))
+    with pytest.raises(trials.BackendError, match=r"cannot be written.*TORCH_EXTENSIONS_DIR"):
+        native.operators.__wrapped__()
+
+
+def test_on_another_system_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(trials.BackendError, match="Linux only so far, not on darwin"):
+        native.operators.__wrapped__()
+
+
+def test_the_small_presets_sizes_fit() -> None:
+    for name in ("small", "compact", "paper"):
+        config = ModelConfig.preset(name)
+        assert not native.misfits(torch.device("cpu"), torch.float32, config.head_width, config.state)
