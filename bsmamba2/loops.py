@@ -8,6 +8,9 @@ one is the same.
     with loops.compiled():
         stems = model(mixture)
 
+Within it a mixer asks for its own kernel first, `bsmamba2.native`; the loops are for what that kernel does not take,
+and for machines where it cannot be built.
+
 Book: "The fused kernel".
 """
 

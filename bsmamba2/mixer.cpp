@@ -49,6 +49,7 @@ using at::native::cpublas::brgemm;
 constexpr int64_t GROUP = 256;  // columns of a product, whole heads: its operands then stay in the cache
 constexpr double MIDDLE = 60;   // M: factors from 2⁻⁶⁰ to 2⁶⁰ leave a float as much to spare
 constexpr double SPAN = 2 * MIDDLE;
+constexpr float FAR = 100;  // octaves of decay beyond which all is forgotten; numbers much smaller are slow ones
 
 int64_t padded(int64_t count, int64_t to = 32) { return (count + to - 1) / to * to; }
 
@@ -283,7 +284,7 @@ class Sequence {
             // Of a head of its own: only what goes into the state, 2^{R − r_j} dt_j, in the scale of the state.
             const double end = sums[(q - 1) * s.h + h];
             for (int64_t j = 0; j < q; ++j)
-                into[j * s.h + h] = end - sums[j * s.h + h] < -SPAN
+                into[j * s.h + h] = end - sums[j * s.h + h] < -FAR
                     ? 0.f
                     : exp2_of(end - sums[j * s.h + h]) * dt[j * dt_row + h];
             for (int64_t i = 0; i < q; ++i)
@@ -341,8 +342,10 @@ class Sequence {
             for (int64_t c = 0; c < s.p; ++c) y[i * s.inner() + c] = has_state ? past * y[i * s.inner() + c] : 0.f;
             past = 1.f;
             for (int64_t j = 0; j < i; ++j) octaves[j] = float(r[i * s.h] - r[j * s.h]);
-            for (int64_t j = 0; j < Q; j += LANES)  // the scores from the diagonal on are zero
-                store(exp2_of(load(&octaves[j])) * load(&scores[i * Q + j]), &own[i * Q + j]);
+            for (int64_t j = 0; j < Q; j += LANES) {  // the scores from the diagonal on are zero
+                const Wide past = load(&octaves[j]);
+                store((past < -FAR ? Wide{} : exp2_of(past)) * load(&scores[i * Q + j]), &own[i * Q + j]);
+            }
         }
         weigh(rows, h, q, Q, dt + h, dt_row, 0, s.p);
         multiply(q, s.p, Q, own.data(), Q, weighed.data(), s.p, y, s.inner(), true);
@@ -364,7 +367,7 @@ class Sequence {
         const int64_t N = (last - first) * s.p;
         for (int64_t h = first; h < last; ++h) {
             const double end = sums[(q - 1) * s.h + h];
-            const float kept = has_state ? exp2_of(end) : 0.f, share = exp2_of(narrow[h] ? end : -MIDDLE);
+            const float kept = end < -FAR ? 0.f : exp2_of(end), share = exp2_of(narrow[h] ? end : -MIDDLE);
             for (int64_t k = 0; k < s.n; ++k) {
                 float* S = &state[k * s.inner() + h * s.p];
                 const float* more = &added[k * N + (h - first) * s.p];
