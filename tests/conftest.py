@@ -25,9 +25,9 @@ def published() -> dict[str, Tensor]:
     return load_file(FIXTURE)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def published_model(published: dict[str, Tensor]) -> BSMamba2:
-    """Our model with the published weights."""
+    """Our model with the published weights, for each test its own: some change its scan, or a weight."""
     config = ModelConfig(dim=32, layers=2, bands=(2, 2, 4, 12, 13), n_fft=64, hop=16, stems=("first", "second"))
     model = BSMamba2(config).eval()
     weights = {name.removeprefix("weights."): part for name, part in published.items() if name.startswith("weights.")}

@@ -38,17 +38,14 @@ def test_every_activation_is_the_published_one(published: Weights, published_mod
         "layers.0.band": (band, 0),
         "final_norm": (published_model.final_norm, 1),
     }
-    handles = [module.register_forward_hook(keep(name)) for name, (module, _) in hooked.items()]
+    for name, (module, _) in hooked.items():
+        module.register_forward_hook(keep(name))
     for module in published_model.modules():
         if hasattr(module, "scan"):
             module.scan = scan
-    try:
-        spectrogram = torch.view_as_complex(published["input.spectrogram"])
-        with torch.inference_mode():
-            output = published_model.apply_to_spectrogram(spectrogram)
-    finally:
-        for handle in handles:
-            handle.remove()
+    spectrogram = torch.view_as_complex(published["input.spectrogram"])
+    with torch.inference_mode():
+        output = published_model.apply_to_spectrogram(spectrogram)
     for name, (_, axis) in hooked.items():
         assert by_frame(seen[name], published[f"activations.{name}"], axis).max() < 1e-5, name
     expected = torch.view_as_complex(published["output.spectrogram"])
@@ -63,7 +60,6 @@ def test_the_fixture_notices_a_deliberate_error(published: Weights, published_mo
     with torch.inference_mode():
         mixer.dt_bias.mul_(1.01)
         found = published_model.apply_to_spectrogram(spectrogram)
-        mixer.dt_bias.div_(1.01)
     assert by_frame(found, expected, -1).max() > 1e-5
 
 
