@@ -1,7 +1,7 @@
 """Which scan runs: ours, or a fused GPU kernel where one was seen to work.
 
     recurrent, matrix, chunked   `bsmamba2.ssd`, on every device
-    native                       `bsmamba2.native`, C++ on a CPU, without gradients
+    native                       `bsmamba2.native`, C++ on a CPU
     fused                        mamba-ssm's Triton kernels, on a CUDA device
     auto                         on a CUDA device fused, on a CPU native within `loops.compiled`, each where a trial run
                                  agreed with ours; else chunked
@@ -129,11 +129,11 @@ def scan_for(device: torch.device, dtype: torch.dtype) -> ssd.Scan:
     """What `auto` runs for x on this device and of this type: `fused`, `native.scan`, or `ssd.chunked`.
 
     Without a working kernel one RuntimeWarning says why, and what would mend it. On a CPU a kernel is wanted within
-    `loops.compiled` and without gradients only.
+    `loops.compiled` only.
     """
     if device.type == GPU:
         fault, kernel, scan = scan_fault(device, dtype), "fused", fused
-    elif device.type == "cpu" and loops.wanted() and dtype in native.TOLERANCE:
+    elif device.type == "cpu" and loops.asked() and dtype in native.TOLERANCE:
         fault, kernel, scan = native.fault(dtype), "native", native.scan
     else:
         return ssd.chunked
@@ -505,7 +505,7 @@ def backends(device: torch.device | None = None, dtype: torch.dtype = torch.floa
     ]
     trouble = native.fault(dtype)
     rows.append(
-        Backend("native", True, ours, f"agrees with the reference on cpu in {dtype}; without gradients")
+        Backend("native", True, ours, f"agrees with the reference on cpu in {dtype}")
         if trouble is None
         else Backend("native", False, ours, trouble.why, trouble.mend)
     )

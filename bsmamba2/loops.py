@@ -47,8 +47,13 @@ def compiled(wanted: bool = True) -> Iterator[None]:
         _wanted = before
 
 
+def asked() -> bool:
+    """Whether this is within `compiled`."""
+    return _wanted
+
+
 def wanted() -> bool:
-    """Whether what may be compiled should be, here and now: within `compiled`, and without gradients."""
+    """Whether loops should be compiled here and now: within `compiled`, and without gradients."""
     return _wanted and not torch.is_grad_enabled()
 
 

@@ -221,12 +221,10 @@ class Mamba2(nn.Module):
     def native_step(self, x: Tensor, memory: Memory | None, keep: bool) -> tuple[Tensor, Memory | None]:
         """`step` with the native kernel."""
         before, state = (None, None) if memory is None else (memory[0].transpose(0, 1), memory[1])
-        z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
-        dt = functional.softplus(dt.to(_wide(dt)) + self.dt_bias)
+        projected = self.in_proj(x)
         y, last = native.mix(
-            z,
-            xBC,
-            dt,
+            projected,
+            self.dt_bias,
             -self.A_log.exp(),
             self.D,
             self.conv1d.weight,
@@ -239,6 +237,7 @@ class Mamba2(nn.Module):
         y = functional.linear(y, self.out_proj.weight * self.norm.weight)
         if last is None:
             return y, None
+        xBC = projected.split(self.widths, dim=-1)[1]
         before = xBC.new_zeros(len(xBC), self.past, xBC.shape[2]) if before is None else before
         after = torch.cat((before, xBC[:, -self.past :]), dim=1)[:, -self.past :]
         return y, (after.transpose(0, 1), last)

@@ -1,11 +1,12 @@
-"""The mixer's own kernel for CPUs: `mixer.cpp`, built when it is first wanted, used where it gave the right numbers.
+"""The mixer's own kernel for CPUs: C++, in `cpp`, built when first wanted, used where it gave the right numbers.
 
     scan      the function of `bsmamba2.ssd`
     mix       convolution, scan and gate of a mixer as one: x, B and C never leave the cache
-    rms_norm  of frames
+    rms_norm  of frames, without gradients
 
-It takes float32 and bfloat16, and has no gradients. It is built on this machine for this machine, in about ten seconds,
-with the C++ compiler that `torch.compile` takes as well, and kept on disk for the next process.
+It takes float32 and bfloat16. The first two have gradients, for which nothing is kept but their inputs. It is built on
+this machine for this machine, in about twenty seconds, with the C++ compiler that `torch.compile` takes as well, and
+kept on disk for the next process.
 
 Book: "The fused kernel". Axis letters: see `bsmamba2.config`; w is the width of the convolution, h·p + 2n.
 """
@@ -19,18 +20,19 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import ssd
 from .trials import BackendError, refuse, trial
 
-SOURCE = Path(__file__).with_name("mixer.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 X86_FLAGS = ("-mprefer-vector-width=512",)  # what has no registers so wide takes two
 MEND_COMPILER = "apt install g++, or name a compiler in the environment variable CXX"
@@ -45,7 +47,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 
 @functools.cache
 def operators() -> Any:
-    """The operators of `mixer.cpp`, built if this machine has not built them before.
+    """The operators of `cpp/mixer.cpp`, built if this machine has not built them before.
 
     Raises:
         BackendError: without a compiler, where it fails, or on another system than Linux.
@@ -58,12 +60,11 @@ def operators() -> Any:
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     command += ["-isystem", str(root / "include")]
     # What the result depends on, the processor included: a home may be shared by machines that differ.
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), command, torch.__version__, _processor())).encode()).hexdigest()[
-        :16
-    ]
+    sources = [path.read_bytes() for path in sorted(SOURCES.glob("*"))]
+    key = hashlib.sha256(repr((sources, command, torch.__version__, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _cache() / "torch_extensions")
     library = folder / f"bsmamba2-{key}.so"
-    command += [str(SOURCE), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+    command += [str(SOURCES / "mixer.cpp"), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
     if not library.exists():
         _build(command, library)
     try:
@@ -124,20 +125,12 @@ def scan(
     """
     ssd.check(x, dt, A, B, C, D, initial_state)
     _, _, h, p = x.shape
-    refuse(misfits(x.device, x.dtype, p, B.shape[-1], (x, dt, A, B, C, D, initial_state)))
+    refuse(misfits(x.device, x.dtype, p, B.shape[-1]))
     A = A.float().contiguous()
     D = torch.zeros_like(A) if D is None else D.float().contiguous()
-    y, state = operators().scan(
-        _rows(x.flatten(2)),
-        _rows(dt.float()),
-        A,
-        _rows(B.to(x.dtype)),
-        _rows(C.to(x.dtype)),
-        D,
-        _flat(initial_state),
-        ssd.CHUNK,
-        return_state,
-    )
+    B, C = (_rows(part.to(x.dtype)) for part in (B, C))
+    inputs = (_rows(x.flatten(2)), _rows(dt.float()), A, B, C, D, _flat(initial_state))
+    y, state = _Scan.apply(*inputs, return_state)
     y = y.unflatten(2, (h, p))
     return (y, _unflat(state, h)) if return_state else y
 
@@ -160,9 +153,8 @@ def require(dtype: torch.dtype) -> None:
 
 
 def mix(
-    z: Tensor,
-    xBC: Tensor,
-    dt: Tensor,
+    projected: Tensor,
+    dt_bias: Tensor,
     A: Tensor,
     D: Tensor,
     weight: Tensor,
@@ -175,43 +167,101 @@ def mix(
 ) -> tuple[Tensor, Tensor | None]:
     """What a mixer does between its projections, but for the gain of its norm.
 
-        x, B, C = SiLU(conv(xBC))      y = scan(x, dt, A, B, C, D)      y · SiLU(z) / rms(y · SiLU(z))
+        x, B, C = SiLU(conv(xBC))      y = scan(x, softplus(dt + dt_bias), A, B, C, D)
+        y · SiLU(z) / rms(y · SiLU(z))
 
     Args:
-        z: (b, t, h·p).
-        xBC: (b, t, w).
-        dt, A, D: as in `scan`.
+        projected: z, xBC and dt side by side, (b, t, h·p + w + h).
+        dt_bias, A, D: (h,).
         weight, bias: of the convolution, (w, 1, taps) and (w,).
         eps: in the root of the norm.
-        before: the frames before the first, (b, taps − 1, w); zeros when absent.
+        before: xBC of the frames before the first, (b, taps − 1, w); zeros when absent.
         initial_state: (b, h, p, n).
 
     Returns:
-        (b, t, h·p), of the type of xBC, and with `return_state` the state after the last frame.
+        (b, t, h·p), of the type of `projected`, and with `return_state` the state after the last frame.
 
     Raises:
         BackendError: as `scan`.
     """
-    h, w, taps = A.shape[0], xBC.shape[2], weight.shape[2]
-    p, n = z.shape[2] // h, (w - z.shape[2]) // 2
-    refuse(misfits(xBC.device, xBC.dtype, p, n, (z, xBC, dt, A, D, weight, bias, before, initial_state)))
+    h, (w, _, taps) = A.shape[0], weight.shape
+    inner = projected.shape[2] - w - h
+    refuse(misfits(projected.device, projected.dtype, inner // h, (w - inner) // 2))
     if before is None:
-        before = xBC.new_zeros(len(xBC), taps - 1, w)
-    y, state = operators().mix(
-        _rows(z),
-        _rows(xBC),
-        _rows(dt.float()),
+        before = projected.new_zeros(len(projected), taps - 1, w)
+    y, state = _Mix.apply(
+        _rows(projected),
+        dt_bias.float(),
         A.float().contiguous(),
         D.float().contiguous(),
         weight[:, 0].mT.float().contiguous(),
         weight.new_zeros(w).float() if bias is None else bias.float().contiguous(),
-        before.to(xBC.dtype).contiguous(),
+        before.to(projected.dtype).contiguous(),
         _flat(initial_state),
         eps,
-        ssd.CHUNK,
         return_state,
     )
     return y, _unflat(state, h) if return_state else None
+
+
+class _Scan(torch.autograd.Function):
+    """The operator `scan` with its gradients: x and y (b, t, h·p), states (b, n, h·p)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, keep = inputs
+        ctx.save_for_backward(*tensors)
+        y, state = operators().scan(*tensors, ssd.CHUNK, keep)
+        return y, state if keep else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dlast = gradients
+        x, dt, A, B, C, D, state = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else _rows(dy)
+        dlast = None if dlast is None else dlast.contiguous()
+        dx, ddt, dA, dB, dC, dD, dstate = operators().scan_backward(dy, dlast, x, dt, A, B, C, D, state, ssd.CHUNK)
+        return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), None if state is None else dstate, None
+
+
+class _Mix(torch.autograd.Function):
+    """The operator `mix`, after softplus, with its gradients; those of all that was projected in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, ctx.eps, keep = inputs
+        ctx.save_for_backward(*tensors)
+        projected, dt_bias, A, D, taps, bias, before, state = tensors
+        z, xBC, dt = _Mix.parts(projected, dt_bias, taps)
+        dt = functional.softplus(dt)
+        y, state = operators().mix(z, xBC, dt, A, D, taps, bias, before, state, ctx.eps, ssd.CHUNK, keep)
+        return y, state if keep else None
+
+    @staticmethod
+    def parts(projected: Tensor, dt_bias: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, xBC, and the argument of softplus."""
+        w, h = taps.shape[1], len(dt_bias)
+        z, xBC, dt = projected.split((projected.shape[2] - w - h, w, h), dim=-1)
+        return z, xBC, dt.float() + dt_bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dlast = gradients
+        projected, dt_bias, A, D, taps, bias, before, state = ctx.saved_tensors
+        z, xBC, dt = _Mix.parts(projected, dt_bias, taps)
+        dy = torch.zeros_like(z) if dy is None else _rows(dy)
+        dlast = None if dlast is None else dlast.contiguous()
+        dprojected = torch.empty_like(projected)
+        dz, dxBC, last = dprojected.split((z.shape[2], xBC.shape[2], len(A)), dim=-1)
+        ddt, dA, dD, dtaps, dbias, dbefore, dstate = operators().mix_backward(
+            dy, dlast, z, xBC, functional.softplus(dt), A, D, taps, bias, before, state, ctx.eps, ssd.CHUNK, dz, dxBC
+        )
+        ddt *= dt.sigmoid()
+        last.copy_(ddt)
+        of_model = (each.sum(0) for each in (dA, dD, dtaps, dbias))
+        return dprojected, ddt.sum((0, 1)), *of_model, dbefore, None if state is None else dstate, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -238,9 +288,7 @@ def _unflat(state: Tensor, h: int) -> Tensor:
     return state.unflatten(2, (h, -1)).permute(0, 2, 3, 1)
 
 
-def misfits(
-    device: torch.device, dtype: torch.dtype, p: int, n: int, inputs: tuple[Tensor | None, ...] = ()
-) -> list[BackendError]:
+def misfits(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list[BackendError]:
     """Why the operators do not take tensors."""
     said = []
     if device.type != "cpu":
@@ -251,8 +299,6 @@ def misfits(
         said.append(
             BackendError(f"head_width={p} and state={n} must be multiples of {LANES}", "others, or scan='chunked'")
         )
-    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
-        said.append(BackendError("the native kernel has no gradients", "torch.inference_mode(), or scan='auto'"))
     return said
 
 
@@ -263,8 +309,8 @@ def misfits(
 def fault(dtype: torch.dtype) -> BackendError | None:
     """What keeps the operators from working on this CPU for inputs of a type; none when they work.
 
-    Builds them, runs each once, on 80 frames with a state before them, and compares with the loop in float64. Once for
-    each type in a process. Running out of memory says nothing about the kernel, and is raised as it is.
+    Builds them, runs each once, on 80 frames with a state before them, forwards and backwards, and compares with the
+    loop in float64. Once for each type in a process. Too little memory says nothing about the kernel, and is raised.
     """
     g = torch.Generator().manual_seed(0)
     b, t, h, p, n, taps = 2, 80, 2, 32, 64, 4  # two chunks
@@ -272,38 +318,55 @@ def fault(dtype: torch.dtype) -> BackendError | None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    xBC, z, before = normal(b, t, h * p + 2 * n), normal(b, t, h * p), normal(b, taps - 1, h * p + 2 * n)
-    dt, A, D = functional.softplus(normal(b, t, h) - 2), -torch.tensor([1.0, 60.0]), normal(h)  # one forgets at once
-    weight, bias, first = normal(h * p + 2 * n, 1, taps), normal(h * p + 2 * n), normal(b, h, p, n)
-    xBC, z, before = (part.to(dtype) for part in (xBC, z, before))
+    w = h * p + 2 * n
+    projected, before, first = normal(b, t, h * p + w + h), normal(b, taps - 1, w), normal(b, h, p, n)
+    dt_bias, A, D = torch.full((h,), -2.0), -torch.tensor([1.0, 60.0]), normal(h)  # one forgets at once
+    inputs = [projected.to(dtype), dt_bias, A, D, normal(w, 1, taps), normal(w), before.to(dtype), first]
+    weights = [normal(*shape) for shape in ((b, t, h * p), (b, h, p, n)) * 2]  # of what comes out, in a sum
 
-    def parts(xBC: Tensor) -> Iterator[Tensor]:
+    def separate(projected: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, xBC, dt = projected.split((h * p, w, h), dim=-1)
+        return z, xBC, functional.softplus(dt.to(dt_bias.dtype) + dt_bias)
+
+    def scanned(run: ssd.Scan, xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         x, B, C = xBC.split((h * p, n, n), dim=-1)
-        return iter((x.unflatten(2, (h, p)), B, C))
+        y, state = run(x.unflatten(2, (h, p)), dt, A, B, C, D, initial_state=first, return_state=True)
+        return y.flatten(2), state
 
-    def expected(convolved: bool) -> list[Tensor]:
-        wide = xBC.double()
-        if convolved:
-            padded = torch.cat((before.double(), wide), dim=1).mT
-            wide = functional.silu(functional.conv1d(padded, weight.double(), bias.double(), groups=len(bias))).mT
-        x, B, C = parts(wide)
-        inputs = (x, dt.double(), A.double(), B, C, D.double())
-        y, state = ssd.recurrent(*inputs, initial_state=first.double(), return_state=True)
-        y = y.flatten(2)
-        if convolved:
-            y = y * functional.silu(z.double())
-            y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return [y, state]
+    def loop(*inputs: Tensor) -> tuple[Tensor, ...]:
+        projected, dt_bias, A, D, weight, bias, before, first = inputs
+        z, xBC, dt = separate(projected, dt_bias)
+        padded = torch.cat((before, xBC), dim=1).mT
+        convolved = functional.silu(functional.conv1d(padded, weight, bias, groups=w)).mT
+        y, state = scanned(ssd.recurrent, convolved, dt, A, D, first)
+        y = y * functional.silu(z)
+        mixed = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return *scanned(ssd.recurrent, xBC, dt, A, D, first), mixed, state
+
+    def kernel(*inputs: Tensor) -> tuple[Tensor, ...]:
+        projected, dt_bias, A, D, _, _, before, first = inputs
+        _, xBC, dt = separate(projected, dt_bias)
+        mixed, state = mix(*inputs[:6], eps=1e-5, before=before, initial_state=first, return_state=True)
+        assert state is not None
+        return *scanned(scan, xBC, dt, A, D, first), mixed, state
+
+    def there_and_back(run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [part.requires_grad_() for part in inputs]
+        found = run(*leaves)
+        total = sum(((part * weight).sum() for part, weight in zip(found, weights, strict=True)), start=D.new_zeros(()))
+        return [*found, *torch.autograd.grad(total, leaves)]
 
     def tried() -> dict[str, float]:
-        x, B, C = parts(xBC)
-        y, state = scan(x, dt, A, B, C, D, initial_state=first, return_state=True)
-        mixed = mix(z, xBC, dt, A, D, weight, bias, eps=1e-5, before=before, initial_state=first, return_state=True)
-        normed = functional.rms_norm(z.double(), (h * p,), D.double().repeat(p), 1e-5)
-        found = [y.flatten(2), state, *mixed, rms_norm(z, D.repeat(p), 1e-5)]
-        pairs = zip(found, [*expected(False), *expected(True), normed], strict=True)
-        errors = [float((mine.double() - right).norm() / right.norm()) for mine, right in pairs]
-        return dict(zip(("y", "state", "the mixer's y", "its state", "the norm"), errors, strict=True))
+        found = there_and_back(kernel, [part.clone() for part in inputs])
+        right = [part.detach() for part in there_and_back(loop, [part.double() for part in inputs])]
+        z = inputs[0][..., : h * p]
+        found.append(rms_norm(z, D.repeat(p), 1e-5))
+        right.append(functional.rms_norm(z.double(), (h * p,), D.double().repeat(p), 1e-5))
+        of = ("what is projected", "dt_bias", "A", "D", "the weight", "the bias", "what is before", "the first state")
+        names = ["y", "state", "the mixer's y", "its state", *(f"the gradient of {each}" for each in of), "the norm"]
+        pairs = zip(found, right, strict=True)
+        errors = [float((mine.detach().double() - right).norm() / right.norm()) for mine, right in pairs]
+        return dict(zip(names, errors, strict=True))
 
     build = "a newer torch or C++ compiler, and for bfloat16 a CPU with AMX; the chunked form runs meanwhile"
     return trial(

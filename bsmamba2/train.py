@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from . import loops
 from .losses import WINDOWS, bsmamba2_loss
 from .model import BSMamba2
 from .processes import total, world
@@ -57,7 +58,8 @@ class TrainConfig:
             masks and loss stay float32.
         checkpointing: keep only what goes into each layer and compute the layer again in the backward
             pass: a third more time, memory of one layer instead of all.
-        compile: put the layers through `torch.compile`; where that fails, one warning and go on without.
+        compile: on a CPU, mixers run in the native kernel (`bsmamba2.native`), elsewhere the layers go through
+            `torch.compile`; where that fails, one warning and go on without.
     """
 
     steps: int
@@ -134,7 +136,7 @@ class Trainer:
         fused = self.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=fused)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.untried = config.compile
+        self.untried = config.compile and self.device.type != "cpu"
 
     @property
     def averaged(self) -> BSMamba2:
@@ -206,7 +208,8 @@ class Trainer:
         """The one stem of a batch, (b, c, samples) → (b, c, samples), in the precision asked for."""
         model = self.together or self.model
         mixture = mixture.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        narrow = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        with narrow, loops.compiled(self.config.compile and self.device.type == "cpu"):
             return model(mixture)[:, 0]
 
     def try_compiled(self, mixture: Tensor) -> None:
@@ -240,14 +243,15 @@ class Trainer:
 
         Raises:
             ValueError: when the state is of another model or another training configuration. More `steps`
-                are no other configuration where the schedule is constant or a trapezoid.
+                are no other configuration where the schedule is constant or a trapezoid, and to `compile` or
+                not is none: the machine may be another.
         """
         for kind, here in (
             ("model_config", json.loads(self.model.config.to_json())),
             ("train_config", json.loads(json.dumps(dataclasses.asdict(self.config)))),
         ):
             there = json.loads(state[kind])
-            free = set() if self.config.schedule == "cosine" else {"steps"}
+            free = {"compile"} if self.config.schedule == "cosine" else {"compile", "steps"}
             told = [f"{k}={there.get(k)!r}, now {v!r}" for k, v in here.items() if k not in free and there.get(k) != v]
             if told:
                 raise ValueError(f"the run was started with {'; '.join(told)}: start another run, or ask for the same")

@@ -84,6 +84,97 @@ def test_any_size_and_decay(t: int, h: int, p: int, n: int, step: float, decay: 
     assert_same(problem(t, h, p=p, n=n, dt=10**step, decay=10**decay), torch.float32, start=start)
 
 
+GRADIENTS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def gradients(scan: ssd.Scan, parts: list, *, start: bool, last: bool) -> list[Tensor]:
+    """Of a sum with random weights of y, and of the last state if it is to count, by x, dt, A, B, C, D and state."""
+    leaves = [part.clone().requires_grad_() for part in (parts if start else parts[:6])]
+    with torch.enable_grad():
+        y, state = scan(*leaves[:6], initial_state=leaves[6] if start else None, return_state=True)
+        g = torch.Generator().manual_seed(1)
+        total = (y.double() * torch.randn(y.shape, generator=g)).sum()
+        if last:
+            total = total + (state.double() * torch.randn(state.shape, generator=g)).sum()
+        return list(torch.autograd.grad(total, leaves))
+
+
+def assert_same_gradients(parts: list, dtype: torch.dtype, *, start: bool = True, last: bool = True) -> None:
+    expected = gradients(ssd.recurrent, [part.double() for part in parts], start=start, last=last)
+    narrow = [part.to(dtype) if i in (0, 3, 4) else part for i, part in enumerate(parts)]
+    found = gradients(native.scan, narrow, start=start, last=last)
+    for name, mine, right in zip(("x", "dt", "A", "B", "C", "D", "S"), found, expected, strict=False):
+        assert mine.isfinite().all(), name
+        if name == "A":  # a sum over frames that may cancel, and does in the first one: measured by what is summed
+            whole = (expected[1] / parts[2] * parts[1]).abs().sum((0, 1)).max()
+            assert (mine - right).abs().max() < GRADIENTS[dtype] * max(whole, right.abs().max())
+        else:
+            assert relative(mine, right) < GRADIENTS[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [1, 2, 31, 64, 65, 130, 200])
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_gradients_agree_with_the_loop(t: int, start: bool, last: bool, dtype: torch.dtype) -> None:
+    assert_same_gradients(problem(t, 4), dtype, start=start, last=last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("step", "decay"), [(1e-7, 8.0), (0.05, 0.0), (0.2, 30.0), (3.0, 100.0), (60.0, 100.0)])
+def test_gradients_from_no_decay_to_all_forgotten(step: float, decay: float, dtype: torch.dtype) -> None:
+    assert_same_gradients(problem(150, 16, dt=step, decay=decay), dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    t=st.integers(1, 140),
+    h=st.integers(1, 5),
+    p=st.sampled_from([32, 64, 96]),
+    n=st.sampled_from([32, 64]),
+    step=st.floats(-6, 0.5),
+    decay=st.floats(-3, 2),
+    start=st.booleans(),
+    last=st.booleans(),
+)
+def test_gradients_of_any_size_and_decay(
+    t: int, h: int, p: int, n: int, step: float, decay: float, start: bool, last: bool
+) -> None:
+    parts = problem(t, h, p=p, n=n, dt=10**step, decay=10**decay)
+    assert_same_gradients(parts, torch.float32, start=start, last=last)
+
+
+def test_one_long_step_among_short_ones() -> None:
+    """What crosses it has all but decayed, and is not to be the difference of what does not."""
+    parts = problem(100, 4, dt=1e-2, decay=1.0)
+    parts[1][:, 50] = torch.tensor([1.0, 10.0, 30.0, 90.0]) / -parts[2]
+    assert_same_gradients(parts, torch.float32)
+
+
+def test_a_step_of_no_length_has_a_gradient() -> None:
+    parts = problem(70)
+    parts[1][:, ::3] = 0
+    assert_same_gradients(parts, torch.float32)
+
+
+def test_gradients_do_not_depend_on_threads_or_on_other_sequences() -> None:
+    parts = problem(150, 4, b=5)
+    every = gradients(native.scan, parts, start=True, last=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = gradients(native.scan, parts, start=True, last=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(every, alone, strict=True))
+    parts[0][2, 20] = torch.nan
+    broken = gradients(native.scan, parts, start=True, last=False)
+    clean = gradients(native.scan, problem(150, 4, b=5), start=True, last=False)
+    for i in (1, 3, 4):
+        assert broken[i][2].isnan().any()
+        assert torch.equal(broken[i][[0, 1, 3, 4]], clean[i][[0, 1, 3, 4]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silence_stays_silence(dtype: torch.dtype) -> None:
     parts = problem(70)
@@ -135,6 +226,36 @@ def test_a_mixer_gives_the_same(t: int, dtype: torch.dtype) -> None:
     assert relative(found.double(), expected) < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [1, 2, 90, 300])
+def test_a_mixer_has_the_same_gradients(t: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(t)
+    x, weights = torch.randn(3, t, 32), torch.randn(3, t, 32)
+
+    def found(made: Mamba2, x: Tensor) -> dict[str, Tensor]:
+        (made(x.requires_grad_()) * weights).sum().backward()
+        return {"x": x.grad, **{name: part.grad for name, part in made.named_parameters()}}
+
+    with torch.enable_grad():
+        expected = found(mixer(ssd.recurrent).double(), x.double())
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            mine = found(mixer(native.checked), x.clone())
+    for name, right in expected.items():
+        assert relative(mine[name], right) < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype], name
+
+
+def test_gradients_go_through_the_memory() -> None:
+    x = torch.randn(3, 150, 32)
+    with torch.enable_grad():
+        pieces, whole = x.clone().requires_grad_(), x.clone().requires_grad_()
+        made = mixer(native.checked)
+        first, memory = made.step(pieces[:, :70], keep=True)
+        second, _ = made.step(pieces[:, 70:], memory)
+        torch.cat((first, second), dim=1).square().sum().backward()
+        mixer(ssd.recurrent)(whole).square().sum().backward()
+    assert relative(pieces.grad, whole.grad) < 1e-5
+
+
 def test_a_mixer_goes_on_from_either_memory() -> None:
     x, plain, quick = torch.randn(3, 150, 32), mixer(ssd.chunked), mixer(native.checked)
     whole = plain(x)
@@ -151,9 +272,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     seen: list[torch.dtype] = []
     mix = native.mix
 
-    def spied(z: Tensor, *args: object, **options: object) -> object:
-        seen.append(z.dtype)
-        return mix(z, *args, **options)
+    def spied(projected: Tensor, *args: object, **options: object) -> object:
+        seen.append(projected.dtype)
+        return mix(projected, *args, **options)
 
     monkeypatch.setattr(native, "mix", spied)
     return seen
@@ -179,15 +300,15 @@ def test_auto_takes_it_only_where_it_was_asked_for_and_fits(
     made(x)
     with loops.compiled(False):
         made(x)
-    with loops.compiled(), torch.enable_grad():
-        made(x).sum().backward()
     odd = Mamba2(32, state=32, head_width=16, scan=kernels.auto)
     with loops.compiled():
         odd.double()(x.double())
         odd.float()(x)
         assert not runs
         made(x)
-    assert runs == [torch.float32]
+        with torch.enable_grad():
+            made(x).sum().backward()
+    assert runs == [torch.float32] * 2
 
 
 def test_a_norm_gives_the_same() -> None:
@@ -207,7 +328,6 @@ def test_a_norm_gives_the_same() -> None:
     [
         ({0: lambda x: x.double()}, "does not take torch.float64"),
         ({0: lambda x: x[..., :16], 6: lambda x: x[:, :, :16]}, "head_width=16"),
-        ({0: lambda x: x.requires_grad_()}, "no gradients"),
         ({i: lambda x: x.to("meta") for i in range(7)}, "runs on a CPU"),
     ],
 )
@@ -217,11 +337,6 @@ def test_what_it_does_not_take_is_said(change: dict, said: str) -> None:
         parts[i] = changed(parts[i])
     with torch.enable_grad(), pytest.raises(trials.BackendError, match=said):
         native.scan(*parts[:6], initial_state=parts[6])
-
-
-def test_training_with_it_is_refused() -> None:
-    with torch.enable_grad(), pytest.raises(trials.BackendError, match=r"no gradients.*scan='auto'"):
-        mixer(native.checked)(torch.randn(1, 5, 32))
 
 
 @pytest.fixture
@@ -248,7 +363,14 @@ class Wrong:
         return wrong if name == self.name else real
 
 
-@pytest.mark.parametrize(("name", "place"), [("scan", 1), ("scan", 5), ("mix", 2), ("mix", 5), ("rms_norm", 1)])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *(("scan", 1), ("scan", 5), ("mix", 2), ("mix", 5), ("rms_norm", 1)),
+        *(("scan_backward", i) for i in (0, 1, 3, 7)),
+        *(("mix_backward", i) for i in (0, 2, 4, 7, 9)),
+    ],
+)
 def test_wrong_numbers_are_found_out_and_told_once(
     monkeypatch: pytest.MonkeyPatch, forgotten: None, runs: list[torch.dtype], name: str, place: int
 ) -> None:

@@ -1,0 +1,291 @@
+// What a Mamba-2 mixer does between its two projections, on a CPU, without gradients: convolution, scan and gate of one
+// sequence after the other, chunk by chunk, in buffers that stay in a core's cache.
+//
+//     xBC → causal conv, SiLU → x, B, C      y = scan(x, dt, A, B, C, D)      y · SiLU(z) / rms
+//
+// Each of convolution and gate may be absent; the scan alone is the function of `bsmamba2.ssd`, which has the formulas.
+// Besides, the RMS norm of a frame.
+// A thread takes whole sequences. The matrix products are oneDNN's small ones, as PyTorch has them (`brgemm`): with AMX or
+// AVX-512 units where there are any. Built when first wanted, by `bsmamba2.native`.
+//
+// Every loop is a function that is not inlined (`APART`): the compiler runs short of registers when it sees them together.
+//
+// Letters as in `bsmamba2.config` (b sequences, t frames, h heads, p head width, n state) and `bsmamba2.ssd`: q frames of
+// a chunk, r_i sum of dt·A until frame i in octaves, R at the end, S the state. Within a chunk
+//
+//     y_i = Σ_{j<i} 2^{r_i − r_j} G_ij dt_j x_j + (G_ii dt_i + D) x_i + 2^{r_i} C_i S,    G = C Bᵀ
+//
+// and 2^{r_i − r_j} = 2^{r_i + M} · 2^{−M − r_j}, so that one product with G serves all heads whose decays span less than
+// 2M octaves in the chunk. For a head that forgets faster, the decays go into a matrix of its own. The state is kept times
+// 2^{−M}, where it needs no factor but that of the rows.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "backward.h"
+
+namespace {
+
+template <typename T>
+const T* of(const Tensor& x, int64_t sequence) {
+    return x.const_data_ptr<T>() + sequence * x.stride(0);
+}
+
+// x, B, C and z: (b, t, ·), contiguous rows; the state (b, n, h·p). With taps, x is all three before the convolution.
+struct Inputs {
+    Tensor x, B, C, dt, A, D;
+    std::optional<Tensor> z, taps, bias, before, state;
+    double eps;
+
+    template <typename T>
+    Rows<T> rows(int64_t b, int64_t from) const {
+        return {
+            of<T>(x, b) + from * x.stride(1),
+            of<T>(B, b) + from * B.stride(1),
+            of<T>(C, b) + from * C.stride(1),
+            x.stride(1),
+            B.stride(1),
+            C.stride(1)};
+    }
+    const float* steps(int64_t b, int64_t from) const { return of<float>(dt, b) + from * dt.stride(1); }
+};
+
+// A chunk's x, B and C: as they are given, or from the convolution, into a buffer.
+template <typename T>
+Rows<T> frames(const Sizes& s, const Inputs& in, int64_t b, int64_t from, int64_t q, T* to, float* argument = nullptr) {
+    if (!s.taps) return in.rows<T>(b, from);
+    const T* before = in.before ? of<T>(*in.before, b) : nullptr;
+    convolve(
+        s, of<T>(in.x, b), in.x.stride(1), before, in.taps->const_data_ptr<float>(), in.bias->const_data_ptr<float>(), from, q,
+        to, argument);
+    return {to, to + s.inner(), to + s.inner() + s.n, s.width(), s.width(), s.width()};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> run(const Sizes& s, const Inputs& in, bool keep) {
+    Tensor y = at::empty({s.b, s.t, s.inner()}, in.x.options());
+    Tensor last = at::empty({keep ? s.b : 0, s.n, s.inner()}, in.dt.options());
+    at::parallel_for(0, s.b, 1, [&](int64_t begin, int64_t end) {
+        Sequence<T> sequence(s, in.A.const_data_ptr<float>(), in.D.const_data_ptr<float>());
+        for (int64_t b = begin; b < end; ++b) {
+            sequence.begin(in.state ? of<float>(*in.state, b) : nullptr);
+            for (int64_t from = 0; from < s.t; from += s.q) {
+                const int64_t q = std::min(s.q, s.t - from);
+                const Rows<T> rows = frames(s, in, b, from, q, sequence.convolved.data());
+                sequence.chunk(rows, in.steps(b, from), in.dt.stride(1), q, keep || from + q < s.t);
+                T* to = y.mutable_data_ptr<T>() + (b * s.t + from) * s.inner();
+                for (int64_t i = 0; i < q; ++i, to += s.inner()) {
+                    float* frame = &sequence.found[i * s.inner()];
+                    if (in.z)
+                        gate(frame, of<T>(*in.z, b) + (from + i) * in.z->stride(1), in.z->stride(1), float(in.eps), s.inner(), to);
+                    else
+                        for (int64_t c = 0; c < s.inner(); c += LANES) store(load(frame + c), to + c);
+                }
+            }
+            if (keep) scaled(sequence.state, MIDDLE, last.mutable_data_ptr<float>() + b * s.n * s.inner());
+        }
+        at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
+    });
+    return {y, last};
+}
+
+// What came in, by its gradients; dz, dx, dB and dC: (b, t, ·), contiguous rows, given; with taps, dx is that of all three
+// before the convolution. Those that lie once in the model, A, D, taps and bias, come for each sequence.
+struct Outputs {
+    std::optional<Tensor> dz;
+    Tensor dx, dB, dC;
+    Tensor ddt, dA, dD, dtaps, dbias, dbefore, dstate;
+};
+
+template <typename T>
+T* at_frame(const Tensor& x, int64_t b, int64_t frame) {
+    return x.mutable_data_ptr<T>() + b * x.stride(0) + frame * x.stride(1);
+}
+
+template <typename To, typename From>
+void copy(const std::vector<From>& from, const Tensor& to, int64_t b) {
+    std::copy(from.begin(), from.end(), to.mutable_data_ptr<To>() + b * int64_t(from.size()));
+}
+
+template <typename T>
+void narrowed(const float* from, int64_t width, T* to) {
+    for (int64_t c = 0; c < width; c += LANES) store(load(from + c), to + c);
+}
+
+template <typename T>
+void run_back(
+    const Sizes& s, const Inputs& in, const Tensor& dy, const std::optional<Tensor>& dlast, const Outputs& outputs) {
+    const int64_t chunks = (s.t + s.q - 1) / s.q;
+    at::parallel_for(0, s.b, 1, [&](int64_t begin, int64_t end) {
+        Gradients<T> g(s, in.A.const_data_ptr<float>(), in.D.const_data_ptr<float>());
+        std::vector<std::vector<float>> states(chunks + 1);  // before each chunk, and behind the last
+        for (int64_t b = begin; b < end; ++b) {
+            g.begin(in.state ? of<float>(*in.state, b) : nullptr);
+            g.begin_back(dlast ? of<float>(*dlast, b) : nullptr);
+            for (int64_t c = 0; c < chunks; ++c) {
+                if (g.has_state) states[c] = g.state;
+                const int64_t from = c * s.q, q = std::min(s.q, s.t - from);
+                if (c + 1 == chunks && !dlast) break;
+                const Rows<T> rows = frames(s, in, b, from, q, g.convolved.data());
+                g.absorb(rows, in.steps(b, from), in.dt.stride(1), q);
+            }
+            states[chunks] = g.state;
+            for (int64_t c = chunks - 1; c >= 0; --c) {
+                const int64_t from = c * s.q, q = std::min(s.q, s.t - from);
+                const bool earlier = c > 0 || in.state;
+                const Rows<T> rows = frames(s, in, b, from, q, g.convolved.data(), g.argument.data());
+                g.has_state = earlier;
+                if (earlier) g.state.swap(states[c]);
+                g.chunk(rows, in.steps(b, from), in.dt.stride(1), q, false);
+                for (int64_t i = 0; i < q; ++i) {
+                    const T* gradient = of<T>(dy, b) + (from + i) * dy.stride(1);
+                    if (in.z)
+                        g.gate_back(
+                            rows, i, of<T>(*in.z, b) + (from + i) * in.z->stride(1), gradient, float(in.eps),
+                            at_frame<T>(*outputs.dz, b, from + i));
+                    else
+                        for (int64_t k = 0; k < s.inner(); k += LANES) store(load(gradient + k), &g.dy[i * s.inner() + k]);
+                }
+                g.chunk_back(
+                    rows, in.steps(b, from), in.dt.stride(1), q, states[c + 1].data(), earlier,
+                    at_frame<float>(outputs.ddt, b, from));
+                if (s.taps) {
+                    g.convolve_back(
+                        of<T>(in.x, b), in.x.stride(1), of<T>(*in.before, b), in.taps->const_data_ptr<float>(), from, q,
+                        at_frame<T>(outputs.dx, b, from), outputs.dx.stride(1), at_frame<T>(outputs.dbefore, b, 0));
+                } else {
+                    for (int64_t i = 0; i < q; ++i) {
+                        const float* from_buffer = &g.dinputs[i * s.width()];
+                        narrowed(from_buffer, s.inner(), at_frame<T>(outputs.dx, b, from + i));
+                        narrowed(from_buffer + s.inner(), s.n, at_frame<T>(outputs.dB, b, from + i));
+                        narrowed(from_buffer + s.inner() + s.n, s.n, at_frame<T>(outputs.dC, b, from + i));
+                    }
+                }
+                if (earlier) g.state.swap(states[c]);
+            }
+            copy<float>(g.dA, outputs.dA, b);
+            copy<float>(g.dD, outputs.dD, b);
+            copy<float>(g.dtaps, outputs.dtaps, b);
+            copy<float>(g.dbias, outputs.dbias, b);
+            if (in.state) scaled(g.later, -MIDDLE, outputs.dstate.mutable_data_ptr<float>() + b * s.n * s.inner());
+        }
+        at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
+    });
+}
+
+std::tuple<Tensor, Tensor> dispatch(const Sizes& s, const Inputs& in, bool keep) {
+    return in.x.scalar_type() == at::kFloat ? run<float>(s, in, keep) : run<BFloat16>(s, in, keep);
+}
+
+Sizes sizes_of_scan(const Tensor& x, const Tensor& A, const Tensor& B, int64_t chunk) {
+    const int64_t h = A.size(0);
+    return {x.size(0), x.size(1), h, x.size(2) / h, B.size(2), chunk, 0};
+}
+
+Sizes sizes_of_mix(const Tensor& z, const Tensor& xBC, const Tensor& A, const Tensor& taps, int64_t chunk) {
+    const int64_t h = A.size(0), inner = z.size(2), n = (xBC.size(2) - inner) / 2;
+    return {z.size(0), z.size(1), h, inner / h, n, chunk, taps.size(0)};
+}
+
+std::tuple<Tensor, Tensor> scan(
+    const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& D,
+    const std::optional<Tensor>& state, int64_t chunk, bool keep) {
+    return dispatch(sizes_of_scan(x, A, B, chunk), {x, B, C, dt, A, D, {}, {}, {}, {}, state, 0}, keep);
+}
+
+std::tuple<Tensor, Tensor> mix(
+    const Tensor& z, const Tensor& xBC, const Tensor& dt, const Tensor& A, const Tensor& D, const Tensor& taps,
+    const Tensor& bias, const Tensor& before, const std::optional<Tensor>& state, double eps, int64_t chunk, bool keep) {
+    return dispatch(
+        sizes_of_mix(z, xBC, A, taps, chunk), {xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps}, keep);
+}
+
+Outputs outputs_for(const Sizes& s, const Inputs& in, const Tensor& dx) {
+    const auto floats = in.dt.options();
+    Outputs made;
+    made.dx = dx;
+    made.ddt = at::empty({s.b, s.t, s.h}, floats);
+    made.dA = at::empty({s.b, s.h}, floats);
+    made.dD = at::empty({s.b, s.h}, floats);
+    made.dtaps = at::empty({s.b, s.taps, s.taps ? s.width() : 0}, floats);
+    made.dbias = at::empty({s.b, s.taps ? s.width() : 0}, floats);
+    made.dstate = at::empty({in.state ? s.b : 0, s.n, s.inner()}, floats);
+    return made;
+}
+
+void dispatch_back(
+    const Sizes& s, const Inputs& in, const Tensor& dy, const std::optional<Tensor>& dlast, const Outputs& outputs) {
+    if (in.x.scalar_type() == at::kFloat) run_back<float>(s, in, dy, dlast, outputs);
+    else run_back<BFloat16>(s, in, dy, dlast, outputs);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
+    const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+    const Tensor& C, const Tensor& D, const std::optional<Tensor>& state, int64_t chunk) {
+    const Sizes s = sizes_of_scan(x, A, B, chunk);
+    const Inputs in{x, B, C, dt, A, D, {}, {}, {}, {}, state, 0};
+    Outputs outputs = outputs_for(s, in, at::empty({s.b, s.t, s.inner()}, x.options()));
+    outputs.dB = at::empty({s.b, s.t, s.n}, x.options());
+    outputs.dC = at::empty({s.b, s.t, s.n}, x.options());
+    dispatch_back(s, in, dy, dlast, outputs);
+    return {outputs.dx, outputs.ddt, outputs.dA, outputs.dB, outputs.dC, outputs.dD, outputs.dstate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mix_backward(
+    const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& z, const Tensor& xBC, const Tensor& dt,
+    const Tensor& A, const Tensor& D, const Tensor& taps, const Tensor& bias, const Tensor& before,
+    const std::optional<Tensor>& state, double eps, int64_t chunk, Tensor dz, Tensor dxBC) {
+    const Sizes s = sizes_of_mix(z, xBC, A, taps, chunk);
+    const Inputs in{xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps};
+    Outputs outputs = outputs_for(s, in, dxBC);
+    outputs.dz = dz;
+    outputs.dbefore = at::empty_like(before);
+    dispatch_back(s, in, dy, dlast, outputs);
+    return {outputs.ddt, outputs.dA, outputs.dD, outputs.dtaps, outputs.dbias, outputs.dbefore, outputs.dstate};
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+    Tensor y = at::empty_like(x);
+    const int64_t width = weight.size(0);
+    const float* gain = weight.const_data_ptr<float>();
+    at::parallel_for(0, x.numel() / width, 256, [&](int64_t begin, int64_t end) {
+        const auto run = [&](const auto* from, auto* to) {
+            normalise(from + begin * width, gain, float(eps), end - begin, width, to + begin * width);
+        };
+        if (x.scalar_type() == at::kFloat) run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>());
+        else run(x.const_data_ptr<BFloat16>(), y.mutable_data_ptr<BFloat16>());
+    });
+    return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(bsmamba2, library) {
+    library.def(
+        "scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state, int chunk, bool keep) -> "
+        "(Tensor, Tensor)");
+    library.def(
+        "mix(Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, Tensor before, Tensor? state, "
+        "float eps, int chunk, bool keep) -> (Tensor, Tensor)");
+    library.def(
+        "scan_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state, "
+        "int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "mix_backward(Tensor dy, Tensor? dlast, Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, "
+        "Tensor before, Tensor? state, float eps, int chunk, Tensor(a!) dz, Tensor(b!) dxBC) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(bsmamba2, CPU, library) {
+    library.impl("scan", scan);
+    library.impl("mix", mix);
+    library.impl("scan_backward", scan_backward);
+    library.impl("mix_backward", mix_backward);
+    library.impl("rms_norm", rms_norm);
+}
