@@ -11,8 +11,10 @@ Axis letters: see `bsmamba2.config`.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -232,8 +234,8 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
             continue
         for axis in ("time", "band") if part == "mixer" else ("",):
             names = contestants(settings, part)
-            if mode == BACKWARD:  # what is compiled has no gradients
-                names = [name for name in names if not _compiled(name)]
+            if mode == BACKWARD:  # loops are compiled without gradients only
+                names = [name for name in names if not name.endswith(COMPILED)]
             yield [Case(part, axis, seconds, dtype, mode, name) for name in names]
 
 
@@ -589,6 +591,14 @@ def _settle(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def _give_back() -> None:
+    """Let the system have what an allocator that keeps memory has kept, where it is the GNU C library's."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def seconds_of(job: Job, device: torch.device, calls: int = 1) -> float:
     """Mean time of a call."""
     _settle(device)
@@ -617,14 +627,18 @@ class Peak:
 def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]:
     """Try every case of a group, then time those that passed in rounds."""
     device = torch.device(settings.device)
-    jobs: list[tuple[Case, Job | None, int, Trial | None, float | None]] = []
-    first: Tensor | None = None
-    for case in cases:
+    _give_back()
+    tried: list[tuple[Case, Trial | None]] = []
+    for case in cases:  # all of them before this process itself grows
         why = obstacle(case, settings)
         found = why or (None if case.part == "loading" else trial(case, settings))
         if isinstance(found, str):
             yield NotRun(**dataclasses.asdict(case), why=found)
-            continue
+        else:
+            tried.append((case, found))
+    jobs: list[tuple[Case, Job | None, int, Trial | None, float | None]] = []
+    first: Tensor | None = None
+    for case, found in tried:
         if found and found.seconds > LONG and case.part == "separation":
             jobs.append((case, None, 1, found, None))
             continue
@@ -648,10 +662,10 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
     peaks: list[list[float]] = [[] for _ in jobs]
     before = peak()
     for number in range(settings.repeats):
-        for i, (_, again, calls, tried, _) in enumerate(jobs):
+        for i, (_, again, calls, once, _) in enumerate(jobs):
             if again is None:
-                if number == 0 and tried:
-                    times[i].append(tried.seconds)
+                if number == 0 and once:
+                    times[i].append(once.seconds)
                     peaks[i].append(before)
                 continue
             times[i].append(seconds_of(again, device, calls))

@@ -309,9 +309,22 @@ def misfits(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list[Ba
 def fault(dtype: torch.dtype) -> BackendError | None:
     """What keeps the operators from working on this CPU for inputs of a type; none when they work.
 
-    Builds them, runs each once, on 80 frames with a state before them, forwards and backwards, and compares with the
-    loop in float64. Once for each type in a process. Too little memory says nothing about the kernel, and is raised.
+    Builds them, runs each once, forwards and backwards, and compares with the loop in float64. Once for each type in a
+    process. Too little memory says nothing about the kernel, and is raised.
     """
+    build = "a newer torch or C++ compiler, and for bfloat16 a CPU with AMX; the chunked form runs meanwhile"
+    return trial(
+        "the native kernel",
+        functools.partial(_errors, dtype),
+        torch.device("cpu"),
+        dtype,
+        tolerance=TOLERANCE[dtype],
+        mends=(build, build),
+    )
+
+
+def _errors(dtype: torch.dtype) -> dict[str, float]:
+    """Of all that comes out of the operators, on 80 frames with a state before them, and of its gradients."""
     g = torch.Generator().manual_seed(0)
     b, t, h, p, n, taps = 2, 80, 2, 32, 64, 4  # two chunks
 
@@ -319,9 +332,16 @@ def fault(dtype: torch.dtype) -> BackendError | None:
         return torch.randn(*shape, generator=g)
 
     w = h * p + 2 * n
-    projected, before, first = normal(b, t, h * p + w + h), normal(b, taps - 1, w), normal(b, h, p, n)
-    dt_bias, A, D = torch.full((h,), -2.0), -torch.tensor([1.0, 60.0]), normal(h)  # one forgets at once
-    inputs = [projected.to(dtype), dt_bias, A, D, normal(w, 1, taps), normal(w), before.to(dtype), first]
+    inputs = {
+        "what is projected": normal(b, t, h * p + w + h).to(dtype),
+        "dt_bias": torch.full((h,), -2.0),
+        "A": -torch.tensor([1.0, 60.0]),  # one forgets at once
+        "D": normal(h),
+        "the weight": normal(w, 1, taps),
+        "the bias": normal(w),
+        "what is before": normal(b, taps - 1, w).to(dtype),
+        "the first state": normal(b, h, p, n),
+    }
     weights = [normal(*shape) for shape in ((b, t, h * p), (b, h, p, n)) * 2]  # of what comes out, in a sum
 
     def separate(projected: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,22 +373,14 @@ def fault(dtype: torch.dtype) -> BackendError | None:
     def there_and_back(run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
         leaves = [part.requires_grad_() for part in inputs]
         found = run(*leaves)
-        total = sum(((part * weight).sum() for part, weight in zip(found, weights, strict=True)), start=D.new_zeros(()))
-        return [*found, *torch.autograd.grad(total, leaves)]
+        total = torch.stack([(part * weight).sum().double() for part, weight in zip(found, weights, strict=True)]).sum()
+        return [part.detach() for part in (*found, *torch.autograd.grad(total, leaves))]
 
-    def tried() -> dict[str, float]:
-        found = there_and_back(kernel, [part.clone() for part in inputs])
-        right = [part.detach() for part in there_and_back(loop, [part.double() for part in inputs])]
-        z = inputs[0][..., : h * p]
-        found.append(rms_norm(z, D.repeat(p), 1e-5))
-        right.append(functional.rms_norm(z.double(), (h * p,), D.double().repeat(p), 1e-5))
-        of = ("what is projected", "dt_bias", "A", "D", "the weight", "the bias", "what is before", "the first state")
-        names = ["y", "state", "the mixer's y", "its state", *(f"the gradient of {each}" for each in of), "the norm"]
-        pairs = zip(found, right, strict=True)
-        errors = [float((mine.detach().double() - right).norm() / right.norm()) for mine, right in pairs]
-        return dict(zip(names, errors, strict=True))
-
-    build = "a newer torch or C++ compiler, and for bfloat16 a CPU with AMX; the chunked form runs meanwhile"
-    return trial(
-        "the native kernel", tried, torch.device("cpu"), dtype, tolerance=TOLERANCE[dtype], mends=(build, build)
-    )
+    found = there_and_back(kernel, [part.clone() for part in inputs.values()])
+    right = there_and_back(loop, [part.double() for part in inputs.values()])
+    z, gain = inputs["what is projected"][..., : h * p], inputs["D"].repeat(p)
+    found.append(rms_norm(z, gain, 1e-5))
+    right.append(functional.rms_norm(z.double(), (h * p,), gain.double(), 1e-5))
+    names = ("y", "state", "the mixer's y", "its state", *(f"the gradient of {each}" for each in inputs), "the norm")
+    pairs = zip(found, right, strict=True)
+    return dict(zip(names, (float((a.double() - b).norm() / b.norm()) for a, b in pairs), strict=True))

@@ -68,7 +68,7 @@ class Recipe:
     loss_windows: tuple[int, ...] = _parameter(WINDOWS, "of the loss; cheaper: 2048 1024 512")
     precision: str = _parameter("float32", "float32, or bfloat16 as published, for GPUs")
     checkpointing: bool = _parameter(False, "compute layers twice to need less memory")
-    compile: bool = _parameter(False, "try torch.compile")
+    compile: bool = _parameter(False, "try the native kernel on a CPU, torch.compile elsewhere")
     workers: int = _parameter(
         0, "processes that read ahead. With 0, examples come from one stream of random numbers; else by number"
     )

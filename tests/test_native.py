@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative
+from conftest import TINY, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, kernels, loops, native, ssd, trials
 from bsmamba2.mamba2 import Mamba2, RMSNorm
+from bsmamba2.train import TrainConfig, Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
 AMX = Path("/proc/cpuinfo").is_file() and "amx_bf16" in Path("/proc/cpuinfo").read_text()
@@ -311,6 +313,27 @@ def test_auto_takes_it_only_where_it_was_asked_for_and_fits(
     assert runs == [torch.float32] * 2
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_trains_with_it(runs: list[torch.dtype], checkpointing: bool) -> None:
+    config = dataclasses.replace(TINY, dim=32, state=32, head_width=32)
+    batch = (torch.randn(2, 2, 4000), torch.randn(2, 2, 4000))
+
+    def trained(**options: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = BSMamba2(config)
+        with torch.enable_grad():
+            Trainer(model, TrainConfig(steps=1, **options)).backward([batch])
+        return {name: part.grad for name, part in model.named_parameters()}
+
+    expected = trained()
+    assert not runs
+    found = trained(compile=True, checkpointing=checkpointing)
+    assert len(runs) == 4 * (1 + checkpointing)  # mixers
+    scale = max(part.abs().max() for part in expected.values())
+    for name, right in expected.items():
+        torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-6 * float(scale), msg=name)
+
+
 def test_a_norm_gives_the_same() -> None:
     norm, x = RMSNorm(64), torch.randn(3, 7, 64)
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -346,6 +369,13 @@ def forgotten() -> Iterator[None]:
     trials._said.clear()
     yield
     native.fault.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_it_is_tried_in_any_mode(mode: type, forgotten: None, runs: list[torch.dtype]) -> None:
+    with mode(), loops.compiled():
+        mixer(kernels.auto)(torch.randn(2, 9, 32))
+    assert runs
 
 
 class Wrong:

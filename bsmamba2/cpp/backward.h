@@ -42,7 +42,7 @@ class Gradients : public Sequence<T> {
         }
         dA.resize(s.h);
         dD.resize(s.h);
-        sigmoid.resize(s.inner());
+        opened.resize(s.inner());
         reader.resize(s.n * Q);
         for (auto* one : {&E, &W, &turned_E, &turned_W, &dW}) one->resize(Q * columns());
         for (auto* one : {&turned_G, &dG, &decay, &mixed}) one->resize(Q * Q);
@@ -126,18 +126,18 @@ class Gradients : public Sequence<T> {
         Wide squares{}, along{};
         for (int64_t h = 0; h < s.h; ++h)
             for (int64_t c = h * s.p; c < (h + 1) * s.p; c += LANES) {
-                const Wide open = 1.f / (exp2_of(load(z + c) * -1.44269504f) + 1.f);
+                const Wide open = sigmoid(load(z + c));
                 const Wide whole = load(y + c) + load(x + c) * same[i * s.h + h];
                 const Wide gated = whole * load(z + c) * open;
                 squares += gated * gated;
                 along += gated * load(gradient + c);
-                store(open, &sigmoid[c]);
+                store(open, &opened[c]);
                 store(whole, to + c);
             }
         const float scale = inverse_root(squares, width, eps);
         const float less = float(scale * scale * scale * total(along) / double(width));
         for (int64_t c = 0; c < width; c += LANES) {
-            const Wide open = load(&sigmoid[c]), argument = load(z + c), whole = load(to + c), silu = argument * open;
+            const Wide open = load(&opened[c]), argument = load(z + c), whole = load(to + c), silu = argument * open;
             const Wide dgated = load(gradient + c) * scale - whole * silu * less;
             store(dgated * whole * open * (1.f + argument * (1.f - open)), dz + c);
             store(dgated * silu, to + c);
@@ -151,7 +151,7 @@ class Gradients : public Sequence<T> {
         T* dbefore) {
         const int64_t w = s.width(), past = s.taps - 1;
         for (int64_t k = 0; k < q * w; k += LANES) {
-            const Wide a = load(&argument[k]), open = 1.f / (exp2_of(a * -1.44269504f) + 1.f);
+            const Wide a = load(&argument[k]), open = sigmoid(a);
             store(load(&dinputs[k]) * open * (1.f + a * (1.f - open)), &dinputs[k]);
         }
         std::copy(tail.begin(), tail.end(), dinputs.begin() + q * w);
@@ -191,7 +191,7 @@ class Gradients : public Sequence<T> {
     static constexpr float JUMP = 8;  // octaves of one step
 
     std::vector<T> reader, for_left, for_right, for_E, for_W;  // Cᵀ as left factor, (n, Q); buffers for other factors
-    std::vector<float> tail, sigmoid, E, W, turned_E, turned_W, dW, turned_G, dG, decay, mixed, turned_dB, turned_dC;
+    std::vector<float> tail, opened, E, W, turned_E, turned_W, dW, turned_G, dG, decay, mixed, turned_dB, turned_dC;
     std::vector<double> both, direct, rates, rest;  // x·dy; of dt by its factor; of dt·A; of the decay across the chunk
 
     APART void turn_reader(const Rows<T>& rows, int64_t q, int64_t Q) {

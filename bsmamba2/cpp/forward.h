@@ -266,24 +266,31 @@ class Sequence {
 };
 
 // SiLU of the causal convolution of frames [from, from + q), (q, width), and where wanted its argument. Frames before the
-// first are those of `before`, (taps − 1, width).
-template <typename T>
-APART void convolve(
-    const Sizes& s, const T* x, int64_t row, const T* before, const float* taps, const float* bias, int64_t from, int64_t q,
-    T* to, float* argument = nullptr) {
-    const int64_t width = s.width(), past = s.taps - 1;
-    std::vector<const T*> rows(s.taps);
+// first are those of `before`, (taps − 1, width). TAPS is their number if it is known, else 0.
+template <int TAPS, typename T>
+APART void convolve_by(
+    const Sizes& s, const T* x, int64_t row, const T* before, const float* weights, const float* bias, int64_t from, int64_t q,
+    T* to, float* argument) {
+    const int64_t width = s.width(), taps = TAPS ? TAPS : s.taps, past = taps - 1;
+    std::vector<const T*> rows(taps);
     for (int64_t i = from; i < from + q; ++i, to += width) {
-        for (int64_t tap = 0, frame = i - past; tap < s.taps; ++tap, ++frame)
+        for (int64_t tap = 0, frame = i - past; tap < taps; ++tap, ++frame)
             rows[tap] = frame < 0 ? before + (frame + past) * width : x + frame * row;
         for (int64_t c = 0; c < width; c += LANES) {
             __builtin_prefetch(rows.back() + row + c);  // of the next frame: rows are too short for the hardware to see it
             Wide sum = load(bias + c);
-            for (int64_t tap = 0; tap < s.taps; ++tap) sum += load(taps + tap * width + c) * load(rows[tap] + c);
+            for (int64_t tap = 0; tap < taps; ++tap) sum += load(weights + tap * width + c) * load(rows[tap] + c);
             store(silu(sum), to + c);
             if (argument) store(sum, argument + (i - from) * width + c);
         }
     }
+}
+
+template <typename T>
+void convolve(
+    const Sizes& s, const T* x, int64_t row, const T* before, const float* weights, const float* bias, int64_t from, int64_t q,
+    T* to, float* argument = nullptr) {
+    (s.taps == 4 ? convolve_by<4, T> : convolve_by<0, T>)(s, x, row, before, weights, bias, from, q, to, argument);
 }
 
 inline float inverse_root(Wide squares, int64_t width, float eps) {

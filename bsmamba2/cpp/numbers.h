@@ -121,7 +121,19 @@ inline double total(Wide x) {
     return sum;
 }
 
-inline Wide silu(Wide x) { return x / (exp2_of(x * -1.44269504f) + 1.f); }
+// 1 / x for x from 2⁻¹²⁶ to 2¹²⁶, to 2e-7: a division takes three times as long.
+inline Wide inverse(Wide x) {
+#ifdef __AVX512F__
+    const Wide near = Wide(_mm512_rcp14_ps(__m512(x)));
+    return near * (2.f - x * near);
+#else
+    return 1.f / x;
+#endif
+}
+
+inline Wide sigmoid(Wide x) { return inverse(exp2_of(x * -1.44269504f) + 1.f); }
+
+inline Wide silu(Wide x) { return x * sigmoid(x); }
 
 // --- operands of products ---------------------------------------------------------------------------------
 // The right factor of a bfloat16 product has pairs of its rows interleaved: row k of column j at [k / 2][j][k % 2].
