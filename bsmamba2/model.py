@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels, ssd
+from . import kernels, loops, ssd
 from .bands import BandSplit, UnitNorm
 from .config import ModelConfig
 from .dual_path import DualPath, SequenceLayer
@@ -108,7 +108,7 @@ class BSMamba2(nn.Module):
         x = self.band_split(spectrogram)  # (b, t, k, d)
         recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            x = checkpoint(_within, loops.asked(), layer, x, use_reentrant=False) if recompute else layer(x)
         x = self.final_norm(x)
         return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1)
 
@@ -139,3 +139,10 @@ class BSMamba2(nn.Module):
             after.append(memory)
         x = self.final_norm(x[:, :frames])
         return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1), after
+
+
+def _within(compiled: bool, layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), by the same kernels whenever it is called."""
+    with loops.compiled(compiled):
+        y: Tensor = layer(x)
+        return y

@@ -402,8 +402,8 @@ def test_where_compiling_fails_one_warning_is_given_and_training_goes_on(
 
     plain = copy.deepcopy(tiny)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    trainer = Trainer(tiny, TrainConfig(steps=2, compile=True))
-    trainer.untried = True  # as on a GPU
+    trainer = Trainer(tiny, TrainConfig(steps=2))
+    trainer.untried = True  # as with `compile` on a GPU
     with pytest.warns(UserWarning, match=r"without it \(RuntimeError: no C\+\+ compiler here\)") as warned:
         steps = list(trainer.run(clips(2)))
     assert len(warned) == 1
