@@ -1,6 +1,5 @@
-// Gradients of what `forward.h` computes, of one sequence after the other, in buffers that stay in a core's cache. Nothing
-// is kept from the way there but what went in: the states before all chunks are computed again, then each chunk from the
-// last one back.
+// The way back: gradients of what `forward.h` computes. Nothing is kept from the way there but what went in: the states
+// before all chunks are computed again, then each chunk from the last one back.
 //
 // Letters as there. Besides, with w_j = 2^{−M − r_j} dt_j and o_i = 2^{r_i + M}: W = w x, E = o dy, P the gradient of the
 // state behind the chunk. Then, for heads whose decays are narrow,
@@ -22,7 +21,7 @@ template <typename T>
 class Gradients : public Sequence<T> {
     using Base = Sequence<T>;
     using Base::A, Base::columns, Base::D, Base::decays_until, Base::diagonal, Base::heads, Base::into, Base::narrow,
-        Base::octaves, Base::out, Base::own, Base::s, Base::same, Base::scores, Base::sums;
+        Base::octaves, Base::out, Base::s, Base::same, Base::scores, Base::sums;
 
    public:
     using Base::convolved, Base::found, Base::has_state, Base::state;

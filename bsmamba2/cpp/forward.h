@@ -1,3 +1,14 @@
+// The way forwards: convolution, scan and gate of a sequence, chunk by chunk.
+//
+// Letters as in `bsmamba2.config` (b sequences, t frames, h heads, p head width, n state) and `bsmamba2.ssd`: q frames of
+// a chunk, r_i sum of dt·A until frame i in octaves, R at the end, S the state. Within a chunk
+//
+//     y_i = Σ_{j<i} 2^{r_i − r_j} G_ij dt_j x_j + (G_ii dt_i + D) x_i + 2^{r_i} C_i S,    G = C Bᵀ
+//
+// and 2^{r_i − r_j} = 2^{r_i + M} · 2^{−M − r_j}, so that one product with G serves all heads whose decays span less than
+// 2M octaves in the chunk. For a head that forgets faster, the decays go into a matrix of its own. The state is kept times
+// 2^{−M}, where it needs no factor but that of the rows. Q is q, filled up to a multiple of 32.
+
 #pragma once
 
 #include "numbers.h"

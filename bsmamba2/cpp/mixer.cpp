@@ -1,23 +1,11 @@
-// What a Mamba-2 mixer does between its two projections, on a CPU, without gradients: convolution, scan and gate of one
-// sequence after the other, chunk by chunk, in buffers that stay in a core's cache.
+// What a Mamba-2 mixer does between its two projections, on a CPU: convolution, scan and gate of one sequence after the
+// other, chunk by chunk, in buffers that stay in a core's cache; and the gradients of that.
 //
 //     xBC → causal conv, SiLU → x, B, C      y = scan(x, dt, A, B, C, D)      y · SiLU(z) / rms
 //
-// Each of convolution and gate may be absent; the scan alone is the function of `bsmamba2.ssd`, which has the formulas.
-// Besides, the RMS norm of a frame.
-// A thread takes whole sequences. The matrix products are oneDNN's small ones, as PyTorch has them (`brgemm`): with AMX or
-// AVX-512 units where there are any. Built when first wanted, by `bsmamba2.native`.
-//
-// Every loop is a function that is not inlined (`APART`): the compiler runs short of registers when it sees them together.
-//
-// Letters as in `bsmamba2.config` (b sequences, t frames, h heads, p head width, n state) and `bsmamba2.ssd`: q frames of
-// a chunk, r_i sum of dt·A until frame i in octaves, R at the end, S the state. Within a chunk
-//
-//     y_i = Σ_{j<i} 2^{r_i − r_j} G_ij dt_j x_j + (G_ii dt_i + D) x_i + 2^{r_i} C_i S,    G = C Bᵀ
-//
-// and 2^{r_i − r_j} = 2^{r_i + M} · 2^{−M − r_j}, so that one product with G serves all heads whose decays span less than
-// 2M octaves in the chunk. For a head that forgets faster, the decays go into a matrix of its own. The state is kept times
-// 2^{−M}, where it needs no factor but that of the rows.
+// Each of convolution and gate may be absent; the scan alone is the function of `bsmamba2.ssd`. Besides, the RMS norm of a
+// frame. A thread takes whole sequences. What is done with one is in `forward.h` and `backward.h`; here are the operators,
+// which `bsmamba2.native` builds when they are first wanted.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
