@@ -211,9 +211,9 @@ def test_what_is_no_number_stays_in_its_sequence_and_after_its_frame() -> None:
 # --- in a mixer -------------------------------------------------------------------------------------------
 
 
-def mixer(scan: ssd.Scan) -> Mamba2:
+def mixer(scan: ssd.Scan, conv_width: int = 4) -> Mamba2:
     torch.manual_seed(0)
-    made = Mamba2(32, state=32, head_width=32, scan=scan).eval()
+    made = Mamba2(32, state=32, head_width=32, conv_width=conv_width, scan=scan).eval()
     torch.nn.init.uniform_(made.norm.weight, 0.5, 1.5)
     return made
 
@@ -244,6 +244,20 @@ def test_a_mixer_has_the_same_gradients(t: int, dtype: torch.dtype) -> None:
             mine = found(mixer(native.checked), x.clone())
     for name, right in expected.items():
         assert relative(mine[name], right) < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype], name
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 7])
+@pytest.mark.parametrize("t", [1, 5, 70])
+def test_any_number_of_taps(taps: int, t: int) -> None:
+    torch.manual_seed(t)
+    x, weights, found = torch.randn(2, t, 32), torch.randn(2, t, 32), []
+    with torch.enable_grad():
+        for scan in (ssd.recurrent, native.checked):
+            made = mixer(scan, taps)
+            y = made(x.requires_grad_())
+            found.append((y, *torch.autograd.grad((y * weights).sum(), [x, *made.parameters()])))
+    for right, mine in zip(*found, strict=True):
+        assert (mine - right).abs().max() < 1e-5 * max(right.abs().max(), 1e-3)
 
 
 def test_gradients_go_through_the_memory() -> None:
