@@ -28,6 +28,16 @@ DTYPES = [
 ]
 
 
+PROBLEMS = {
+    "t": st.integers(1, 140),
+    "h": st.integers(1, 5),
+    "p": st.sampled_from([32, 64, 96]),
+    "n": st.sampled_from([32, 64]),
+    "decay": st.floats(-3, 2),
+    "start": st.booleans(),
+}
+
+
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
@@ -73,15 +83,7 @@ def test_from_no_decay_to_all_forgotten(step: float, decay: float, dtype: torch.
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    t=st.integers(1, 140),
-    h=st.integers(1, 5),
-    p=st.sampled_from([32, 64, 96]),
-    n=st.sampled_from([32, 64]),
-    step=st.floats(-6, 1.5),
-    decay=st.floats(-3, 2),
-    start=st.booleans(),
-)
+@given(**PROBLEMS, step=st.floats(-6, 1.5))
 def test_any_size_and_decay(t: int, h: int, p: int, n: int, step: float, decay: float, start: bool) -> None:
     assert_same(problem(t, h, p=p, n=n, dt=10**step, decay=10**decay), torch.float32, start=start)
 
@@ -129,16 +131,7 @@ def test_gradients_from_no_decay_to_all_forgotten(step: float, decay: float, dty
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    t=st.integers(1, 140),
-    h=st.integers(1, 5),
-    p=st.sampled_from([32, 64, 96]),
-    n=st.sampled_from([32, 64]),
-    step=st.floats(-6, 0.5),
-    decay=st.floats(-3, 2),
-    start=st.booleans(),
-    last=st.booleans(),
-)
+@given(**PROBLEMS, step=st.floats(-6, 0.5), last=st.booleans())
 def test_gradients_of_any_size_and_decay(
     t: int, h: int, p: int, n: int, step: float, decay: float, start: bool, last: bool
 ) -> None:

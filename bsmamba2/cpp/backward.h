@@ -44,7 +44,7 @@ class Gradients : public Sequence<T> {
         opened.resize(s.inner());
         reader.resize(s.n * Q);
         for (auto* one : {&E, &W, &turned_E, &turned_W, &dW}) one->resize(Q * columns());
-        for (auto* one : {&turned_G, &dG, &decay, &mixed}) one->resize(Q * Q);
+        for (auto* one : {&turned_G, &dG, &mixed}) one->resize(Q * Q);
         for (auto* one : {&turned_dB, &turned_dC}) one->resize(s.n * Q);
         for (auto* one : {&both, &direct, &rates}) one->resize(Q * s.h);
         rest.resize(s.h);
@@ -138,7 +138,7 @@ class Gradients : public Sequence<T> {
         for (int64_t c = 0; c < width; c += LANES) {
             const Wide open = load(&opened[c]), argument = load(z + c), whole = load(to + c), silu = argument * open;
             const Wide dgated = load(gradient + c) * scale - whole * silu * less;
-            store(dgated * whole * open * (1.f + argument * (1.f - open)), dz + c);
+            store(dgated * whole * silu_slope(argument, open), dz + c);
             store(dgated * silu, to + c);
         }
     }
@@ -150,8 +150,8 @@ class Gradients : public Sequence<T> {
         T* dbefore) {
         const int64_t w = s.width(), past = s.taps - 1;
         for (int64_t k = 0; k < q * w; k += LANES) {
-            const Wide a = load(&argument[k]), open = sigmoid(a);
-            store(load(&dinputs[k]) * open * (1.f + a * (1.f - open)), &dinputs[k]);
+            const Wide a = load(&argument[k]);
+            store(load(&dinputs[k]) * silu_slope(a, sigmoid(a)), &dinputs[k]);
         }
         std::copy(tail.begin(), tail.end(), dinputs.begin() + q * w);
         for (int64_t i = from ? 0 : -past; i < q; ++i) {
@@ -178,10 +178,7 @@ class Gradients : public Sequence<T> {
 
     void begin_back(const float* dstate) {
         has_later = dstate != nullptr;
-        if (dstate) {
-            const float up = exp2_of(MIDDLE);
-            for (int64_t c = 0; c < s.n * s.inner(); ++c) later[c] = up * dstate[c];
-        }
+        if (dstate) scaled(dstate, later.size(), MIDDLE, later.data());
         for (auto* one : {&tail, &dtaps, &dbias}) std::fill(one->begin(), one->end(), 0.f);
         for (auto* one : {&dA, &dD}) std::fill(one->begin(), one->end(), 0.);
     }
@@ -190,7 +187,7 @@ class Gradients : public Sequence<T> {
     static constexpr float JUMP = 8;  // octaves of one step
 
     std::vector<T> reader, for_left, for_right, for_E, for_W;  // Cᵀ as left factor, (n, Q); buffers for other factors
-    std::vector<float> tail, opened, E, W, turned_E, turned_W, dW, turned_G, dG, decay, mixed, turned_dB, turned_dC;
+    std::vector<float> tail, opened, E, W, turned_E, turned_W, dW, turned_G, dG, mixed, turned_dB, turned_dC;
     std::vector<double> both, direct, rates, rest;  // x·dy; of dt by its factor; of dt·A; of the decay across the chunk
 
     APART void turn_reader(const Rows<T>& rows, int64_t q, int64_t Q) {

@@ -23,9 +23,9 @@ struct Rows {
 };
 
 // 2^octaves times a state or its gradient.
-inline void scaled(const std::vector<float>& from, double octaves, float* to) {
+inline void scaled(const float* from, size_t count, double octaves, float* to) {
     const float factor = exp2_of(octaves);
-    for (size_t k = 0; k < from.size(); ++k) to[k] = factor * from[k];
+    for (size_t k = 0; k < count; ++k) to[k] = factor * from[k];
 }
 
 // The buffers of a thread and what is done with them.
@@ -61,8 +61,7 @@ class Sequence {
     // Of a sequence, from the state before it, (n, h·p), if there is one.
     void begin(const float* given) {
         has_state = given != nullptr;
-        if (given) std::copy(given, given + s.n * s.inner(), state.begin());
-        if (given) scaled(state, -MIDDLE, state.data());
+        if (given) scaled(given, state.size(), -MIDDLE, state.data());
     }
 
     // y of a chunk into `found`, and the state behind it into `state`, if anything follows. dt: rows of h.
@@ -80,10 +79,9 @@ class Sequence {
         for (int64_t first = 0; first < s.h; first += heads()) {
             const int64_t last = std::min(s.h, first + heads()), begin = first * s.p, N = (last - first) * s.p;
             float* y = found.data() + begin;
-            if (has_state) {
-                pack_state(begin, N);
-                multiply(q, N, s.n, rows.C, rows.C_row, right_state(begin), state_row(N), y, s.inner(), false);
-            }
+            if (has_state)
+                multiply(
+                    q, N, s.n, {rows.C, rows.C_row}, right(&state[begin], s.inner(), s.n, N, packed), y, s.inner(), false);
             const bool together = std::all_of(&narrow[first], &narrow[first] + (last - first), [](char one) { return one; });
             if (!together)
                 for (int64_t h = first; h < last; ++h) one_head(rows, h, dt, dt_row, q, Q);
@@ -200,22 +198,6 @@ class Sequence {
             }
         }
     }
-
-    // The state as the right factor of C: itself in float32, as pairs in bfloat16.
-    APART void pack_state(int64_t begin, int64_t N) {
-        if constexpr (!std::is_same_v<T, float>)
-            for (int64_t k = 0; k < s.n; k += 2) {
-                const float* row = &state[k * s.inner() + begin];
-                pair(row, row + s.inner(), 1.f, 1.f, &packed[k * N], N);
-            }
-    }
-
-    const T* right_state(int64_t begin) const {
-        if constexpr (std::is_same_v<T, float>) return state.data() + begin;
-        else return packed.data();
-    }
-
-    int64_t state_row(int64_t N) const { return std::is_same_v<T, float> ? s.inner() : N; }
 
     // A head by itself, in a group with one whose decays span too much. For that one the decays go into a matrix of its
     // own, each weight 2^{r_i − r_j} G_ij in one, none above |G_ij|.

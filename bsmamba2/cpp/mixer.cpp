@@ -55,6 +55,11 @@ Rows<T> frames(const Sizes& s, const Inputs& in, int64_t b, int64_t from, int64_
 }
 
 template <typename T>
+void narrowed(const float* from, int64_t width, T* to) {
+    for (int64_t c = 0; c < width; c += LANES) store(load(from + c), to + c);
+}
+
+template <typename T>
 std::tuple<Tensor, Tensor> run(const Sizes& s, const Inputs& in, bool keep) {
     Tensor y = at::empty({s.b, s.t, s.inner()}, in.x.options());
     Tensor last = at::empty({keep ? s.b : 0, s.n, s.inner()}, in.dt.options());
@@ -72,10 +77,12 @@ std::tuple<Tensor, Tensor> run(const Sizes& s, const Inputs& in, bool keep) {
                     if (in.z)
                         gate(frame, of<T>(*in.z, b) + (from + i) * in.z->stride(1), in.z->stride(1), float(in.eps), s.inner(), to);
                     else
-                        for (int64_t c = 0; c < s.inner(); c += LANES) store(load(frame + c), to + c);
+                        narrowed(frame, s.inner(), to);
                 }
             }
-            if (keep) scaled(sequence.state, MIDDLE, last.mutable_data_ptr<float>() + b * s.n * s.inner());
+            if (keep)
+                scaled(
+                    sequence.state.data(), sequence.state.size(), MIDDLE, last.mutable_data_ptr<float>() + b * s.n * s.inner());
         }
         at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
     });
@@ -101,11 +108,6 @@ void copy(const std::vector<From>& from, const Tensor& to, int64_t b) {
 }
 
 template <typename T>
-void narrowed(const float* from, int64_t width, T* to) {
-    for (int64_t c = 0; c < width; c += LANES) store(load(from + c), to + c);
-}
-
-template <typename T>
 void run_back(
     const Sizes& s, const Inputs& in, const Tensor& dy, const std::optional<Tensor>& dlast, const Outputs& outputs) {
     const int64_t chunks = (s.t + s.q - 1) / s.q;
@@ -122,7 +124,7 @@ void run_back(
                 const Rows<T> rows = frames(s, in, b, from, q, g.convolved.data());
                 g.absorb(rows, in.steps(b, from), in.dt.stride(1), q);
             }
-            states[chunks] = g.state;
+            if (dlast) states[chunks] = g.state;  // else nothing asks for it
             for (int64_t c = chunks - 1; c >= 0; --c) {
                 const int64_t from = c * s.q, q = std::min(s.q, s.t - from);
                 const bool earlier = c > 0 || in.state;
@@ -160,7 +162,9 @@ void run_back(
             copy<float>(g.dD, outputs.dD, b);
             copy<float>(g.dtaps, outputs.dtaps, b);
             copy<float>(g.dbias, outputs.dbias, b);
-            if (in.state) scaled(g.later, -MIDDLE, outputs.dstate.mutable_data_ptr<float>() + b * s.n * s.inner());
+            if (in.state)
+                scaled(
+                    g.later.data(), g.later.size(), -MIDDLE, outputs.dstate.mutable_data_ptr<float>() + b * s.n * s.inner());
         }
         at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
     });

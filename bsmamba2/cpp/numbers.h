@@ -135,6 +135,9 @@ inline Wide sigmoid(Wide x) { return inverse(exp2_of(x * -1.44269504f) + 1.f); }
 
 inline Wide silu(Wide x) { return x * sigmoid(x); }
 
+// The derivative of SiLU at x, from σ(x).
+inline Wide silu_slope(Wide x, Wide open) { return open * (1.f + x * (1.f - open)); }
+
 // --- operands of products ---------------------------------------------------------------------------------
 // The right factor of a bfloat16 product has pairs of its rows interleaved: row k of column j at [k / 2][j][k % 2].
 
