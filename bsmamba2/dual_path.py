@@ -11,11 +11,12 @@ Book: "Two directions, two axes"; `step`: "Separating songs". Axis letters: see 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .mamba2 import BLOCK, PIECE, Memory, RMSNorm, block_by_block
+from .mamba2 import BLOCK, PIECE, Mamba2, Memory, RMSNorm, Room, block_by_block, product_type, rms_norm
 
 SequenceLayer = Callable[[], nn.Module]
 """Makes a layer (b, length, d) → (b, length, d); one that sees only the past, for a bidirectional block."""
@@ -87,6 +88,44 @@ class BidirectionalBlock(nn.Module):
         g = self.backwards(x.flip(1)).flip(1)
         return self.merge(torch.cat((f, g), dim=-1)) + x
 
+    def each(self, x: Tensor) -> Tensor:
+        """`forward` of a few sequences at a time, or `native_forward` where the native kernel takes x."""
+        return self.native_forward(x) if self.kernel(x) else block_by_block(self, x)
+
+    def kernel(self, x: Tensor) -> bool:
+        """Whether both directions are mixers that the native kernel runs for x (`Mamba2.kernel`)."""
+        ways = (self.forwards, self.backwards)
+        return all(isinstance(way, Residual) and isinstance(way.mixer, Mamba2) and way.mixer.kernel(x) for way in ways)
+
+    def native_forward(self, x: Tensor) -> Tensor:
+        """`forward` with the native kernel, in fewer passes: matrices that follow each other are multiplied beforehand.
+
+            u = x / rms(x)      y_f = mix(W_f γ_f u),   y_b = mix(W_b γ_b u), from the last frame to the first
+            out = M_f (x + O_f y_f) + M_b (x + O_b y_b) + m + x = (M_f + M_b) x + M_f O_f y_f + M_b O_b y_b + m + x
+
+        W and O are the projections of a mixer, γ the gain of the norm before it, [M_f M_b] and m the merging Linear.
+        """
+        ways = [cast("Mamba2", way.mixer) for way in (self.forwards, self.backwards)]
+        dtype = product_type(x)
+        with torch.autocast(x.device.type, enabled=False):
+            gains = [way.norm.weight for way in (self.forwards, self.backwards)]
+            into = [(way.in_proj.weight.float() * gain).to(dtype) for way, gain in zip(ways, gains, strict=True)]
+            halves = self.merge.weight.float().split(x.shape[-1], dim=1)
+            out = [(half @ way.output().float()).to(dtype) for half, way in zip(halves, ways, strict=True)]
+            across, bias = sum(halves).to(dtype), self.merge.bias.to(dtype)
+
+            room = None if torch.is_grad_enabled() else Room(x, ways[0], dtype)
+
+            def read(x: Tensor) -> Tensor:
+                u = rms_norm(x).to(dtype)
+                said = torch.addmm(bias, x.flatten(0, 1).to(dtype), across.mT)
+                for number, way in enumerate(ways):
+                    y = way.project_and_mix(u, into[number], room, backwards=number == 1)
+                    said.addmm_(y.flatten(0, 1), out[number].mT)
+                return x + said.view_as(x)
+
+            return block_by_block(read, x, room.most if room else None)
+
     def step(self, x: Tensor, memory: Memory | None, frames: int) -> tuple[Tensor, Memory]:
         """The same of a piece and its look-ahead: forwards from a memory, backwards from the end of the look-ahead.
 
@@ -113,9 +152,9 @@ class DualPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, k, d) → (b, t, k, d)."""
         b, t, k, _ = x.shape
-        x = block_by_block(self.time, x.transpose(1, 2).flatten(0, 1))
+        x = self.time.each(x.transpose(1, 2).flatten(0, 1))
         x = x.unflatten(0, (b, k)).transpose(1, 2)
-        x = block_by_block(self.band, x.flatten(0, 1))
+        x = self.band.each(x.flatten(0, 1))
         return x.unflatten(0, (b, t))
 
     def step(self, x: Tensor, memories: list[Memory] | None, frames: int) -> tuple[Tensor, list[Memory]]:
@@ -135,5 +174,5 @@ class DualPath(nn.Module):
         before = memories if memories else [None] * len(blocks)
         steps = [self.time.step(block, memory, frames) for block, memory in zip(blocks, before, strict=True)]
         x = torch.cat([y for y, _ in steps]).unflatten(0, (b, k)).transpose(1, 2)
-        x = block_by_block(self.band, x.flatten(0, 1))
+        x = self.band.each(x.flatten(0, 1))
         return x.unflatten(0, (b, t)), [memory for _, memory in steps]

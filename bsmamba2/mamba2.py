@@ -28,8 +28,7 @@ BLOCK = 2**20
 """Features, d for each frame of each sequence, that a layer reads at once on a CPU; half of it with gradients."""
 
 NATIVE_BLOCK = 15 * 2**20
-"""Of what the first projection gives, as much as the native kernel reads at once: 30 MB in bfloat16. The GNU C library
-keeps buffers up to 32 MB; larger ones it gives back after each use, and clears them when it asks for them again."""
+"""Of what the first projection gives, as many numbers as the native kernel reads at once."""
 
 Memory = tuple[Tensor, Tensor]
 """What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
@@ -45,20 +44,31 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim)."""
-        if loops.wanted() and native.normalises(x):
-            return native.rms_norm(x, self.weight, EPS)
-        return _rms_norm(x, self.weight)
+        return rms_norm(x, self.weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The same as a function: (..., dim), a weight (dim,) or none → (..., dim)."""
+    if loops.wanted() and native.normalises(x):
+        return native.rms_norm(x, weight, EPS)
+    return _rms_norm(x, weight)
 
 
 @loop
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor | None) -> Tensor:
     wide = x.to(_wide(x))
-    return functional.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), EPS).to(x.dtype)
+    return functional.rms_norm(wide, (x.shape[-1],), None if weight is None else weight.to(wide.dtype), EPS).to(x.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     """The type of what must not be rounded to that of x."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied with x: its own, or that of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, most: int | None = None) -> Tensor:
@@ -110,6 +120,28 @@ def _gate(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return y, (y.to(_wide(x)).square().mean(-1, keepdim=True) + EPS).rsqrt()
 
 
+class Room:
+    """Where the native kernel finds what is projected and puts what it makes of it, one block of sequences at a time.
+
+    The C library gives large buffers back after each use, and the system clears them when they are asked for again: a
+    quarter of the time of a model. With gradients, which need what was projected, each block has its own.
+
+    Args:
+        x: all sequences, (b, length, d).
+        mixer: that reads them.
+        dtype: of the products.
+
+    Attributes:
+        most: sequences in a block.
+    """
+
+    def __init__(self, x: Tensor, mixer: Mamba2, dtype: torch.dtype) -> None:
+        self.most = max(1, NATIVE_BLOCK // (x.shape[1] * sum(mixer.widths)))
+        frames = min(self.most, len(x)) * x.shape[1]
+        self.projected = x.new_empty(frames, sum(mixer.widths), dtype=dtype)
+        self.mixed = x.new_empty(frames, mixer.widths[0], dtype=dtype)
+
+
 class Mamba2(nn.Module):
     """A Mamba-2 mixer with one B/C group and a gated RMS norm.
 
@@ -158,9 +190,19 @@ class Mamba2(nn.Module):
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self.step(x)[0]
         if self.kernel(x):
-            most = max(1, NATIVE_BLOCK // (x.shape[1] * sum(self.widths)))
-            return block_by_block(lambda part: self.step(part)[0], x, most)
+            return self.native_forward(x)
         return block_by_block(self.in_pieces, x)
+
+    def native_forward(self, x: Tensor) -> Tensor:
+        """`forward` with the native kernel, without gradients."""
+        dtype = product_type(x)
+        with torch.autocast(x.device.type, enabled=False):
+            into, out, room = self.in_proj.weight.to(dtype), self.output().to(dtype), Room(x, self, dtype)
+
+            def read(x: Tensor) -> Tensor:
+                return functional.linear(self.project_and_mix(x.to(dtype), into, room), out)
+
+            return block_by_block(read, x, room.most)
 
     def in_pieces(self, x: Tensor) -> Tensor:
         """`forward`, some frames after the others, so that what lies between the projections stays in cache."""
@@ -209,7 +251,7 @@ class Mamba2(nn.Module):
 
     def kernel(self, x: Tensor) -> bool:
         """Whether the native kernel does what lies between the projections of x, instead of the steps one by one."""
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        dtype = product_type(x)
         if self.scan is native.checked:
             native.require(dtype)
             return True
@@ -222,25 +264,34 @@ class Mamba2(nn.Module):
         """`step` with the native kernel."""
         before, state = (None, None) if memory is None else (memory[0].transpose(0, 1), memory[1])
         projected = self.in_proj(x)
-        y, last = native.mix(
-            projected,
-            self.dt_bias,
-            -self.A_log.exp(),
-            self.D,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            eps=EPS,
-            before=before,
-            initial_state=state,
-            return_state=keep,
-        )
-        y = functional.linear(y, self.out_proj.weight * self.norm.weight)
+        y, last = self.mix(projected, before=before, initial_state=state, return_state=keep)
+        y = functional.linear(y, self.output())
         if last is None:
             return y, None
         xBC = projected.split(self.widths, dim=-1)[1]
         before = xBC.new_zeros(len(xBC), self.past, xBC.shape[2]) if before is None else before
         after = torch.cat((before, xBC[:, -self.past :]), dim=1)[:, -self.past :]
         return y, (after.transpose(0, 1), last)
+
+    def output(self) -> Tensor:
+        """The matrix that follows `mix`, (d, h·p): the gain of the norm, then the last projection."""
+        return self.out_proj.weight * self.norm.weight
+
+    def mix(self, projected: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """`native.mix` of what `in_proj` gives, with the numbers of this mixer; `options` are that function's."""
+        decay = -self.A_log.exp()
+        conv = self.conv1d
+        return native.mix(projected, self.dt_bias, decay, self.D, conv.weight, conv.bias, eps=EPS, **options)
+
+    def project_and_mix(self, x: Tensor, matrix: Tensor, room: Room | None, *, backwards: bool = False) -> Tensor:
+        """`mix` of `matrix` x: (b, t, d), (·, d) → (b, t, h·p), in the room if there is one."""
+        if room is None:
+            return self.mix(functional.linear(x, matrix), backwards=backwards)[0]
+        frames = x.shape[0] * x.shape[1]
+        torch.mm(x.flatten(0, 1), matrix.mT, out=room.projected[:frames])
+        projected, y = (each[:frames].unflatten(0, x.shape[:2]) for each in (room.projected, room.mixed))
+        self.mix(projected, backwards=backwards, out=y)
+        return y
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None = None) -> Tensor:

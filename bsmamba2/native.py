@@ -164,6 +164,8 @@ def mix(
     before: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
+    backwards: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a mixer does between its projections, but for the gain of its norm.
 
@@ -177,6 +179,8 @@ def mix(
         eps: in the root of the norm.
         before: xBC of the frames before the first, (b, taps − 1, w); zeros when absent.
         initial_state: (b, h, p, n).
+        backwards: read the frames from the last to the first: "before" and "after" then look the other way.
+        out: where to put the first result, without gradients.
 
     Returns:
         (b, t, h·p), of the type of `projected`, and with `return_state` the state after the last frame.
@@ -189,7 +193,7 @@ def mix(
     refuse(misfits(projected.device, projected.dtype, inner // h, (w - inner) // 2))
     if before is None:
         before = projected.new_zeros(len(projected), taps - 1, w)
-    y, state = _Mix.apply(
+    inputs = (
         _rows(projected),
         dt_bias.float(),
         A.float().contiguous(),
@@ -199,9 +203,11 @@ def mix(
         before.to(projected.dtype).contiguous(),
         _flat(initial_state),
         eps,
+        backwards,
         return_state,
     )
-    return y, _unflat(state, h) if return_state else None
+    y, state = _Mix.apply(*inputs) if out is None else _Mix.run(*inputs, y=out)
+    return y, None if state is None else _unflat(state, h)
 
 
 class _Scan(torch.autograd.Function):
@@ -230,12 +236,17 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, ctx.eps, keep = inputs
+        *tensors, ctx.eps, ctx.backwards, _ = inputs
         ctx.save_for_backward(*tensors)
-        projected, dt_bias, A, D, taps, bias, before, state = tensors
+        return _Mix.run(*inputs)
+
+    @staticmethod
+    def run(*inputs: Any, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        projected, dt_bias, A, D, taps, bias, before, state, eps, backwards, keep = inputs
         z, xBC, dt = _Mix.parts(projected, dt_bias, taps)
+        y = z.new_empty(z.shape) if y is None else y
         dt = functional.softplus(dt)
-        y, state = operators().mix(z, xBC, dt, A, D, taps, bias, before, state, ctx.eps, ssd.CHUNK, keep)
+        state = operators().mix(z, xBC, dt, A, D, taps, bias, before, state, eps, ssd.CHUNK, backwards, keep, y)
         return y, state if keep else None
 
     @staticmethod
@@ -255,17 +266,19 @@ class _Mix(torch.autograd.Function):
         dlast = None if dlast is None else dlast.contiguous()
         dprojected = torch.empty_like(projected)
         dz, dxBC, last = dprojected.split((z.shape[2], xBC.shape[2], len(A)), dim=-1)
+        options = (ctx.eps, ssd.CHUNK, ctx.backwards)
         ddt, dA, dD, dtaps, dbias, dbefore, dstate = operators().mix_backward(
-            dy, dlast, z, xBC, functional.softplus(dt), A, D, taps, bias, before, state, ctx.eps, ssd.CHUNK, dz, dxBC
+            dy, dlast, z, xBC, functional.softplus(dt), A, D, taps, bias, before, state, *options, dz, dxBC
         )
         ddt *= dt.sigmoid()
         last.copy_(ddt)
         of_model = (each.sum(0) for each in (dA, dD, dtaps, dbias))
-        return dprojected, ddt.sum((0, 1)), *of_model, dbefore, None if state is None else dstate, None, None
+        return dprojected, ddt.sum((0, 1)), *of_model, dbefore, None if state is None else dstate, None, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x · rsqrt(mean x² + eps) · weight over the last axis, a multiple of 32: (..., d), (d,) → (..., d), type of x."""
+    weight = x.new_ones(x.shape[-1]) if weight is None else weight
     return operators().rms_norm(x.contiguous(), weight.float().contiguous(), eps)
 
 

@@ -12,16 +12,18 @@ import json
 import math
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
-from .checkpoints import read_checkpoint
+from .checkpoints import Checkpoint, read_checkpoint
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer, Validation, Windows, find_windows
+from .dual_path import DualPath
 from .evaluate import fingerprint
 from .losses import WINDOWS
 from .model import BSMamba2
@@ -45,8 +47,9 @@ class Recipe:
     """
 
     preset: str = _parameter("small", f"size of the model: {', '.join(PRESETS)}")
+    layers: int = _parameter(0, "dual-path layers; 0 is as many as the preset has")
     init: str = _parameter(
-        "", "checkpoint of the same size whose weights to begin with, ours or published; else random ones"
+        "", "checkpoint to begin with, ours or published, of the same size or with fewer layers; else random weights"
     )
     data: str = _parameter("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
     stems: tuple[str, ...] = _parameter(STEMS, "names of the files in a song's folder, the target first")
@@ -125,7 +128,7 @@ class Recipe:
     @property
     def model_config(self) -> ModelConfig:
         """The architecture."""
-        return ModelConfig.preset(self.preset)
+        return ModelConfig.preset(self.preset, **({"layers": self.layers} if self.layers else {}))
 
     @property
     def train_config(self) -> TrainConfig:
@@ -191,9 +194,7 @@ class Recipe:
         model, init = BSMamba2(self.model_config), ""
         if self.init:
             found = read_checkpoint(self.init)
-            if found.config != self.model_config:
-                raise ValueError(f"init={self.init!r} is {found.config}, and preset={self.preset!r} is another size")
-            model.load_state_dict(found.state)
+            begin_with(model, found)
             init = fingerprint(self.init)
         return Run(
             Path(self.output_dir),
@@ -209,6 +210,26 @@ class Recipe:
             validate_every=self.validate_every,
             tensorboard=self.tensorboard,
         )
+
+
+def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:
+    """Give a model the weights of a checkpoint, which may have fewer layers.
+
+    Layers that it does not have come last and begin as the identity: the Linear that merges their directions is zero,
+    and what is left of a bidirectional block is its residual. So the model computes what the checkpoint's does, and
+    learns from there.
+
+    Raises:
+        ValueError: for a checkpoint of another size, or with more layers; the model is left as it was.
+    """
+    there, here = checkpoint.config, model.config
+    if dataclasses.replace(there, layers=here.layers) != here or there.layers > here.layers:
+        raise ValueError(f"init={str(checkpoint.path)!r} is {there}, and {here} is another size")
+    model.load_state_dict(checkpoint.state, strict=False)
+    for layer in cast("Iterable[DualPath]", model.layers[there.layers :]):
+        for block in (layer.time, layer.band):
+            nn.init.zeros_(block.merge.weight)
+            nn.init.zeros_(block.merge.bias)
 
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

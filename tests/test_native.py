@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, ModelConfig, kernels, loops, native, ssd, trials
+from bsmamba2 import BSMamba2, ModelConfig, kernels, loops, mamba2, native, ssd, trials
+from bsmamba2.dual_path import DualPath
 from bsmamba2.mamba2 import Mamba2, RMSNorm
 from bsmamba2.train import TrainConfig, Trainer
 
@@ -251,6 +254,65 @@ def test_any_number_of_taps(taps: int, t: int) -> None:
             found.append((y, *torch.autograd.grad((y * weights).sum(), [x, *made.parameters()])))
     for right, mine in zip(*found, strict=True):
         assert (mine - right).abs().max() < 1e-5 * max(right.abs().max(), 1e-3)
+
+
+@pytest.mark.parametrize("t", [1, 3, 64, 130])
+def test_backwards_is_what_is_turned_round(t: int) -> None:
+    """With frames before the first, a state and the gradients of all; and it is put where it is asked for."""
+    torch.manual_seed(t)
+    made = mixer(native.checked)
+    w, h = made.widths[1], made.widths[2]
+    inputs = [torch.randn(2, t, sum(made.widths)), torch.randn(2, 3, w), torch.randn(2, h, 32, 32)]
+    weights, found = torch.randn(2, t, made.widths[0]), []
+    for backwards in (False, True):
+        leaves = [part.clone().requires_grad_() for part in inputs]
+        options = {"before": leaves[1], "initial_state": leaves[2], "return_state": True, "backwards": backwards}
+        with torch.enable_grad():
+            projected = leaves[0] if backwards else leaves[0].flip(1)
+            y, state = made.mix(projected, **options)
+            y = y if backwards else y.flip(1)
+            total = (y * weights).sum() + state.square().sum()
+            found.append([y, state, *torch.autograd.grad(total, [*leaves, *(made.dt_bias, made.A_log, made.D)])])
+        wide = torch.zeros(2, t, 3 * made.widths[0])
+        place = wide.split(made.widths[0], dim=-1)[1]
+        made.mix(projected.detach(), **options, out=place)
+        assert torch.equal(place if backwards else place.flip(1), y)
+        assert not wide[..., : made.widths[0]].any()
+        assert not wide[..., 2 * made.widths[0] :].any()
+    for one, other in zip(*found, strict=True):  # nearly: softplus rounds by the place of a number in memory
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_dual_path_layer_gives_the_same(
+    runs: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, with_gradients: bool
+) -> None:
+    """With its matrices multiplied beforehand; a few sequences at a time, the last block smaller than the others."""
+    torch.manual_seed(0)
+    made = DualPath(32, partial(Mamba2, 32, state=32, head_width=32, scan=kernels.auto))
+    for part in made.parameters():
+        if part.dim() == 1:
+            torch.nn.init.uniform_(part, 0.3, 1.0)
+    expected, x, weights = copy.deepcopy(made).double(), torch.randn(2, 70, 5, 32), torch.randn(2, 70, 5, 32)
+    monkeypatch.setattr(mamba2, "NATIVE_BLOCK", 3 * 70 * sum(made.time.forwards.mixer.widths))
+
+    def found(layer: DualPath, x: Tensor) -> dict[str, Tensor]:
+        y = layer(x.requires_grad_(with_gradients))
+        if not with_gradients:
+            return {"y": y}
+        (y * weights).sum().backward()
+        return {"y": y.detach(), "x": x.grad, **{name: part.grad for name, part in layer.named_parameters()}}
+
+    with torch.set_grad_enabled(with_gradients):
+        right = found(expected, x.double())
+        assert not runs
+        with loops.compiled(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            mine = found(made, x.clone())
+    assert set(runs) == {dtype}
+    assert mine["y"].dtype == torch.float32
+    for name, one in right.items():
+        assert relative(mine[name], one) < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype], name
 
 
 def test_gradients_go_through_the_memory() -> None:

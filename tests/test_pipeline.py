@@ -215,3 +215,27 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
         dataclasses.replace(recipe, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
     with pytest.raises(FileNotFoundError):
         dataclasses.replace(recipe, init="absent.safetensors", output_dir=str(tmp_path / "other")).start(*windows)
+
+
+def test_a_run_may_add_layers_to_a_checkpoint_and_begins_as_the_same_function(tmp_path: Path) -> None:
+    model = BSMamba2(ModelConfig.preset("small")).eval()
+    save_checkpoint(model, tmp_path / "begin.safetensors")
+    recipe = Recipe(
+        init=str(tmp_path / "begin.safetensors"), layers=3, songs=2, held_out_songs=2, seconds_per_song=3.0, batch=1,
+        steps=2, validation_windows=1, output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    windows = recipe.windows()
+    run = recipe.start(*windows)
+    grown = run.trainer.model
+    assert len(grown.layers) == 3
+    mixture = torch.randn(1, 2, 8000)
+    with torch.no_grad():
+        assert torch.equal(grown.eval()(mixture), model(mixture))
+    before = {name: part.clone() for name, part in grown.layers[2].named_parameters()}
+    list(run.steps(recipe.batches(windows[0])))
+    still = [name for name, part in grown.layers[2].named_parameters() if torch.equal(part, before[name])]
+    assert not still, "every weight of the new layer learns"
+    with pytest.raises(ValueError, match="another size"):
+        dataclasses.replace(recipe, layers=1, output_dir=str(tmp_path / "other")).start(*windows)
+    with pytest.raises(ValueError, match="layers=-1"):
+        dataclasses.replace(recipe, layers=-1)

@@ -62,7 +62,8 @@ class Gradients : public Sequence<T> {
     // From dy, and with y without the frame itself in `found`: gradients of x, B and C into `dinputs`, that of dt, and P
     // before the chunk where it is wanted. `next` is the state behind the chunk.
     APART void chunk_back(
-        const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, const float* next, bool earlier, float* ddt) {
+        const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, const float* next, bool earlier, float* ddt,
+        int64_t ddt_row) {
         const int64_t Q = padded(q), w = s.width();
         turn_reader(rows, q, Q);
         std::fill(scores.begin() + q * Q, scores.begin() + Q * Q, 0.f);
@@ -111,7 +112,7 @@ class Gradients : public Sequence<T> {
         for (int64_t i = 0; i < q; ++i)
             for (int64_t h = 0; h < s.h; ++h) {
                 const int64_t k = i * s.h + h;
-                ddt[k] = float(direct[k] + diagonal[i] * both[k] + A[h] * rates[k]);
+                ddt[i * ddt_row + h] = float(direct[k] + diagonal[i] * both[k] + A[h] * rates[k]);
                 dA[h] += rates[k] * dt[i * dt_row + h];
                 dD[h] += both[k];
             }

@@ -24,23 +24,39 @@ const T* of(const Tensor& x, int64_t sequence) {
     return x.const_data_ptr<T>() + sequence * x.stride(0);
 }
 
+// The frames of a sequence in the order in which they are read: backwards, the first is the last that is stored.
+template <typename T>
+struct Frames {
+    T* first;
+    int64_t row;
+
+    Frames(T* stored, const Tensor& x, int64_t sequence, bool backwards)
+        : first(stored + sequence * x.stride(0) + (backwards ? (x.size(1) - 1) * x.stride(1) : 0)),
+          row(backwards ? -x.stride(1) : x.stride(1)) {}
+
+    T* at(int64_t frame) const { return first + frame * row; }
+};
+
 // x, B, C and z: (b, t, ·), contiguous rows; the state (b, n, h·p). With taps, x is all three before the convolution.
 struct Inputs {
     Tensor x, B, C, dt, A, D;
     std::optional<Tensor> z, taps, bias, before, state;
     double eps;
+    bool backwards;
 
     template <typename T>
-    Rows<T> rows(int64_t b, int64_t from) const {
-        return {
-            of<T>(x, b) + from * x.stride(1),
-            of<T>(B, b) + from * B.stride(1),
-            of<T>(C, b) + from * C.stride(1),
-            x.stride(1),
-            B.stride(1),
-            C.stride(1)};
+    Frames<const T> read(const Tensor& x, int64_t b) const {
+        return {x.const_data_ptr<T>(), x, b, backwards};
     }
-    const float* steps(int64_t b, int64_t from) const { return of<float>(dt, b) + from * dt.stride(1); }
+    template <typename T>
+    Frames<T> written(const Tensor& x, int64_t b) const {
+        return {x.mutable_data_ptr<T>(), x, b, backwards};
+    }
+    template <typename T>
+    Rows<T> rows(int64_t b, int64_t from) const {
+        const auto xs = read<T>(x, b), Bs = read<T>(B, b), Cs = read<T>(C, b);
+        return {xs.at(from), Bs.at(from), Cs.at(from), xs.row, Bs.row, Cs.row};
+    }
 };
 
 // A chunk's x, B and C: as they are given, or from the convolution, into a buffer.
@@ -48,8 +64,9 @@ template <typename T>
 Rows<T> frames(const Sizes& s, const Inputs& in, int64_t b, int64_t from, int64_t q, T* to, float* argument = nullptr) {
     if (!s.taps) return in.rows<T>(b, from);
     const T* before = in.before ? of<T>(*in.before, b) : nullptr;
+    const auto x = in.read<T>(in.x, b);
     convolve(
-        s, of<T>(in.x, b), in.x.stride(1), before, in.taps->const_data_ptr<float>(), in.bias->const_data_ptr<float>(), from, q,
+        s, x.first, x.row, before, in.taps->const_data_ptr<float>(), in.bias->const_data_ptr<float>(), from, q,
         to, argument);
     return {to, to + s.inner(), to + s.inner() + s.n, s.width(), s.width(), s.width()};
 }
@@ -60,24 +77,26 @@ void narrowed(const float* from, int64_t width, T* to) {
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> run(const Sizes& s, const Inputs& in, bool keep) {
-    Tensor y = at::empty({s.b, s.t, s.inner()}, in.x.options());
+Tensor run(const Sizes& s, const Inputs& in, bool keep, const Tensor& y) {
     Tensor last = at::empty({keep ? s.b : 0, s.n, s.inner()}, in.dt.options());
     at::parallel_for(0, s.b, 1, [&](int64_t begin, int64_t end) {
         Sequence<T> sequence(s, in.A.const_data_ptr<float>(), in.D.const_data_ptr<float>());
         for (int64_t b = begin; b < end; ++b) {
+            const auto steps = in.read<float>(in.dt, b);
+            const auto to = in.written<T>(y, b);
             sequence.begin(in.state ? of<float>(*in.state, b) : nullptr);
             for (int64_t from = 0; from < s.t; from += s.q) {
                 const int64_t q = std::min(s.q, s.t - from);
                 const Rows<T> rows = frames(s, in, b, from, q, sequence.convolved.data());
-                sequence.chunk(rows, in.steps(b, from), in.dt.stride(1), q, keep || from + q < s.t);
-                T* to = y.mutable_data_ptr<T>() + (b * s.t + from) * s.inner();
-                for (int64_t i = 0; i < q; ++i, to += s.inner()) {
+                sequence.chunk(rows, steps.at(from), steps.row, q, keep || from + q < s.t);
+                for (int64_t i = 0; i < q; ++i) {
                     float* frame = &sequence.found[i * s.inner()];
-                    if (in.z)
-                        gate(frame, of<T>(*in.z, b) + (from + i) * in.z->stride(1), in.z->stride(1), float(in.eps), s.inner(), to);
-                    else
-                        narrowed(frame, s.inner(), to);
+                    if (in.z) {
+                        const auto z = in.read<T>(*in.z, b);
+                        gate(frame, z.at(from + i), z.row, float(in.eps), s.inner(), to.at(from + i));
+                    } else {
+                        narrowed(frame, s.inner(), to.at(from + i));
+                    }
                 }
             }
             if (keep)
@@ -86,7 +105,7 @@ std::tuple<Tensor, Tensor> run(const Sizes& s, const Inputs& in, bool keep) {
         }
         at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
     });
-    return {y, last};
+    return last;
 }
 
 // What came in, by its gradients; dz, dx, dB and dC: (b, t, ·), contiguous rows, given; with taps, dx is that of all three
@@ -96,11 +115,6 @@ struct Outputs {
     Tensor dx, dB, dC;
     Tensor ddt, dA, dD, dtaps, dbias, dbefore, dstate;
 };
-
-template <typename T>
-T* at_frame(const Tensor& x, int64_t b, int64_t frame) {
-    return x.mutable_data_ptr<T>() + b * x.stride(0) + frame * x.stride(1);
-}
 
 template <typename To, typename From>
 void copy(const std::vector<From>& from, const Tensor& to, int64_t b) {
@@ -115,6 +129,10 @@ void run_back(
         Gradients<T> g(s, in.A.const_data_ptr<float>(), in.D.const_data_ptr<float>());
         std::vector<std::vector<float>> states(chunks + 1);  // before each chunk, and behind the last
         for (int64_t b = begin; b < end; ++b) {
+            const auto steps = in.read<float>(in.dt, b);
+            const auto gradients = in.read<T>(dy, b);
+            const auto ddt = in.written<float>(outputs.ddt, b);
+            const auto dx = in.written<T>(outputs.dx, b);
             g.begin(in.state ? of<float>(*in.state, b) : nullptr);
             g.begin_back(dlast ? of<float>(*dlast, b) : nullptr);
             for (int64_t c = 0; c < chunks; ++c) {
@@ -122,7 +140,7 @@ void run_back(
                 const int64_t from = c * s.q, q = std::min(s.q, s.t - from);
                 if (c + 1 == chunks && !dlast) break;
                 const Rows<T> rows = frames(s, in, b, from, q, g.convolved.data());
-                g.absorb(rows, in.steps(b, from), in.dt.stride(1), q);
+                g.absorb(rows, steps.at(from), steps.row, q);
             }
             if (dlast) states[chunks] = g.state;  // else nothing asks for it
             for (int64_t c = chunks - 1; c >= 0; --c) {
@@ -131,29 +149,29 @@ void run_back(
                 const Rows<T> rows = frames(s, in, b, from, q, g.convolved.data(), g.argument.data());
                 g.has_state = earlier;
                 if (earlier) g.state.swap(states[c]);
-                g.chunk(rows, in.steps(b, from), in.dt.stride(1), q, false);
+                g.chunk(rows, steps.at(from), steps.row, q, false);
                 for (int64_t i = 0; i < q; ++i) {
-                    const T* gradient = of<T>(dy, b) + (from + i) * dy.stride(1);
+                    const T* gradient = gradients.at(from + i);
                     if (in.z)
                         g.gate_back(
-                            rows, i, of<T>(*in.z, b) + (from + i) * in.z->stride(1), gradient, float(in.eps),
-                            at_frame<T>(*outputs.dz, b, from + i));
+                            rows, i, in.read<T>(*in.z, b).at(from + i), gradient, float(in.eps),
+                            in.written<T>(*outputs.dz, b).at(from + i));
                     else
                         for (int64_t k = 0; k < s.inner(); k += LANES) store(load(gradient + k), &g.dy[i * s.inner() + k]);
                 }
                 g.chunk_back(
-                    rows, in.steps(b, from), in.dt.stride(1), q, states[c + 1].data(), earlier,
-                    at_frame<float>(outputs.ddt, b, from));
+                    rows, steps.at(from), steps.row, q, states[c + 1].data(), earlier, ddt.at(from), ddt.row);
                 if (s.taps) {
+                    const auto x = in.read<T>(in.x, b);
                     g.convolve_back(
-                        of<T>(in.x, b), in.x.stride(1), of<T>(*in.before, b), in.taps->const_data_ptr<float>(), from, q,
-                        at_frame<T>(outputs.dx, b, from), outputs.dx.stride(1), at_frame<T>(outputs.dbefore, b, 0));
+                        x.first, x.row, of<T>(*in.before, b), in.taps->const_data_ptr<float>(), from, q, dx.at(from), dx.row,
+                        outputs.dbefore.mutable_data_ptr<T>() + b * outputs.dbefore.stride(0));
                 } else {
                     for (int64_t i = 0; i < q; ++i) {
                         const float* from_buffer = &g.dinputs[i * s.width()];
-                        narrowed(from_buffer, s.inner(), at_frame<T>(outputs.dx, b, from + i));
-                        narrowed(from_buffer + s.inner(), s.n, at_frame<T>(outputs.dB, b, from + i));
-                        narrowed(from_buffer + s.inner() + s.n, s.n, at_frame<T>(outputs.dC, b, from + i));
+                        narrowed(from_buffer, s.inner(), dx.at(from + i));
+                        narrowed(from_buffer + s.inner(), s.n, in.written<T>(outputs.dB, b).at(from + i));
+                        narrowed(from_buffer + s.inner() + s.n, s.n, in.written<T>(outputs.dC, b).at(from + i));
                     }
                 }
                 if (earlier) g.state.swap(states[c]);
@@ -170,8 +188,8 @@ void run_back(
     });
 }
 
-std::tuple<Tensor, Tensor> dispatch(const Sizes& s, const Inputs& in, bool keep) {
-    return in.x.scalar_type() == at::kFloat ? run<float>(s, in, keep) : run<BFloat16>(s, in, keep);
+Tensor dispatch(const Sizes& s, const Inputs& in, bool keep, const Tensor& y) {
+    return in.x.scalar_type() == at::kFloat ? run<float>(s, in, keep, y) : run<BFloat16>(s, in, keep, y);
 }
 
 Sizes sizes_of_scan(const Tensor& x, const Tensor& A, const Tensor& B, int64_t chunk) {
@@ -187,14 +205,16 @@ Sizes sizes_of_mix(const Tensor& z, const Tensor& xBC, const Tensor& A, const Te
 std::tuple<Tensor, Tensor> scan(
     const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& D,
     const std::optional<Tensor>& state, int64_t chunk, bool keep) {
-    return dispatch(sizes_of_scan(x, A, B, chunk), {x, B, C, dt, A, D, {}, {}, {}, {}, state, 0}, keep);
+    Tensor y = at::empty(x.sizes(), x.options());
+    return {y, dispatch(sizes_of_scan(x, A, B, chunk), {x, B, C, dt, A, D, {}, {}, {}, {}, state, 0, false}, keep, y)};
 }
 
-std::tuple<Tensor, Tensor> mix(
+Tensor mix(
     const Tensor& z, const Tensor& xBC, const Tensor& dt, const Tensor& A, const Tensor& D, const Tensor& taps,
-    const Tensor& bias, const Tensor& before, const std::optional<Tensor>& state, double eps, int64_t chunk, bool keep) {
-    return dispatch(
-        sizes_of_mix(z, xBC, A, taps, chunk), {xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps}, keep);
+    const Tensor& bias, const Tensor& before, const std::optional<Tensor>& state, double eps, int64_t chunk, bool backwards,
+    bool keep, Tensor y) {
+    const Inputs in{xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps, backwards};
+    return dispatch(sizes_of_mix(z, xBC, A, taps, chunk), in, keep, y);
 }
 
 Outputs outputs_for(const Sizes& s, const Inputs& in, const Tensor& dx) {
@@ -220,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
     const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
     const Tensor& C, const Tensor& D, const std::optional<Tensor>& state, int64_t chunk) {
     const Sizes s = sizes_of_scan(x, A, B, chunk);
-    const Inputs in{x, B, C, dt, A, D, {}, {}, {}, {}, state, 0};
+    const Inputs in{x, B, C, dt, A, D, {}, {}, {}, {}, state, 0, false};
     Outputs outputs = outputs_for(s, in, at::empty({s.b, s.t, s.inner()}, x.options()));
     outputs.dB = at::empty({s.b, s.t, s.n}, x.options());
     outputs.dC = at::empty({s.b, s.t, s.n}, x.options());
@@ -231,9 +251,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mix_backward(
     const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& z, const Tensor& xBC, const Tensor& dt,
     const Tensor& A, const Tensor& D, const Tensor& taps, const Tensor& bias, const Tensor& before,
-    const std::optional<Tensor>& state, double eps, int64_t chunk, Tensor dz, Tensor dxBC) {
+    const std::optional<Tensor>& state, double eps, int64_t chunk, bool backwards, Tensor dz, Tensor dxBC) {
     const Sizes s = sizes_of_mix(z, xBC, A, taps, chunk);
-    const Inputs in{xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps};
+    const Inputs in{xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps, backwards};
     Outputs outputs = outputs_for(s, in, dxBC);
     outputs.dz = dz;
     outputs.dbefore = at::empty_like(before);
@@ -263,13 +283,13 @@ TORCH_LIBRARY(bsmamba2, library) {
         "(Tensor, Tensor)");
     library.def(
         "mix(Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, Tensor before, Tensor? state, "
-        "float eps, int chunk, bool keep) -> (Tensor, Tensor)");
+        "float eps, int chunk, bool backwards, bool keep, Tensor(a!) y) -> Tensor");
     library.def(
         "scan_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state, "
         "int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
         "mix_backward(Tensor dy, Tensor? dlast, Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, "
-        "Tensor before, Tensor? state, float eps, int chunk, Tensor(a!) dz, Tensor(b!) dxBC) -> "
+        "Tensor before, Tensor? state, float eps, int chunk, bool backwards, Tensor(a!) dz, Tensor(b!) dxBC) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
