@@ -93,9 +93,10 @@ class BidirectionalBlock(nn.Module):
         return self.native_forward(x) if self.kernel(x) else block_by_block(self, x)
 
     def kernel(self, x: Tensor) -> bool:
-        """Whether both directions are mixers that the native kernel runs for x (`Mamba2.kernel`)."""
+        """Whether both directions are mixers of one size that the native kernel runs for x (`Mamba2.kernel`)."""
         ways = (self.forwards, self.backwards)
-        return all(isinstance(way, Residual) and isinstance(way.mixer, Mamba2) and way.mixer.kernel(x) for way in ways)
+        mixers = [way.mixer for way in ways if isinstance(way, Residual) and isinstance(way.mixer, Mamba2)]
+        return len(mixers) == 2 and mixers[0].widths == mixers[1].widths and all(mixer.kernel(x) for mixer in mixers)
 
     def native_forward(self, x: Tensor) -> Tensor:
         """`forward` with the native kernel, in fewer passes: matrices that follow each other are multiplied beforehand.

@@ -315,6 +315,17 @@ def test_a_dual_path_layer_gives_the_same(
         assert relative(mine[name], one) < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype], name
 
 
+@pytest.mark.parametrize("wider", [0, 1])
+def test_the_directions_of_a_layer_may_differ_in_size(runs: list[torch.dtype], wider: int) -> None:
+    sizes = iter([4 if way % 2 == wider else 2 for way in range(4)])
+    made = DualPath(32, lambda: Mamba2(32, state=32, head_width=32, expand=next(sizes), scan=kernels.auto))
+    x = torch.randn(2, 70, 5, 32)
+    right = copy.deepcopy(made).double()(x.double())
+    with loops.compiled():
+        assert relative(made(x), right) < 1e-5
+    assert len(runs) == 4
+
+
 def test_gradients_go_through_the_memory() -> None:
     x = torch.randn(3, 150, 32)
     with torch.enable_grad():
