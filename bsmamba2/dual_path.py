@@ -93,10 +93,17 @@ class BidirectionalBlock(nn.Module):
         return self.native_forward(x) if self.kernel(x) else block_by_block(self, x)
 
     def kernel(self, x: Tensor) -> bool:
-        """Whether both directions are mixers of one size that the native kernel runs for x (`Mamba2.kernel`)."""
+        """Whether both directions are mixers of one size that the native kernel runs for x (`Mamba2.kernel`).
+
+        A layer of another class than the module's own has its own `forward`, and that is called.
+        """
         ways = (self.forwards, self.backwards)
-        mixers = [way.mixer for way in ways if isinstance(way, Residual) and isinstance(way.mixer, Mamba2)]
-        return len(mixers) == 2 and mixers[0].widths == mixers[1].widths and all(mixer.kernel(x) for mixer in mixers)
+        if type(self.merge) is not nn.Linear or any(
+            type(way) is not Residual or type(way.norm) is not RMSNorm or type(way.mixer) is not Mamba2 for way in ways
+        ):
+            return False
+        mixers = [cast("Mamba2", way.mixer) for way in ways]
+        return mixers[0].widths == mixers[1].widths and all(mixer.kernel(x) for mixer in mixers)
 
     def native_forward(self, x: Tensor) -> Tensor:
         """`forward` with the native kernel, in fewer passes: matrices that follow each other are multiplied beforehand.
@@ -105,6 +112,7 @@ class BidirectionalBlock(nn.Module):
             out = M_f (x + O_f y_f) + M_b (x + O_b y_b) + m + x = (M_f + M_b) x + M_f O_f y_f + M_b O_b y_b + m + x
 
         W and O are the projections of a mixer, γ the gain of the norm before it, [M_f M_b] and m the merging Linear.
+        Modules inside are not called: hooks on them hear nothing.
         """
         ways = [cast("Mamba2", way.mixer) for way in (self.forwards, self.backwards)]
         dtype = product_type(x)

@@ -28,7 +28,7 @@ BLOCK = 2**20
 """Features, d for each frame of each sequence, that a layer reads at once on a CPU; half of it with gradients."""
 
 NATIVE_BLOCK = 15 * 2**20
-"""Of what the first projection gives, as many numbers as the native kernel reads at once."""
+"""Of what the first projection gives, as many numbers as the native kernel reads at once, without gradients."""
 
 Memory = tuple[Tensor, Tensor]
 """What a mixer must know of the past: the last frames that entered its convolution, (taps − 1, b, w), and the state of
@@ -66,9 +66,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """The type in which matrices are multiplied with x: its own, or that of autocast."""
+    """The type in which matrices are multiplied with x: its own, or that of autocast, which leaves float64 as it is."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, most: int | None = None) -> Tensor:
@@ -233,8 +235,7 @@ class Mamba2(nn.Module):
         # Of what does not lie in order, autocast would make a product for each frame, and a copy of the weight.
         z, xBC, dt = self.in_proj(x.transpose(0, 1).contiguous()).split(self.widths, dim=-1)
         if keep:
-            before = xBC.new_zeros((self.past, *xBC.shape[1:])) if before is None else before
-            after = torch.cat((before, xBC[-self.past :]))[-self.past :]
+            after = self.last_frames(before, xBC)
         xBC = kernels.convolution(xBC, self.conv1d.weight, self.conv1d.bias, before, otherwise=causal_conv_silu)
         u, B, C = (part.transpose(0, 1) for part in xBC.split(self.inner_widths, dim=-1))
         wide = _wide(dt)
@@ -249,29 +250,34 @@ class Mamba2(nn.Module):
         y = gate_norm_linear(y, z, self.norm, self.out_proj).transpose(0, 1)
         return y, memory if keep else None
 
+    def last_frames(self, before: Tensor | None, xBC: Tensor) -> Tensor:
+        """Of what enters the convolution, the last frames: (taps − 1, b, w) or none, (t, b, w) → (taps − 1, b, w)."""
+        before = xBC.new_zeros(self.past, *xBC.shape[1:]) if before is None else before
+        new = min(self.past, len(xBC))
+        return torch.cat((before[new:], xBC[len(xBC) - new :]))
+
     def kernel(self, x: Tensor) -> bool:
         """Whether the native kernel does what lies between the projections of x, instead of the steps one by one."""
-        dtype = product_type(x)
         if self.scan is native.checked:
-            native.require(dtype)
+            native.require(product_type(x))
             return True
         if self.scan is not kernels.auto or x.device.type != "cpu":
             return False
+        dtype = product_type(x)
         fits = not native.misfits(x.device, dtype, self.head_width, self.inner_widths[1])
         return fits and kernels.scan_for(x.device, dtype) is native.scan
 
     def native_step(self, x: Tensor, memory: Memory | None, keep: bool) -> tuple[Tensor, Memory | None]:
         """`step` with the native kernel."""
-        before, state = (None, None) if memory is None else (memory[0].transpose(0, 1), memory[1])
+        before, state = (None, None) if memory is None else memory
         projected = self.in_proj(x)
-        y, last = self.mix(projected, before=before, initial_state=state, return_state=keep)
+        first = None if before is None else before.transpose(0, 1)
+        y, last = self.mix(projected, before=first, initial_state=state, return_state=keep)
         y = functional.linear(y, self.output())
         if last is None:
             return y, None
         xBC = projected.split(self.widths, dim=-1)[1]
-        before = xBC.new_zeros(len(xBC), self.past, xBC.shape[2]) if before is None else before
-        after = torch.cat((before, xBC[:, -self.past :]), dim=1)[:, -self.past :]
-        return y, (after.transpose(0, 1), last)
+        return y, (self.last_frames(before, xBC.transpose(0, 1)), last)
 
     def output(self) -> Tensor:
         """The matrix that follows `mix`, (d, h·p): the gain of the norm, then the last projection."""

@@ -32,8 +32,8 @@ class BSMamba2(nn.Module):
 
     Args:
         config: the architecture; `ModelConfig()` is the published one.
-        scan: "auto" (by the device of the input), "recurrent", "matrix", "chunked" or "fused", see
-            `bsmamba2.kernels`; or any function with the signature in `bsmamba2.ssd`.
+        scan: "auto" (by the device of the input), "recurrent", "matrix", "chunked", "native" or "fused",
+            see `bsmamba2.kernels`; or any function with the signature in `bsmamba2.ssd`.
         sequence_layer: makes the layer that reads a sequence in one direction, (b, length, d) to the
             same; a Mamba-2 mixer of the configuration's size when absent. This is the seam for
             ablations: pass one that makes an LSTM or attention.
@@ -44,7 +44,7 @@ class BSMamba2(nn.Module):
 
     Raises:
         ValueError: for another name of a scan, or heads that do not fill the inner width.
-        kernels.BackendError: for "fused" on a machine that cannot run it.
+        kernels.BackendError: for "fused" or "native" on a machine that cannot run it.
     """
 
     def __init__(

@@ -186,13 +186,30 @@ def mix(
         (b, t, h·p), of the type of `projected`, and with `return_state` the state after the last frame.
 
     Raises:
-        BackendError: as `scan`.
+        BackendError, ValueError: as `scan`.
     """
-    h, (w, _, taps) = A.shape[0], weight.shape
+    (b, t, _), h, (w, _, taps) = projected.shape, A.shape[0], weight.shape
     inner = projected.shape[2] - w - h
-    refuse(misfits(projected.device, projected.dtype, inner // h, (w - inner) // 2))
+    p, n = inner // h, (w - inner) // 2
+    refuse(misfits(projected.device, projected.dtype, p, n))
+    if inner != h * p or w != inner + 2 * n:
+        raise ValueError(f"projected {tuple(projected.shape)} does not hold z, xBC of {w} and dt of {h} side by side")
+    for name, tensor, shape in (
+        ("dt_bias", dt_bias, (h,)),
+        ("D", D, (h,)),
+        ("bias", bias, (w,)),
+        ("before", before, (b, taps - 1, w)),
+        ("initial_state", initial_state, (b, h, p, n)),
+        ("out", out, (b, t, inner)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} must be {shape} to go with projected {tuple(projected.shape)}"
+            )
+    if out is not None and (out.stride(2) != 1 or out.dtype != projected.dtype):
+        raise ValueError(f"out must be {projected.dtype} with the features of a frame side by side")
     if before is None:
-        before = projected.new_zeros(len(projected), taps - 1, w)
+        before = projected.new_zeros(b, taps - 1, w)
     inputs = (
         _rows(projected),
         dt_bias.float(),
@@ -217,16 +234,15 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         *tensors, keep = inputs
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
         y, state = operators().scan(*tensors, ssd.CHUNK, keep)
         return y, state if keep else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, dlast = gradients
         x, dt, A, B, C, D, state = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else _rows(dy)
-        dlast = None if dlast is None else dlast.contiguous()
+        dy, dlast = _gradients(x, *gradients)
         dx, ddt, dA, dB, dC, dD, dstate = operators().scan_backward(dy, dlast, x, dt, A, B, C, D, state, ssd.CHUNK)
         return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), None if state is None else dstate, None
 
@@ -238,6 +254,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         *tensors, ctx.eps, ctx.backwards, _ = inputs
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
         return _Mix.run(*inputs)
 
     @staticmethod
@@ -259,11 +276,9 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, dlast = gradients
         projected, dt_bias, A, D, taps, bias, before, state = ctx.saved_tensors
         z, xBC, dt = _Mix.parts(projected, dt_bias, taps)
-        dy = torch.zeros_like(z) if dy is None else _rows(dy)
-        dlast = None if dlast is None else dlast.contiguous()
+        dy, dlast = _gradients(z, *gradients)
         dprojected = torch.empty_like(projected)
         dz, dxBC, last = dprojected.split((z.shape[2], xBC.shape[2], len(A)), dim=-1)
         options = (ctx.eps, ssd.CHUNK, ctx.backwards)
@@ -274,6 +289,11 @@ class _Mix(torch.autograd.Function):
         last.copy_(ddt)
         of_model = (each.sum(0) for each in (dA, dD, dtaps, dbias))
         return dprojected, ddt.sum((0, 1)), *of_model, dbefore, None if state is None else dstate, None, None, None
+
+
+def _gradients(y: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """By y, zeros where nothing asks for it, and by the last state if something does."""
+    return torch.zeros_like(y) if dy is None else _rows(dy), None if dlast is None else dlast.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -322,8 +342,8 @@ def misfits(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list[Ba
 def fault(dtype: torch.dtype) -> BackendError | None:
     """What keeps the operators from working on this CPU for inputs of a type; none when they work.
 
-    Builds them, runs each once, forwards and backwards, and compares with the loop in float64. Once for each type in a
-    process. Too little memory says nothing about the kernel, and is raised.
+    Builds them, runs each once with its gradients, the mixer also from the last frame to the first, and compares with
+    the loop in float64. Once for each type in a process. Too little memory says nothing about the kernel: it is raised.
     """
     build = "a newer torch or C++ compiler, and for bfloat16 a CPU with AMX; the chunked form runs meanwhile"
     return trial(
@@ -355,7 +375,8 @@ def _errors(dtype: torch.dtype) -> dict[str, float]:
         "what is before": normal(b, taps - 1, w).to(dtype),
         "the first state": normal(b, h, p, n),
     }
-    weights = [normal(*shape) for shape in ((b, t, h * p), (b, h, p, n)) * 2]  # of what comes out, in a sum
+    of_y, of_state = (b, t, h * p), (b, h, p, n)
+    weights = [normal(*shape) for shape in (of_y, of_state, of_y, of_state, of_y)]  # of what comes out, in a sum
 
     def separate(projected: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, xBC, dt = projected.split((h * p, w, h), dim=-1)
@@ -374,14 +395,15 @@ def _errors(dtype: torch.dtype) -> dict[str, float]:
         y, state = scanned(ssd.recurrent, convolved, dt, A, D, first)
         y = y * functional.silu(z)
         mixed = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return *scanned(ssd.recurrent, xBC, dt, A, D, first), mixed, state
+        return *scanned(ssd.recurrent, xBC, dt, A, D, first), mixed, state, mixed
 
     def kernel(*inputs: Tensor) -> tuple[Tensor, ...]:
         projected, dt_bias, A, D, _, _, before, first = inputs
         _, xBC, dt = separate(projected, dt_bias)
         mixed, state = mix(*inputs[:6], eps=1e-5, before=before, initial_state=first, return_state=True)
         assert state is not None
-        return *scanned(scan, xBC, dt, A, D, first), mixed, state
+        turned = mix(projected.flip(1), *inputs[1:6], eps=1e-5, before=before, initial_state=first, backwards=True)[0]
+        return *scanned(scan, xBC, dt, A, D, first), mixed, state, turned.flip(1)
 
     def there_and_back(run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
         leaves = [part.requires_grad_() for part in inputs]
@@ -394,6 +416,14 @@ def _errors(dtype: torch.dtype) -> dict[str, float]:
     z, gain = inputs["what is projected"][..., : h * p], inputs["D"].repeat(p)
     found.append(rms_norm(z, gain, 1e-5))
     right.append(functional.rms_norm(z.double(), (h * p,), gain.double(), 1e-5))
-    names = ("y", "state", "the mixer's y", "its state", *(f"the gradient of {each}" for each in inputs), "the norm")
+    names = (
+        "y",
+        "state",
+        "the mixer's y",
+        "its state",
+        "y read backwards",
+        *(f"the gradient of {each}" for each in inputs),
+        "the norm",
+    )
     pairs = zip(found, right, strict=True)
     return dict(zip(names, (float((a.double() - b).norm() / b.norm()) for a, b in pairs), strict=True))

@@ -225,7 +225,9 @@ def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:
     there, here = checkpoint.config, model.config
     if dataclasses.replace(there, layers=here.layers) != here or there.layers > here.layers:
         raise ValueError(f"init={str(checkpoint.path)!r} is {there}, and {here} is another size")
-    model.load_state_dict(checkpoint.state, strict=False)
+    added = tuple(f"layers.{number}." for number in range(there.layers, here.layers))
+    own = {name: part for name, part in model.state_dict().items() if name.startswith(added)}
+    model.load_state_dict({**checkpoint.state, **own})
     for layer in cast("Iterable[DualPath]", model.layers[there.layers :]):
         for block in (layer.time, layer.band):
             nn.init.zeros_(block.merge.weight)

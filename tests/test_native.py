@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -326,33 +327,38 @@ def test_the_directions_of_a_layer_may_differ_in_size(runs: list[torch.dtype], w
     assert len(runs) == 4
 
 
-def test_gradients_go_through_the_memory() -> None:
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_gradients_go_through_the_memory(taps: int) -> None:
     x = torch.randn(3, 150, 32)
     with torch.enable_grad():
         pieces, whole = x.clone().requires_grad_(), x.clone().requires_grad_()
-        made = mixer(native.checked)
+        made = mixer(native.checked, taps)
         first, memory = made.step(pieces[:, :70], keep=True)
         second, _ = made.step(pieces[:, 70:], memory)
         torch.cat((first, second), dim=1).square().sum().backward()
-        mixer(ssd.recurrent)(whole).square().sum().backward()
+        mixer(ssd.recurrent, taps)(whole).square().sum().backward()
     assert relative(pieces.grad, whole.grad) < 1e-5
 
 
-def test_a_mixer_goes_on_from_either_memory() -> None:
-    x, plain, quick = torch.randn(3, 150, 32), mixer(ssd.chunked), mixer(native.checked)
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_a_mixer_goes_on_from_either_memory(taps: int) -> None:
+    x, plain, quick = torch.randn(3, 150, 32), mixer(ssd.chunked, taps), mixer(native.checked, taps)
     whole = plain(x)
-    for first, second in ((quick, quick), (quick, plain), (plain, quick)):
+    for first, second in ((quick, quick), (quick, plain), (plain, quick), (plain, plain)):
         for cut in (1, 2, 70):
             y, memory = first.step(x[:, :cut], keep=True)
+            assert len(memory[0]) == taps - 1
             rest, _ = second.step(x[:, cut:], memory)
             assert relative(torch.cat((y, rest), dim=1), whole) < 1e-5
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The type of what the kernel was run on, for each time."""
+    """The type of what the kernel was run on, for each time but its trial."""
     seen: list[torch.dtype] = []
     mix = native.mix
+    for dtype in native.TOLERANCE:
+        native.fault(dtype)
 
     def spied(projected: Tensor, *args: object, **options: object) -> object:
         seen.append(projected.dtype)
@@ -442,6 +448,58 @@ def test_what_it_does_not_take_is_said(change: dict, said: str) -> None:
         native.scan(*parts[:6], initial_state=parts[6])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"before": torch.zeros(1, 3, 192)}, "before (1, 3, 192) must be (2, 3, 192)"),
+        ({"before": torch.zeros(2, 2, 192)}, "before (2, 2, 192) must be"),
+        ({"initial_state": torch.zeros(1, 4, 32, 32)}, "initial_state (1, 4, 32, 32) must be"),
+        ({"out": torch.zeros(2, 8, 128)}, "out (2, 8, 128) must be (2, 9, 128)"),
+        ({"out": torch.zeros(2, 128, 9).mT}, "side by side"),
+        ({"out": torch.zeros(2, 9, 128, dtype=torch.bfloat16)}, "out must be torch.float32"),
+    ],
+)
+def test_what_does_not_fit_what_was_projected_is_said(change: dict, said: str) -> None:
+    made = mixer(native.checked)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        made.mix(torch.randn(2, 9, sum(made.widths)), **change)
+
+
+class Loud(Mamba2):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Halved(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize("place", ["mixer", "norm"])
+def test_a_layer_with_a_forward_of_its_own_is_called(runs: list[torch.dtype], place: str) -> None:
+    kind = {"mixer": Loud, "norm": Mamba2}[place]
+    made, x = DualPath(32, partial(kind, 32, state=32, head_width=32)), torch.randn(2, 70, 5, 32)
+    if place == "norm":
+        made.time.backwards.norm = made.band.forwards.norm = Halved(32)
+    expected = made(x)
+    for part in made.modules():
+        if isinstance(part, Mamba2):
+            part.scan = kernels.auto
+    with loops.compiled():
+        torch.testing.assert_close(made(x), expected)
+    assert len(runs) == 4
+
+
+def test_autocast_leaves_float64_alone(runs: list[torch.dtype]) -> None:
+    made = DualPath(32, partial(Mamba2, 32, state=32, head_width=32, scan=kernels.auto)).double()
+    x = torch.randn(1, 9, 3, 32, dtype=torch.float64)
+    expected = made(x)
+    with loops.compiled(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(made(x), expected)
+    assert not runs
+    assert mamba2.product_type(x.to("meta")) == torch.float64
+
+
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """No trial has been made, before and after."""
@@ -452,14 +510,15 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_it_is_tried_in_any_mode(mode: type, forgotten: None, runs: list[torch.dtype]) -> None:
+def test_it_is_tried_in_any_mode(mode: type, forgotten: None) -> None:
     with mode(), loops.compiled():
         mixer(kernels.auto)(torch.randn(2, 9, 32))
-    assert runs
+    assert native.fault.cache_info().currsize == 1
+    assert native.fault(torch.float32) is None
 
 
 class Wrong:
-    """The operators with a planted fault: one of the inputs is one per cent too large."""
+    """The operators with a planted fault: one of the inputs is one per cent too large, or a switch is off."""
 
     def __init__(self, name: str, place: int) -> None:
         self.made, self.name, self.place = native.operators(), name, place
@@ -468,7 +527,9 @@ class Wrong:
         real = getattr(self.made, name)
 
         def wrong(*args: object) -> object:
-            return real(*(arg * 1.01 if i == self.place else arg for i, arg in enumerate(args)))
+            right = args[self.place]
+            spoilt = False if isinstance(right, bool) else right * 1.01
+            return real(*(spoilt if i == self.place else arg for i, arg in enumerate(args)))
 
         return wrong if name == self.name else real
 
@@ -476,13 +537,13 @@ class Wrong:
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        *(("scan", 1), ("scan", 5), ("mix", 2), ("mix", 5), ("rms_norm", 1)),
+        *(("scan", 1), ("scan", 5), ("mix", 2), ("mix", 5), ("mix", 11), ("rms_norm", 1)),
         *(("scan_backward", i) for i in (0, 1, 3, 7)),
-        *(("mix_backward", i) for i in (0, 2, 4, 7, 9)),
+        *(("mix_backward", i) for i in (0, 2, 4, 7, 9, 13)),
     ],
 )
 def test_wrong_numbers_are_found_out_and_told_once(
-    monkeypatch: pytest.MonkeyPatch, forgotten: None, runs: list[torch.dtype], name: str, place: int
+    monkeypatch: pytest.MonkeyPatch, forgotten: None, name: str, place: int
 ) -> None:
     wrong = Wrong(name, place)
     monkeypatch.setattr(native, "operators", lambda: wrong)

@@ -132,11 +132,10 @@ class Sequence {
             for (int64_t k = 0; k < s.n; ++k)
                 for (int64_t j = 0; j < q; ++j) kernel[k * Q + j] = rows.B[j * rows.B_row + k];
         } else {
-            auto* pairs = reinterpret_cast<uint32_t*>(kernel.data());
             for (int64_t j = 0; j < q; ++j) {
                 const T* row = rows.B + j * rows.B_row;
                 for (int64_t k = 0; k < s.n / 2; ++k) {
-                    pairs[k * Q + j] = uint32_t(row[2 * k].x) | uint32_t(row[2 * k + 1].x) << 16;
+                    std::copy(row + 2 * k, row + 2 * k + 2, &kernel[2 * (k * Q + j)]);
                     transposed[2 * k * Q + j] = row[2 * k];
                     transposed[(2 * k + 1) * Q + j] = row[2 * k + 1];
                 }

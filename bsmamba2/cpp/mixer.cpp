@@ -52,10 +52,11 @@ struct Inputs {
     Frames<T> written(const Tensor& x, int64_t b) const {
         return {x.mutable_data_ptr<T>(), x, b, backwards};
     }
+    // Without a convolution: factors of products as they are stored, whose rows must go forwards.
     template <typename T>
     Rows<T> rows(int64_t b, int64_t from) const {
-        const auto xs = read<T>(x, b), Bs = read<T>(B, b), Cs = read<T>(C, b);
-        return {xs.at(from), Bs.at(from), Cs.at(from), xs.row, Bs.row, Cs.row};
+        const auto at = [&](const Tensor& x) { return of<T>(x, b) + from * x.stride(1); };
+        return {at(x), at(B), at(C), x.stride(1), B.stride(1), C.stride(1)};
     }
 };
 
@@ -63,16 +64,15 @@ struct Inputs {
 template <typename T>
 Rows<T> frames(const Sizes& s, const Inputs& in, int64_t b, int64_t from, int64_t q, T* to, float* argument = nullptr) {
     if (!s.taps) return in.rows<T>(b, from);
-    const T* before = in.before ? of<T>(*in.before, b) : nullptr;
     const auto x = in.read<T>(in.x, b);
     convolve(
-        s, x.first, x.row, before, in.taps->const_data_ptr<float>(), in.bias->const_data_ptr<float>(), from, q,
+        s, x.first, x.row, of<T>(*in.before, b), in.taps->const_data_ptr<float>(), in.bias->const_data_ptr<float>(), from, q,
         to, argument);
     return {to, to + s.inner(), to + s.inner() + s.n, s.width(), s.width(), s.width()};
 }
 
-template <typename T>
-void narrowed(const float* from, int64_t width, T* to) {
+template <typename From, typename To>
+void converted(const From* from, int64_t width, To* to) {
     for (int64_t c = 0; c < width; c += LANES) store(load(from + c), to + c);
 }
 
@@ -95,7 +95,7 @@ Tensor run(const Sizes& s, const Inputs& in, bool keep, const Tensor& y) {
                         const auto z = in.read<T>(*in.z, b);
                         gate(frame, z.at(from + i), z.row, float(in.eps), s.inner(), to.at(from + i));
                     } else {
-                        narrowed(frame, s.inner(), to.at(from + i));
+                        converted(frame, s.inner(), to.at(from + i));
                     }
                 }
             }
@@ -157,7 +157,7 @@ void run_back(
                             rows, i, in.read<T>(*in.z, b).at(from + i), gradient, float(in.eps),
                             in.written<T>(*outputs.dz, b).at(from + i));
                     else
-                        for (int64_t k = 0; k < s.inner(); k += LANES) store(load(gradient + k), &g.dy[i * s.inner() + k]);
+                        converted(gradient, s.inner(), &g.dy[i * s.inner()]);
                 }
                 g.chunk_back(
                     rows, steps.at(from), steps.row, q, states[c + 1].data(), earlier, ddt.at(from), ddt.row);
@@ -167,11 +167,12 @@ void run_back(
                         x.first, x.row, of<T>(*in.before, b), in.taps->const_data_ptr<float>(), from, q, dx.at(from), dx.row,
                         outputs.dbefore.mutable_data_ptr<T>() + b * outputs.dbefore.stride(0));
                 } else {
+                    const auto dB = in.written<T>(outputs.dB, b), dC = in.written<T>(outputs.dC, b);
                     for (int64_t i = 0; i < q; ++i) {
-                        const float* from_buffer = &g.dinputs[i * s.width()];
-                        narrowed(from_buffer, s.inner(), dx.at(from + i));
-                        narrowed(from_buffer + s.inner(), s.n, in.written<T>(outputs.dB, b).at(from + i));
-                        narrowed(from_buffer + s.inner() + s.n, s.n, in.written<T>(outputs.dC, b).at(from + i));
+                        const float* frame = &g.dinputs[i * s.width()];
+                        converted(frame, s.inner(), dx.at(from + i));
+                        converted(frame + s.inner(), s.n, dB.at(from + i));
+                        converted(frame + s.inner() + s.n, s.n, dC.at(from + i));
                     }
                 }
                 if (earlier) g.state.swap(states[c]);
