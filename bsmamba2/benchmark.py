@@ -765,12 +765,16 @@ def _job_of(case: Case) -> tuple[Any, ...]:
 
 
 def growth_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Time and memory at a length against those at a quarter of it (32 s against 8), where both were run."""
+    """Time and memory at a length against those at a quarter of it (32 s against 8), where both were run.
+
+    Memory is what the job took beyond that of before it; what is compiled has run once by then, so has none to tell.
+    """
     lines = []
     for long in rows:
         for short in rows:
             if _without_length(short) == _without_length(long) and long.seconds == 4 * short.seconds:
-                sizes = [None if one.memory is None or one.before is None else one.memory - one.before
+                hidden = long.contestant.endswith(COMPILED)
+                sizes = [None if hidden or one.memory is None or one.before is None else one.memory - one.before
                          for one in (long, short)]  # fmt: skip
                 lines.append(
                     {

@@ -32,7 +32,9 @@ TRAINING_STATE = 20
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step of training costs one device. Operations are floating-point ones, memory is in bytes.
+    """What a step of training on one batch costs one device, nothing accumulated.
+
+    Operations are floating-point ones, memory is in bytes.
 
     Attributes:
         parameters: weights of the model.

@@ -111,6 +111,10 @@ def test_growth_is_against_a_quarter_of_the_length() -> None:
     assert line["lengths"] == "32 s against 8 s"
     assert line["time"] == pytest.approx(4.5)
     assert line["memory"] == pytest.approx(10)
+    compiled = [dataclasses.replace(one, contestant="chunked, compiled") for one in rows]  # has run before "before"
+    (line,) = benchmark.growth_table(compiled)
+    assert line["time"] == pytest.approx(4.5)
+    assert line["memory"] is None
 
 
 def test_reading_is_held_against_the_step_of_that_length() -> None:
