@@ -98,12 +98,11 @@ class BidirectionalBlock(nn.Module):
         A layer of another class than the module's own has its own `forward`, and that is called.
         """
         ways = (self.forwards, self.backwards)
-        if type(self.merge) is not nn.Linear or any(
-            type(way) is not Residual or type(way.norm) is not RMSNorm or type(way.mixer) is not Mamba2 for way in ways
-        ):
+        own = (type(way) is Residual and type(way.norm) is RMSNorm and type(way.mixer) is Mamba2 for way in ways)
+        if type(self.merge) is not nn.Linear or not all(own):
             return False
-        mixers = [cast("Mamba2", way.mixer) for way in ways]
-        return mixers[0].widths == mixers[1].widths and all(mixer.kernel(x) for mixer in mixers)
+        one, other = (cast("Mamba2", way.mixer) for way in ways)
+        return one.widths == other.widths and one.kernel(x) and other.kernel(x)
 
     def native_forward(self, x: Tensor) -> Tensor:
         """`forward` with the native kernel, in fewer passes: matrices that follow each other are multiplied beforehand.

@@ -194,18 +194,16 @@ def mix(
     refuse(misfits(projected.device, projected.dtype, p, n))
     if inner != h * p or w != inner + 2 * n:
         raise ValueError(f"projected {tuple(projected.shape)} does not hold z, xBC of {w} and dt of {h} side by side")
-    for name, tensor, shape in (
-        ("dt_bias", dt_bias, (h,)),
-        ("D", D, (h,)),
-        ("bias", bias, (w,)),
-        ("before", before, (b, taps - 1, w)),
-        ("initial_state", initial_state, (b, h, p, n)),
-        ("out", out, (b, t, inner)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} must be {shape} to go with projected {tuple(projected.shape)}"
-            )
+    ssd.check_beside(
+        "projected",
+        projected,
+        dt_bias=(dt_bias, (h,)),
+        D=(D, (h,)),
+        bias=(bias, (w,)),
+        before=(before, (b, taps - 1, w)),
+        initial_state=(initial_state, (b, h, p, n)),
+        out=(out, (b, t, inner)),
+    )
     if out is not None and (out.stride(2) != 1 or out.dtype != projected.dtype):
         raise ValueError(f"out must be {projected.dtype} with the features of a frame side by side")
     if before is None:

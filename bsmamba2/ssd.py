@@ -496,17 +496,32 @@ def check(
         raise ValueError(f"x {tuple(x.shape)} must be (b, t, h, p) with at least one frame")
     b, t, h, p = x.shape
     n = B.shape[-1]
-    expected = {"dt": (dt, (b, t, h)), "A": (A, (h,)), "B": (B, (b, t, n)), "C": (C, (b, t, n))}
-    if D is not None:
-        expected["D"] = (D, (h,))
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (b, h, p, n))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape} to go with x {tuple(x.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}")
+    check_beside(
+        "x",
+        x,
+        dt=(dt, (b, t, h)),
+        A=(A, (h,)),
+        B=(B, (b, t, n)),
+        C=(C, (b, t, n)),
+        D=(D, (h,)),
+        initial_state=(initial_state, (b, h, p, n)),
+    )
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_beside(name: str, x: Tensor, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Arguments that go with x, and the shape that each must have; one may be absent.
+
+    Raises:
+        ValueError: naming the first that has another shape, or is on another device.
+    """
+    for other, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{other} {tuple(tensor.shape)} must be {shape} to go with {name} {tuple(x.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{other} is on {tensor.device} and {name} on {x.device}")
 
 
 def _first_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:

@@ -475,12 +475,19 @@ class Halved(RMSNorm):
         return super().forward(x) / 2
 
 
-@pytest.mark.parametrize("place", ["mixer", "norm"])
+class Negative(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["mixer", "norm", "merge"])
 def test_a_layer_with_a_forward_of_its_own_is_called(runs: list[torch.dtype], place: str) -> None:
-    kind = {"mixer": Loud, "norm": Mamba2}[place]
+    kind = Loud if place == "mixer" else Mamba2
     made, x = DualPath(32, partial(kind, 32, state=32, head_width=32)), torch.randn(2, 70, 5, 32)
     if place == "norm":
         made.time.backwards.norm = made.band.forwards.norm = Halved(32)
+    if place == "merge":
+        made.time.merge, made.band.merge = Negative(64, 32), Negative(64, 32)
     expected = made(x)
     for part in made.modules():
         if isinstance(part, Mamba2):
@@ -510,9 +517,10 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_it_is_tried_in_any_mode(mode: type, forgotten: None) -> None:
+def test_it_is_tried_in_any_mode(mode: type, runs: list[torch.dtype], forgotten: None) -> None:
     with mode(), loops.compiled():
         mixer(kernels.auto)(torch.randn(2, 9, 32))
+    assert len(runs) == 2 + 1, "either way in the trial, then in use"
     assert native.fault.cache_info().currsize == 1
     assert native.fault(torch.float32) is None
 
