@@ -62,6 +62,11 @@ def rank() -> int:
     return distributed.get_rank() if world() > 1 else 0
 
 
+def on_this_machine() -> tuple[int, int]:
+    """Which of this machine's processes this is, from 0, and how many there are, as `torchrun` tells them."""
+    return (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world() > 1 else (0, 1)
+
+
 def total(value: Tensor) -> Tensor:
     """The sum of a value over processes, in each of them."""
     if world() > 1:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shutil
+import tempfile
 import typing
 import warnings
 from collections.abc import Iterable, Mapping
@@ -27,9 +30,9 @@ from .dual_path import DualPath
 from .evaluate import fingerprint
 from .losses import WINDOWS
 from .model import BSMamba2
-from .processes import from_first, rank, world
+from .processes import from_first, gather, on_this_machine, rank, world
 from .runs import Run
-from .songs import STEMS, songs
+from .songs import STEMS, Song, songs
 from .tracks import DataError, Progress, cache_of, musdb_sample, open_folder, scan
 from .train import TrainConfig, Trainer
 
@@ -48,6 +51,8 @@ class Recipe:
 
     preset: str = _parameter("small", f"size of the model: {', '.join(PRESETS)}")
     layers: int = _parameter(0, "dual-path layers; 0 is as many as the preset has")
+    dim: int = _parameter(0, "features per band and frame; 0 is as many as the preset has")
+    mask_expand: int = _parameter(0, "hidden width of the masks as a multiple of dim; 0 is that of the preset")
     init: str = _parameter(
         "", "checkpoint to begin with, ours or published, of the same size or with fewer layers; else random weights"
     )
@@ -58,13 +63,15 @@ class Recipe:
     seconds_per_song: float = _parameter(6.0, "length of each")
     held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
     variety: float = _parameter(0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)")
+    soundfont: str = _parameter("", "file of a sound font, whose recorded instruments play in synthesised songs")
     segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
     accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
     steps: int = _parameter(400, "optimiser steps; 100 are a published epoch")
+    optimiser: str = _parameter("adamw", "adamw, as published; or muon, which takes fewer steps")
     lr: float = _parameter(2e-3, "learning rate; published: 5e-4")
     schedule: str = _parameter("cosine", "constant, as published; cosine, for short runs; trapezoid, for open ends")
-    weight_decay: float = _parameter(0.01, "of AdamW")
+    weight_decay: float = _parameter(0.01, "how far weights are drawn to zero")
     clip: float = _parameter(3.0, "largest norm of the gradient")
     ema_decay: float = _parameter(0.98, "of the moving average of the weights, per step; published: 0.999")
     loss_hop: int = _parameter(441, "samples between frames of the loss; published: 147, three times the work")
@@ -128,7 +135,8 @@ class Recipe:
     @property
     def model_config(self) -> ModelConfig:
         """The architecture."""
-        return ModelConfig.preset(self.preset, **({"layers": self.layers} if self.layers else {}))
+        asked = {name: getattr(self, name) for name in ("layers", "dim", "mask_expand")}
+        return ModelConfig.preset(self.preset, **{name: value for name, value in asked.items() if value})
 
     @property
     def train_config(self) -> TrainConfig:
@@ -149,11 +157,12 @@ class Recipe:
         config = self.model_config
         if self.data == "songs":
             parts = [
-                songs(
+                shared_songs(
                     count,
                     seed=seed,
                     seconds=self.seconds_per_song,
                     variety=self.variety,
+                    soundfont=self.soundfont,
                     sample_rate=config.sample_rate,
                 )
                 for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
@@ -210,6 +219,37 @@ class Recipe:
             validate_every=self.validate_every,
             tensorboard=self.tensorboard,
         )
+
+
+def shared_songs(count: int, **how: Any) -> list[Song]:
+    """`songs.songs(count, **how)`, the same in all processes: those of one machine share the work and the memory.
+
+    Each makes its part and writes it to a temporary file; all map all files, whose pages the machine keeps once.
+
+    Raises:
+        OSError: when the files cannot be written, a full disk for one; TMPDIR names their folder.
+    """
+    local, processes = on_this_machine()
+    if processes == 1:
+        return songs(count, **how)
+    first = rank() - local  # of this machine's
+    folder = Path(gather(tempfile.mkdtemp(prefix="bsmamba2-") if local == 0 else "")[first])
+    made = songs(count, first=local, every=processes, **how)
+    with (folder / str(local)).open("wb") as file:
+        for song in made:
+            song.stems.numpy().tofile(file)
+    told = [(song.stems.shape, dataclasses.replace(song, stems=torch.empty(0))) for song in made]
+    del made
+    parts = []
+    for number, part in enumerate(gather(told)[first : first + processes]):
+        sizes = [shape.numel() for shape, _ in part]
+        memory = torch.from_file(str(folder / str(number)), size=sum(sizes)) if part else torch.empty(0)
+        pieces = zip(memory.split(sizes), part, strict=True)
+        parts.append([dataclasses.replace(song, stems=piece.view(shape)) for piece, (shape, song) in pieces])
+    gather(None)  # all have mapped them
+    if local == 0:
+        shutil.rmtree(folder, ignore_errors=os.name == "nt")  # Windows keeps what is mapped
+    return [parts[number % processes][number // processes] for number in range(count)]
 
 
 def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:

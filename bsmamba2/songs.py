@@ -10,6 +10,7 @@ A reader has a laptop and no data set, so the book makes its own songs.  One cal
   added (`_sing`);
 - *bass* and *other*: notes read from wavetables, each note fading from a bright to a dark table (`_play`);
 - *drums*: one-shots built from swept sines and filtered noise, placed on a pattern (`_drum`);
+- *recorded instruments*: with a sound font, some of these parts are played by it instead (`_Recorded`);
 - *finish*: a smooth random EQ and one room per song; the vocals are then gated to exact silence between
   phrases (`_mix`).  With `variety`, saturation, width, doubles, echoes and a softer voice come between (`_produce`).
 
@@ -25,6 +26,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+
+from .soundfont import DRUMS, SoundFont
 
 STEMS = ("vocals", "drums", "bass", "other")
 SAMPLE_RATE = 44_100
@@ -105,6 +109,7 @@ def synthesise(
     occupancy: float = 0.6,
     variety: float = 0.0,
     sample_rate: int = SAMPLE_RATE,
+    soundfont: str | Path = "",
 ) -> Song:
     """Make a song; the same arguments give the same bits.
 
@@ -115,8 +120,11 @@ def synthesise(
 
     `variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`).
 
+    `soundfont` is the file of a General MIDI sound font, whose recorded instruments take over most parts of the band;
+    without one all is synthesised. The voice always is.
+
     Raises ValueError for a negative seed, fewer than 0.5 seconds, an occupancy or variety outside [0, 1], or a
-    sample rate below 8,000 Hz.
+    sample rate below 8,000 Hz; and what `soundfont.SoundFont` raises.
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
@@ -129,36 +137,53 @@ def synthesise(
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, np.integer)) or sample_rate < 8_000:
         raise ValueError(f"sample_rate is {sample_rate!r}; give an integer of at least 8000 (Hz)")
 
-    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(8)]
-    score_rng, phrase_rng, vocal_rng, drum_rng, bass_rng, other_rng, mix_rng, production_rng = streams
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(10)]
+    score_rng, phrase_rng, vocal_rng, drum_rng, bass_rng, other_rng, mix_rng, production_rng, *later = streams
+    recorded_rng, dull_rng = later
     rate = int(sample_rate)
+    recorded = _Recorded(recorded_rng, _open(str(soundfont)), rate) if soundfont else None
     samples = round(seconds * rate)
     score = _draw_score(score_rng, samples / rate)
     phrases = _draw_phrases(phrase_rng, samples / rate, occupancy, score)
     stems = {
         "vocals": _sing(vocal_rng, score, phrases, rate, samples),
-        "drums": _drum(drum_rng, score, rate, samples),
-        "bass": _bass(bass_rng, score, rate, samples),
-        "other": _accompany(other_rng, score, rate, samples),
+        "drums": _drum(drum_rng, score, rate, samples, recorded),
+        "bass": _bass(bass_rng, score, rate, samples, recorded),
+        "other": _accompany(other_rng, score, rate, samples, recorded),
     }
-    mixed = _mix(mix_rng, stems, phrases, score, rate, lambda out: _produce(production_rng, out, variety, rate))
+    told = f", soundfont={Path(soundfont).name!r}" if soundfont else ""
+
+    def produce(out: Array) -> float:
+        _dull(dull_rng, out[0], variety, rate)
+        return _produce(production_rng, out, variety, rate)
+
+    mixed = _mix(mix_rng, stems, phrases, score, rate, produce)
     return Song(
         name=f"synthetic-{int(seed)}",
         stems=torch.from_numpy(mixed),
         sample_rate=rate,
         sung=phrases,
         licence="CC0-1.0",
-        source=f"synthesise({int(seed)}, {seconds=}, {occupancy=}, {variety=}, sample_rate={rate})",
+        source=f"synthesise({int(seed)}, {seconds=}, {occupancy=}, {variety=}, sample_rate={rate}{told})",
     )
 
 
 def songs(
-    count: int, *, seed: int = 0, seconds: float = 6.0, variety: float = 0.0, sample_rate: int = SAMPLE_RATE
+    count: int,
+    *,
+    seed: int = 0,
+    seconds: float = 6.0,
+    variety: float = 0.0,
+    sample_rate: int = SAMPLE_RATE,
+    soundfont: str | Path = "",
+    first: int = 0,
+    every: int = 1,
 ) -> list[Song]:
     """Make `count` different songs, with the occupancy and, up to `variety`, the variety drawn per song.
 
     One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  Song i
     depends on `seed` and i alone, so a longer list begins with the shorter one.  A 6 s song takes 8.5 MB.
+    Of the `count` songs only number `first` and every `every`-th after it are made, where many share the work.
 
     Raises ValueError for a count below 0, and as `synthesise` does.
     """
@@ -167,7 +192,7 @@ def songs(
     if seed < 0:
         raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
     made = []
-    for i in range(count):
+    for i in range(first, count, every):
         sequence = np.random.SeedSequence([seed, i])
         kind, share, varied = np.random.default_rng(sequence).random(3)
         occupancy = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 else round(0.3 + 0.6 * share, 3)
@@ -179,6 +204,7 @@ def songs(
                 occupancy=occupancy,
                 variety=round(varied * variety, 3),
                 sample_rate=sample_rate,
+                soundfont=soundfont,
             )
         )
     return made
@@ -849,10 +875,73 @@ def _play(
     return out
 
 
+# ------------------------------------------------------------------------------------------------- recorded
+
+PROGRAMS = {  # of General MIDI, from 0. Choirs and what sounds like one are left out: they are voices.
+    "plucked": (24, 25, 26, 27, 28, 45, 46, 15, 105, 107), "piano": (0, 1, 2, 3, 6), "epiano": (4, 5, 7),
+    "bell": (8, 9, 10, 11, 12, 13), "organ": (16, 17, 18, 19, 20, 21), "pad": (48, 49, 50, 51, 88, 89, 90, 95),
+    "saw": (62, 63, 80, 81, 84, 90), "guitar": (29, 29, 30, 30, 27), "solo guitar": (25, 26, 27, 29, 30),
+    "brass": (56, 57, 59, 60, 61, 64, 65, 66), "strings": (40, 41, 42, 44, 48, 49, 110),
+    "flute": (68, 69, 71, 72, 73, 74, 75, 22), "bass": (32, 33, 33, 34, 34, 35, 36, 37, 38, 39),
+}  # fmt: skip
+KITS = (0, 0, 8, 8, 16, 16, 24, 25, 32, 40)
+KIT = {  # keys of the drums in a kit
+    "kick": (35, 36), "snare": (38, 38, 40, 37, 39), "closed": (42, 42, 44, 51, 59, 46), "opened": (46, 46, 51, 53),
+    "shaker": (54, 69, 70, 82), "tom": (41, 43, 45, 47, 48, 50), "crash": (49, 57, 55, 52),
+}  # fmt: skip
+
+
+@cache
+def _open(path: str) -> SoundFont:
+    """A sound font, looked into once."""
+    return SoundFont(path)
+
+
+class _Recorded:
+    """Chooses which parts of a song a sound font plays, and with what."""
+
+    share = 0.7
+    """How often a part is given to it."""
+
+    def __init__(self, rng: Generator, font: SoundFont, rate: int) -> None:
+        self.rng, self.font, self.rate = rng, font, rate
+
+    def play(self, family: str, notes: list[_Note], samples: int) -> Array | None:
+        """The notes on a recorded instrument of a family, (c, t); none where the part is left to the wavetables."""
+        known = [n for n in PROGRAMS[family] if (0, n) in self.font.presets]
+        if self.rng.random() > self.share or not known:
+            return None
+        if family == "guitar":  # power chords, as `_table` has them
+            shifts = (-12, -5, 0)
+            notes = [_Note(n.start, n.seconds, n.pitch + shift, n.velocity) for n in notes for shift in shifts]
+        sound = self.font.play(notes, int(self.rng.choice(known)), samples, self.rate)
+        return sound if np.abs(sound).max() > 1e-3 else None  # a font need not have every note
+
+    def kit(self) -> dict[str, Array] | None:
+        """One-shots of a drum kit, each (t,) and at most 1; none where the drums are left to the synthesiser."""
+        known = [n for n in KITS if (DRUMS, n) in self.font.presets]
+        if self.rng.random() > self.share or not known:
+            return None
+        program, seconds = int(self.rng.choice(known)), 1.6
+        hits = [
+            _Note(i * seconds, 0.9 * seconds, int(self.rng.choice(keys)), self.rng.uniform(0.6, 1.0))
+            for i, keys in enumerate(KIT.values())
+        ]
+        length = round(seconds * self.rate)
+        sound = self.font.play(hits, program, len(KIT) * length, self.rate, bank=DRUMS).mean(0)
+        shots = {}
+        for i, name in enumerate(KIT):
+            shot = sound[i * length : (i + 1) * length]
+            places = np.arange(0, length - 1, self.rng.uniform(0.85, 1.2))  # tuned a little up or down
+            shot = np.interp(places, np.arange(length), shot).astype(np.float32)
+            shots[name] = shot / (np.abs(shot).max() + np.float32(1e-4))
+        return shots
+
+
 # ---------------------------------------------------------------------------------------------- bass, other
 
 
-def _bass(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
+def _bass(rng: Generator, score: _Score, rate: int, samples: int, recorded: _Recorded | None) -> Array:
     """A bass line on the roots of the chords, (c, t)."""
     if rng.random() < 0.06:
         return np.zeros((2, samples), np.float32)
@@ -881,7 +970,11 @@ def _bass(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
         until = onsets[i + 1] if i + 1 < len(onsets) else step + 4
         length = (until - step) * score.step * (rng.uniform(0.5, 0.7) if style == "offbeat" else rng.uniform(0.8, 1.0))
         notes.append(_Note(score.time(step), length, pitch, rng.uniform(0.75, 1.0)))
-    line = _play(rng, notes, instrument, rate, samples)
+    line = recorded.play("bass", notes, samples) if recorded else None
+    if line is None:
+        line = _play(rng, notes, instrument, rate, samples)
+    else:
+        line /= np.sqrt(2 * np.mean(line**2))  # as loud as a wavetable
     if rng.random() < 0.4:  # an overdriven amplifier
         drive = np.float32(rng.uniform(1, 4))
         line = np.tanh(drive * line) / drive
@@ -893,7 +986,7 @@ def _voicing(chord: tuple[int, ...], low: int) -> list[int]:
     return sorted(low + (p - low) % 12 for p in chord)
 
 
-def _accompany(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
+def _accompany(rng: Generator, score: _Score, rate: int, samples: int, recorded: _Recorded | None) -> Array:
     """Two or three layers: chords that hold or are struck, an arpeggio, a solo line; (c, t)."""
     choice = ["struck", "struck", "struck", "arpeggio", "arpeggio", "solo"]  # a lead beside the voice is the exception
     layers = ["chords", *rng.choice(choice, rng.integers(1, 3), replace=False).tolist()]
@@ -915,7 +1008,10 @@ def _accompany(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
             for note in notes:
                 lowest.setdefault(note.start, note)
             notes = [_Note(n.start, n.seconds, 40 + (n.pitch - 40) % 12, n.velocity) for n in lowest.values()]
-        sound = _play(rng, notes, instrument, rate, samples, spread=rng.uniform(0, 0.8) if layer != "solo" else 0.0)
+        spread = rng.uniform(0, 0.8) if layer != "solo" else 0.0
+        sound = recorded.play(family, notes, samples) if recorded else None
+        if sound is None:
+            sound = _play(rng, notes, instrument, rate, samples, spread=spread)
         power = np.sqrt(np.mean(sound**2)) + 1e-9
         gain = 10 ** (rng.normal(-1 if layer == "solo" else 0, 2.5) / 20) / power
         balance = _pan(rng.uniform(-0.85, 0.85))  # instruments stand aside, the voice in the middle
@@ -1037,7 +1133,7 @@ def _tom(rng: Generator, rate: int, hertz: float) -> Array:
     return (np.sin(2 * np.pi * hertz * (t - 0.02 * np.exp(-t / 0.04))) * np.exp(-t / 0.13)).astype(np.float32)
 
 
-def _drum(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
+def _drum(rng: Generator, score: _Score, rate: int, samples: int, recorded: _Recorded | None) -> Array:
     """A drum kit on a pattern with variations and fills, (c, t)."""
     out = np.zeros((2, samples), np.float32)
     if rng.random() < 0.06:
@@ -1068,12 +1164,19 @@ def _drum(rng: Generator, score: _Score, rate: int, samples: int) -> Array:
     hat_level, hat_pan = 10 ** (rng.uniform(-16, -6) / 20), rng.uniform(-0.5, 0.5)
     shaker = _cymbal(rng, rate, 0.04, rng.uniform(4_000, 6_500), 0) if rng.random() < 0.25 else None
     offbeat = style == "house" or rng.random() < 0.2
+    kit = recorded.kit() if recorded else None
+    if kit:
+        kick, snare, closed, opened = (kit[name] for name in ("kick", "snare", "closed", "opened"))
+        shaker = kit["shaker"] if shaker is not None else None
+        hat_level *= 10 ** (rng.uniform(0, 9) / 20)  # cymbals may drown all that hisses in a voice
     for bar in range(0, score.steps, 16):
         ghosts = set(rng.choice(16, 2, replace=False).tolist()) if rng.random() < 0.5 else set()
         fill = rng.random() < 0.2
         tom = _tom(rng, rate, rng.uniform(80, 200)) if fill else kick
-        if rng.random() < 0.15:
-            crash = _cymbal(rng, rate, rng.uniform(0.4, 0.8), 3_000, 0.4)
+        if kit and fill:
+            tom = kit["tom"]
+        if rng.random() < (0.4 if kit else 0.15):
+            crash = kit["crash"] if kit else _cymbal(rng, rate, rng.uniform(0.4, 0.8), 3_000, 0.4)
             hit(crash, bar, rng.uniform(0.2, 0.4), rng.uniform(-0.6, 0.6))
         for s in range(16):
             step = bar + s
@@ -1212,6 +1315,16 @@ def _amplify(rng: Generator, stem: Array, rate: int) -> Array:
         driven = np.tanh(string * np.float32(drive / root) + np.float32(bias))
         out[channel] = _filter(driven, cabinet, rate)
     return out
+
+
+def _dull(rng: Generator, voice: Array, variety: float, rate: int) -> None:
+    """Take up to 18 dB of the treble from a voice (c, t) in place, by chance in proportion to `variety`.
+
+    Singers differ in how much they hiss, and de-essers and soft microphones take more of it.
+    """
+    corner, depth = rng.uniform(1_500, 5_000), 10 ** (-rng.uniform(3, 18) / 20)
+    if rng.random() < 0.7 * variety and voice.any():
+        voice[:] = _filter(voice, lambda hertz: (1 + depth * (hertz / corner) ** 2) / (1 + (hertz / corner) ** 2), rate)
 
 
 def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:

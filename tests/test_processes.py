@@ -22,6 +22,7 @@ def under_torchrun(folder: Path, batch: int) -> None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path]),
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder.parent),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -55,6 +56,9 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch_and_resume_bit_fo
     assert logs[1][-1]["usdr"] == pytest.approx(logs[0][-1]["usdr"], abs=1e-3)
     # Gradients are exchanged with the last of the accumulated batches alone: as often as there are steps.
     assert (one["exchanges"], two["exchanges"]) == (0, 4)
+    # The songs of a recipe are the same in all, though each process made a part; their files are gone.
+    assert reports[1]["shared"] == 2 * reports[0]["shared"]
+    assert not list(tmp_path.glob("bsmamba2-*"))
     # And stopped on the way, they end with the same bits.
     for report in reports:
         assert report["rest"]["steps"] == report["whole"]["steps"][2:]

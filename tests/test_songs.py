@@ -367,6 +367,36 @@ def test_varied_basses_growl_and_varied_voices_are_cut_below() -> None:
     assert np.mean([share(b.vocals, 80, 250) - share(a.vocals, 80, 250) for a, b in pairs]) < -2
 
 
+def test_some_varied_voices_are_dull_and_clean_ones_as_they_were() -> None:
+    sound = np.random.default_rng(0).standard_normal((2, RATE), dtype=np.float32)
+
+    def treble(voice: np.ndarray) -> float:
+        power = np.abs(np.fft.rfft(voice)) ** 2
+        hertz = np.fft.rfftfreq(voice.shape[-1], 1 / RATE)
+        return decibels(float(power[:, hertz > 8_000].mean() / power[:, hertz < 500].mean()))
+
+    lost = []
+    for seed in range(40):
+        voice = sound.copy()
+        songs._dull(np.random.default_rng(seed), voice, 1.0, RATE)
+        lost.append(treble(sound) - treble(voice))
+        voice = sound.copy()
+        songs._dull(np.random.default_rng(seed), voice, 0.0, RATE)
+        assert np.array_equal(voice, sound)
+    assert 18 <= sum(one > 2 for one in lost) <= 38  # seven in ten
+    assert max(lost) < 18.5
+    assert sum(abs(one) < 0.01 for one in lost) >= 2
+
+
+def test_a_share_of_the_songs_is_the_same_songs() -> None:
+    options = {"seed": 3, "seconds": 1.0, "sample_rate": 8_000}
+    whole = songs.songs(5, **options)  # type: ignore[arg-type]
+    shares = [songs.songs(5, first=first, every=2, **options) for first in (0, 1)]  # type: ignore[arg-type]
+    assert [song.name for song in shares[0]] == [song.name for song in whole[0::2]]
+    assert [song.name for song in shares[1]] == [song.name for song in whole[1::2]]
+    assert torch.equal(shares[1][1].stems, whole[3].stems)
+
+
 @pytest.mark.parametrize("variety", [-0.1, 1.1, math.nan])
 def test_variety_out_of_range_is_refused(variety: float) -> None:
     with pytest.raises(ValueError, match="variety"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from bsmamba2.evaluate import oracle, score
 from bsmamba2.losses import WINDOWS, bsmamba2_loss, spectral_loss
 from bsmamba2.metrics import csdr, usdr
 from bsmamba2.songs import Song, songs
-from bsmamba2.train import TrainConfig, Trainer, learning_rate, parameter_groups
+from bsmamba2.train import TrainConfig, Trainer, learning_rate, optimisers, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +417,74 @@ def test_decays_and_skips_are_exempt_from_weight_decay(tiny: BSMamba2) -> None:
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
     assert len(exempt["params"]) == 3 * 4  # A_log, D, dt_bias of four mixers
     assert len(decayed["params"]) + len(exempt["params"]) == len(list(tiny.parameters()))
+
+
+def test_muon_takes_the_weights_of_linears_and_adamw_all_else(tiny: BSMamba2) -> None:
+    adamw, muon = optimisers(tiny, TrainConfig(steps=1, optimiser="muon"))
+    names = {id(parameter): name for name, parameter in tiny.named_parameters()}
+    taken = [
+        [names[id(one)] for group in optimiser.param_groups for one in group["params"]] for optimiser in (adamw, muon)
+    ]
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())  # each once
+    linears = {f"{name}.weight" for name, module in tiny.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(taken[1]) == linears
+    assert any("in_proj" in name for name in linears)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.01, 0.0]
+    assert {name.split(".")[-1] for name in taken[0]} >= {"A_log", "D", "dt_bias", "bias"}
+
+
+def test_a_step_of_muon_turns_a_matrix_and_its_size_is_that_of_adamw(tiny: BSMamba2) -> None:
+    """From rest the step is the gradient with all its singular values made one, whatever the gradient's size."""
+    before = copy.deepcopy(tiny.state_dict())
+    trainer = Trainer(tiny, TrainConfig(steps=1, optimiser="muon", lr=1e-2, weight_decay=0.0))
+    next(iter(trainer.run(clips(1))))
+    for name in ("layers.0.time.forwards.mixer.in_proj.weight", "layers.0.band.merge.weight"):
+        step = (tiny.state_dict()[name] - before[name]) / 1e-2
+        values = torch.linalg.svdvals(step / (0.2 * math.sqrt(max(step.shape))))
+        assert values.min() > 0.5, name  # five iterations of Newton and Schulz bring them into this range
+        assert values.max() < 1.3, name
+        assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.3), name
+    step = (tiny.state_dict()["layers.0.time.forwards.mixer.D"] - before["layers.0.time.forwards.mixer.D"]) / 1e-2
+    torch.testing.assert_close(step.abs(), torch.ones_like(step), rtol=1e-3, atol=0)  # AdamW's first step
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_trainer_goes_on_from_its_state_with_the_same_bits(tiny: BSMamba2, optimiser: str) -> None:
+    config = TrainConfig(steps=5, optimiser=optimiser, lr=1e-2, schedule="trapezoid")
+    whole, half = (Trainer(copy.deepcopy(tiny), config) for _ in range(2))
+    losses = [step.loss for step in whole.run(clips(5))]
+    stopped = [step.loss for step in islice(half.run(clips(5)), 2)]
+    buffer = io.BytesIO()
+    torch.save(half.state(), buffer)
+    buffer.seek(0)
+    resumed = Trainer(copy.deepcopy(tiny), config)
+    resumed.load_state(torch.load(buffer, weights_only=True))
+    assert stopped + [step.loss for step in resumed.run(clips(5))] == losses
+    for name, part in whole.model.state_dict().items():
+        assert torch.equal(part, resumed.model.state_dict()[name]), name
+
+
+def test_states_from_before_there_was_a_choice_of_optimisers_are_taken_up(tiny: BSMamba2) -> None:
+    config = TrainConfig(steps=4)
+    trainer = Trainer(copy.deepcopy(tiny), config)
+    list(islice(trainer.run(clips(4)), 2))
+    state = copy.deepcopy(trainer.state())
+    (state["optimiser"],) = state.pop("optimisers")
+    state["train_config"] = json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k != "optimiser"})
+    old = Trainer(copy.deepcopy(tiny), config)
+    old.load_state(state)
+    assert list(old.run(clips(4))) == list(trainer.run(clips(4)))
+    with pytest.raises(ValueError, match="started with optimiser='adamw', now 'muon'"):
+        Trainer(copy.deepcopy(tiny), TrainConfig(steps=4, optimiser="muon")).load_state(state)
+
+
+def test_a_torch_without_muon_is_told(tiny: BSMamba2, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    Trainer(tiny, TrainConfig(steps=1))
+    with pytest.raises(ValueError, match=r"takes torch 2\.9 or newer"):
+        Trainer(tiny, TrainConfig(steps=1, optimiser="muon"))
+    with pytest.raises(ValueError, match="optimiser='sgd' must be adamw or muon"):
+        TrainConfig(steps=1, optimiser="sgd")
 
 
 def test_schedule() -> None:

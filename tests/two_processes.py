@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from itertools import islice
@@ -14,6 +15,7 @@ from conftest import TINY
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Loader, Remixer, Validation, find_windows
 from bsmamba2.processes import gather, rank, together, world
+from bsmamba2.recipe import shared_songs
 from bsmamba2.runs import Run
 from bsmamba2.songs import songs
 from bsmamba2.train import TrainConfig, Trainer
@@ -27,8 +29,17 @@ def main(folder: Path, batch: int) -> None:
         whole = train(folder / "whole", batch)
         train(folder / "halves", batch, stop_after=2)
         rest = train(folder / "halves", batch)
+        shared = gather([fingerprint(count) for count in (5, 1)])
         if rank() == 0:
-            (folder / "report.json").write_text(json.dumps({"world": world(), "whole": whole, "rest": rest}))
+            (folder / "report.json").write_text(
+                json.dumps({"world": world(), "whole": whole, "rest": rest, "shared": shared})
+            )
+
+
+def fingerprint(count: int) -> list[list[Any]]:
+    """Of the songs that a recipe gives to every process: name, sung, and a hash of the stems."""
+    made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
+    return [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
 
 
 def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
