@@ -64,7 +64,8 @@ def rank() -> int:
 
 def on_this_machine() -> tuple[int, int]:
     """Which of this machine's processes this is, from 0, and how many there are, as `torchrun` tells them."""
-    return (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world() > 1 else (0, 1)
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    return (int(os.environ["LOCAL_RANK"]), int(told)) if told and world() > 1 else (0, 1)
 
 
 def total(value: Tensor) -> Tensor:

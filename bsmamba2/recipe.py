@@ -15,19 +15,18 @@ import shutil
 import tempfile
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
-from .checkpoints import Checkpoint, read_checkpoint
+from .checkpoints import read_checkpoint
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer, Validation, Windows, find_windows
-from .dual_path import DualPath
 from .evaluate import fingerprint
+from .growth import begin_with
 from .losses import WINDOWS
 from .model import BSMamba2
 from .processes import from_first, gather, on_this_machine, rank, world
@@ -54,7 +53,7 @@ class Recipe:
     dim: int = _parameter(0, "features per band and frame; 0 is as many as the preset has")
     mask_expand: int = _parameter(0, "hidden width of the masks as a multiple of dim; 0 is that of the preset")
     init: str = _parameter(
-        "", "checkpoint to begin with, ours or published, of the same size or with fewer layers; else random weights"
+        "", "checkpoint to begin with, ours or published, of the same size or smaller; else random weights"
     )
     data: str = _parameter("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
     stems: tuple[str, ...] = _parameter(STEMS, "names of the files in a song's folder, the target first")
@@ -225,53 +224,38 @@ def shared_songs(count: int, **how: Any) -> list[Song]:
     """`songs.songs(count, **how)`, the same in all processes: those of one machine share the work and the memory.
 
     Each makes its part and writes it to a temporary file; all map all files, whose pages the machine keeps once.
+    On Windows, where a mapped file cannot be removed, each process makes all of them.
 
     Raises:
         OSError: when the files cannot be written, a full disk for one; TMPDIR names their folder.
     """
     local, processes = on_this_machine()
-    if processes == 1:
+    if os.name == "nt" or max(gather(processes)) == 1:
         return songs(count, **how)
     first = rank() - local  # of this machine's
     folder = Path(gather(tempfile.mkdtemp(prefix="bsmamba2-") if local == 0 else "")[first])
-    made = songs(count, first=local, every=processes, **how)
-    with (folder / str(local)).open("wb") as file:
-        for song in made:
-            song.stems.numpy().tofile(file)
-    told = [(song.stems.shape, dataclasses.replace(song, stems=torch.empty(0))) for song in made]
-    del made
-    parts = []
-    for number, part in enumerate(gather(told)[first : first + processes]):
-        sizes = [shape.numel() for shape, _ in part]
-        memory = torch.from_file(str(folder / str(number)), size=sum(sizes)) if part else torch.empty(0)
-        pieces = zip(memory.split(sizes), part, strict=True)
-        parts.append([dataclasses.replace(song, stems=piece.view(shape)) for piece, (shape, song) in pieces])
-    gather(None)  # all have mapped them
+    try:
+        made = songs(count, first=local, every=processes, **how)
+        with (folder / str(local)).open("wb") as file:
+            for song in made:
+                file.write(song.stems.numpy().data)
+        told = [(song.stems.shape, dataclasses.replace(song, stems=torch.empty(0))) for song in made]
+        del made
+        parts = []
+        for number, part in enumerate(gather(told)[first : first + processes]):
+            sizes = [shape.numel() for shape, _ in part]
+            memory = torch.from_file(str(folder / str(number)), size=sum(sizes)) if part else torch.empty(0)
+            pieces = zip(memory.split(sizes), part, strict=True)
+            parts.append([dataclasses.replace(song, stems=piece.view(shape)) for piece, (shape, song) in pieces])
+        gather(None)  # all have mapped them
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.add_note(f"while songs were written to {folder}; TMPDIR names another place")
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     if local == 0:
-        shutil.rmtree(folder, ignore_errors=os.name == "nt")  # Windows keeps what is mapped
+        shutil.rmtree(folder, ignore_errors=True)  # a network's file system may keep what is mapped a while longer
     return [parts[number % processes][number // processes] for number in range(count)]
-
-
-def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:
-    """Give a model the weights of a checkpoint, which may have fewer layers.
-
-    Layers that it does not have come last and begin as the identity: the Linear that merges their directions is zero,
-    and what is left of a bidirectional block is its residual. So the model computes what the checkpoint's does, and
-    learns from there.
-
-    Raises:
-        ValueError: for a checkpoint of another size, or with more layers; the model is left as it was.
-    """
-    there, here = checkpoint.config, model.config
-    if dataclasses.replace(there, layers=here.layers) != here or there.layers > here.layers:
-        raise ValueError(f"init={str(checkpoint.path)!r} is {there}, and {here} is another size")
-    added = tuple(f"layers.{number}." for number in range(there.layers, here.layers))
-    own = {name: part for name, part in model.state_dict().items() if name.startswith(added)}
-    model.load_state_dict({**checkpoint.state, **own})
-    for layer in cast("Iterable[DualPath]", model.layers[there.layers :]):
-        for block in (layer.time, layer.band):
-            nn.init.zeros_(block.merge.weight)
-            nn.init.zeros_(block.merge.bias)
 
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -118,10 +118,10 @@ def synthesise(
     room rings on for `TAIL_SECONDS`, but for half the rest at most; elsewhere the vocals are exactly zero.
     0 gives no vocals at all, 1 gives singing throughout.  Another occupancy keeps the seed's band.
 
-    `variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`).
+    `variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`, `_dull`).
 
     `soundfont` is the file of a General MIDI sound font, whose recorded instruments take over most parts of the band;
-    without one all is synthesised. The voice always is.
+    without one all is synthesised. The voice always is. With one, the same bits take the same file and FluidSynth.
 
     Raises ValueError for a negative seed, fewer than 0.5 seconds, an occupancy or variety outside [0, 1], or a
     sample rate below 8,000 Hz; and what `soundfont.SoundFont` raises.
@@ -917,24 +917,30 @@ class _Recorded:
         sound = self.font.play(notes, int(self.rng.choice(known)), samples, self.rate)
         return sound if np.abs(sound).max() > 1e-3 else None  # a font need not have every note
 
-    def kit(self) -> dict[str, Array] | None:
-        """One-shots of a drum kit, each (t,) and at most 1; none where the drums are left to the synthesiser."""
+    def kit(self) -> dict[str, Array]:
+        """One-shots of a drum kit, each (t,) and at most 1; none where the drums are left to the synthesiser.
+
+        A kit need not have every drum: what it lacks is left out.
+        """
         known = [n for n in KITS if (DRUMS, n) in self.font.presets]
         if self.rng.random() > self.share or not known:
-            return None
+            return {}
         program, seconds = int(self.rng.choice(known)), 1.6
         hits = [
-            _Note(i * seconds, 0.9 * seconds, int(self.rng.choice(keys)), self.rng.uniform(0.6, 1.0))
+            _Note(2 * i * seconds, seconds, int(self.rng.choice(keys)), self.rng.uniform(0.6, 1.0))
             for i, keys in enumerate(KIT.values())
         ]
         length = round(seconds * self.rate)
-        sound = self.font.play(hits, program, len(KIT) * length, self.rate, bank=DRUMS).mean(0)
+        sound = self.font.play(hits, program, 2 * len(KIT) * length, self.rate, bank=DRUMS).mean(0)
         shots = {}
         for i, name in enumerate(KIT):
-            shot = sound[i * length : (i + 1) * length]
+            shot = sound[2 * i * length :][:length]
+            shot[-length // 10 :] *= np.linspace(1, 0, len(shot[-length // 10 :]), dtype=np.float32)
             places = np.arange(0, length - 1, self.rng.uniform(0.85, 1.2))  # tuned a little up or down
             shot = np.interp(places, np.arange(length), shot).astype(np.float32)
-            shots[name] = shot / (np.abs(shot).max() + np.float32(1e-4))
+            peak = np.abs(shot).max()
+            if peak > 1e-3:
+                shots[name] = shot / peak
         return shots
 
 
@@ -1164,19 +1170,20 @@ def _drum(rng: Generator, score: _Score, rate: int, samples: int, recorded: _Rec
     hat_level, hat_pan = 10 ** (rng.uniform(-16, -6) / 20), rng.uniform(-0.5, 0.5)
     shaker = _cymbal(rng, rate, 0.04, rng.uniform(4_000, 6_500), 0) if rng.random() < 0.25 else None
     offbeat = style == "house" or rng.random() < 0.2
-    kit = recorded.kit() if recorded else None
+    kit = recorded.kit() if recorded else {}
     if kit:
-        kick, snare, closed, opened = (kit[name] for name in ("kick", "snare", "closed", "opened"))
-        shaker = kit["shaker"] if shaker is not None else None
+        kick, snare = kit.get("kick", kick), kit.get("snare", snare)
+        closed, opened = kit.get("closed", closed), kit.get("opened", opened)
+        shaker = shaker if shaker is None else kit.get("shaker", shaker)
         hat_level *= 10 ** (rng.uniform(0, 9) / 20)  # cymbals may drown all that hisses in a voice
     for bar in range(0, score.steps, 16):
         ghosts = set(rng.choice(16, 2, replace=False).tolist()) if rng.random() < 0.5 else set()
         fill = rng.random() < 0.2
         tom = _tom(rng, rate, rng.uniform(80, 200)) if fill else kick
-        if kit and fill:
-            tom = kit["tom"]
+        if fill:
+            tom = kit.get("tom", tom)
         if rng.random() < (0.4 if kit else 0.15):
-            crash = kit["crash"] if kit else _cymbal(rng, rate, rng.uniform(0.4, 0.8), 3_000, 0.4)
+            crash = kit["crash"] if "crash" in kit else _cymbal(rng, rate, rng.uniform(0.4, 0.8), 3_000, 0.4)
             hit(crash, bar, rng.uniform(0.2, 0.4), rng.uniform(-0.6, 0.6))
         for s in range(16):
             step = bar + s

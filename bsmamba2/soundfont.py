@@ -44,7 +44,7 @@ class SoundFont:
         path: of the sound font, `.sf2`.
 
     Attributes:
-        presets: names of its instruments by bank and program, as General MIDI numbers them, from 0.
+        presets: names by bank, 0 for instruments or `DRUMS`, and program, as General MIDI numbers them from 0.
 
     Raises:
         FileNotFoundError: when it is not there; ValueError when FluidSynth cannot read it, or it has no drum kit or
@@ -81,36 +81,47 @@ class SoundFont:
         dry = {"synth.reverb.active": 0, "synth.chorus.active": 0, "synth.dynamic-sample-loading": 1}
         synth = self._binding().Synth(gain=GAIN, samplerate=float(rate), channels=16, **dry)
         font = synth.sfload(str(self.path))
-        if font < 0:
+        given = synth.get_setting("synth.sample-rate")
+        if font < 0 or given != rate:
             synth.delete()
-            raise ValueError(f"{self.path} is no sound font that FluidSynth can read")
+            if font < 0:
+                raise ValueError(f"{self.path} is no sound font that FluidSynth can read")
+            raise ValueError(f"FluidSynth plays at {given:g} Hz when asked for {rate}: ask for 8000 to 96000")
         return synth, font
 
     def play(self, notes: Iterable[Note], program: int, samples: int, rate: int, *, bank: int = 0) -> NDArray[Any]:
         """Notes by one instrument, (c=2, t=samples) float32; the same notes give the same bits.
 
-        Notes begin and end with blocks of 64 samples. What lies beyond `samples`, or has no pitch from 0 to 127, is
-        left out. FluidSynth gives 16 bits, dithered: what is silent may have ± 2⁻¹⁵.
+        Notes begin and end with blocks of 64 samples; a key that is struck while it sounds ends there and begins anew.
+        What lies beyond `samples`, or has no pitch from 0 to 127, is left out. FluidSynth gives 16 bits, dithered: what
+        is silent may have ± 2⁻¹⁵.
 
         Raises:
-            ValueError: for a program that the font does not have.
+            ValueError: for a program that the font does not have, no samples, or a rate that FluidSynth refuses.
         """
         if (bank, program) not in self.presets:
             raise ValueError(f"{self.path} has no preset {program} in bank {bank}")
-        events: list[tuple[int, int, int, int]] = []  # block, 0 off or 1 on, key, velocity: ends before beginnings
+        if samples < 1:
+            raise ValueError(f"samples={samples!r} must be at least 1")
         blocks = -(-samples // BLOCK)
+        spans: dict[tuple[int, int], tuple[int, int]] = {}  # (key, first block): last block, velocity
         for note in notes:
             start, end = (round(time * rate / BLOCK) for time in (note.start, note.start + note.seconds))
             key = round(note.pitch)
             if 0 <= start < blocks and 0 <= key < 128:
-                events.append((start, 1, key, min(127, max(1, round(127 * note.velocity)))))
-                events.append((max(end, start + 1), 0, key, 0))
+                spans[key, start] = (max(end, start + 1), min(127, max(1, round(127 * note.velocity))))
+        events: list[tuple[int, int, int, int]] = [(blocks, 0, 0, 0)]  # block, 0 off or 1 on, key, velocity
+        keys = sorted(spans)
+        for (key, start), following in zip(keys, [*keys[1:], (-1, 0)], strict=False):
+            end, velocity = spans[key, start]
+            # FluidSynth's note off ends all that sounds on a key.
+            end = min(end, following[1]) if following[0] == key else end
+            events += [(start, 1, key, velocity), (min(end, blocks), 0, key, 0)]
         synth, font = self._start(rate)
         try:
             synth.program_select(0, font, bank, program)
             pieces, now = [], 0
-            for block, on, key, velocity in [*sorted(events), (blocks, 0, 0, 0)]:
-                block = min(block, blocks)
+            for block, on, key, velocity in sorted(events):
                 if block > now:
                     pieces.append(synth.get_samples((block - now) * BLOCK))
                     now = block

@@ -121,9 +121,12 @@ class Recorder:
 
     told: list[tuple[Any, ...]]
 
-    def __init__(self, **settings: Any) -> None:
-        Recorder.told = []
+    def __init__(self, samplerate: float, **settings: Any) -> None:
+        Recorder.told, self.rate = [], samplerate
         self.held: set[int] = set()
+
+    def get_setting(self, name: str) -> float:
+        return self.rate
 
     def sfload(self, path: str) -> int:
         return 1

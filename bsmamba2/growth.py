@@ -1,0 +1,111 @@
+"""A larger model that begins as a smaller one: more layers, more features, wider masks.
+
+What the smaller one has keeps its place. Of what is new, each path has one end that is zero, so that nothing comes out
+of it at first, and one that is random, so that a gradient reaches the zero:
+
+    a new feature     written by zero rows of the band split and of the merging Linears, read by random columns
+    a new head        its gate z is zero, so SiLU(z) = 0; what it reads and what it would write is random
+    a new hidden unit of a mask    random rows into it, zero columns out of it
+    a new layer       its merging Linears are zero, and what is left of a bidirectional block is its residual
+
+A norm over d features of D, the others zero, divides by a root mean square that is sqrt(d / D) times as large: its
+gains are made smaller by as much.
+
+Book: "Scaling up". The idea: T. Chen, I. Goodfellow and J. Shlens, "Net2Net", arXiv:1511.05641; with zeros instead of
+copies. Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import Checkpoint
+from .config import ModelConfig
+from .dual_path import DualPath
+from .model import BSMamba2
+
+GROWING = ("layers", "dim", "mask_expand")
+"""The sizes in which a model may be larger than what it begins as."""
+
+
+def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:
+    """Give a model the weights of a checkpoint, which may be smaller; then it computes what the checkpoint's does.
+
+    With more layers alone it does so bit for bit; with more features up to rounding, and to the epsilon of the norms.
+
+    Raises:
+        ValueError: for a checkpoint that differs in another size, or is larger; the model is left as it was.
+    """
+    there, here = checkpoint.config, model.config
+    same = dataclasses.replace(there, **{name: getattr(here, name) for name in GROWING}) == here
+    hidden = there.mask_expand * there.dim <= here.mask_expand * here.dim
+    if not same or there.layers > here.layers or there.dim > here.dim or not hidden:
+        raise ValueError(
+            f"init={str(checkpoint.path)!r} is {there}, and {here} is another size: "
+            f"only layers, dim and mask_expand · dim may be larger"
+        )
+    added = tuple(f"layers.{number}." for number in range(there.layers, here.layers))
+    state = {}
+    for name, fresh in model.state_dict().items():
+        state[name] = fresh if name.startswith(added) else _grown(name, checkpoint.state[name], fresh, there, here)
+    model.load_state_dict(state)
+    for layer in cast("Iterable[DualPath]", model.layers[there.layers :]):
+        for block in (layer.time, layer.band):
+            nn.init.zeros_(block.merge.weight)
+            nn.init.zeros_(block.merge.bias)
+
+
+def _grown(name: str, old: Tensor, fresh: Tensor, there: ModelConfig, here: ModelConfig) -> Tensor:
+    """The old weights in their places, with zeros and fresh weights around them."""
+    if old.shape == fresh.shape:
+        return old
+    n, start = here.state, torch.arange
+    features, inner, heads = start(there.dim), start(there.inner), start(there.heads)
+    hidden = start(there.mask_expand * there.dim)
+    mixed = torch.cat((inner, here.inner + start(2 * n)))  # x, B, C
+    projected = torch.cat((inner, here.inner + mixed, 2 * here.inner + 2 * n + heads))  # z, x, B, C, dt
+    merged = torch.cat((features, here.dim + features))  # forwards, backwards
+    whole = start(fresh.shape[0])
+    rows, columns, rest = {
+        "linear.weight": (features, None, 0.0),
+        "linear.bias": (features, None, 0.0),
+        "in_proj.weight": (projected, features, 1.0),
+        "conv1d.weight": (mixed, None, 1.0),
+        "conv1d.bias": (mixed, None, 1.0),
+        "dt_bias": (heads, None, 1.0),
+        "A_log": (heads, None, 1.0),
+        "D": (heads, None, 1.0),
+        "mixer.norm.weight": (inner, None, 1.0),
+        "out_proj.weight": (features, inner, 1.0),
+        "norm.weight": (features, None, 1.0),
+        "final_norm.gain": (features, None, 1.0),
+        "merge.weight": (features, merged, 0.0),
+        "merge.bias": (features, None, 0.0),
+        "expand.weight": (hidden, features, 1.0),
+        "expand.bias": (hidden, None, 1.0),
+        "project.weight": (whole, hidden, 0.0),
+    }[_kind(name)]
+    new = rest * fresh
+    if name.endswith("in_proj.weight"):
+        new[there.inner : here.inner] = 0  # the gates z of new heads
+    if "norm." in name:
+        old = old * math.sqrt(len(old) / len(fresh))
+    if columns is None:
+        new[rows] = old.to(new.dtype)
+    else:
+        new[rows[:, None], columns] = old.to(new.dtype)
+    return new
+
+
+def _kind(name: str) -> str:
+    """The last parts of a parameter's name, as many as tell what it is."""
+    parts = name.split(".")
+    if parts[-2:] == ["norm", "weight"]:
+        return "mixer.norm.weight" if parts[-3] == "mixer" else "norm.weight"
+    return parts[-1] if parts[-1] in ("dt_bias", "A_log", "D") else ".".join(parts[-2:])
