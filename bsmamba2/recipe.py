@@ -67,7 +67,7 @@ class Recipe:
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
     accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
     steps: int = _parameter(400, "optimiser steps; 100 are a published epoch")
-    optimiser: str = _parameter("adamw", "adamw, as published; or muon, which takes fewer steps")
+    optimiser: str = _parameter("adamw", "adamw, as published; or muon, which may take fewer steps")
     lr: float = _parameter(2e-3, "learning rate; published: 5e-4")
     schedule: str = _parameter("cosine", "constant, as published; cosine, for short runs; trapezoid, for open ends")
     weight_decay: float = _parameter(0.01, "how far weights are drawn to zero")

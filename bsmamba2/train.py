@@ -43,7 +43,7 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        optimiser: `adamw`, as published; or `muon`, which learns in fewer steps: the weights of Linears go by K.
+        optimiser: `adamw`, as published; or `muon`, which learned in fewer steps here: the weights of Linears go by K.
             Jordan's Muon (2024; torch's own, from torch 2.9 on), the rest by AdamW.
         lr: learning rate; the published one is 5e-4. Muon's steps are scaled to the size of AdamW's.
         schedule: `constant` as published. For short runs `cosine`: a warm-up over the first twentieth of the
@@ -92,6 +92,8 @@ class TrainConfig:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
+        if self.optimiser == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimiser='muon' takes torch 2.9 or newer, not {torch.__version__}: take adamw")
         for name in ("lr", "weight_decay", "clip", "ema_decay"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -254,16 +256,14 @@ class Trainer:
             ("model_config", json.loads(self.model.config.to_json())),
             ("train_config", json.loads(json.dumps(dataclasses.asdict(self.config)))),
         ):
-            there = {**({"optimiser": "adamw"} if kind == "train_config" else {}), **json.loads(state[kind])}
+            there = {"optimiser": "adamw", **json.loads(state[kind])}  # all there was, before it had a name
             free = {"compile"} if self.config.schedule == "cosine" else {"compile", "steps"}
             told = [f"{k}={there.get(k)!r}, now {v!r}" for k, v in here.items() if k not in free and there.get(k) != v]
             if told:
                 raise ValueError(f"the run was started with {'; '.join(told)}: start another run, or ask for the same")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        states = (
-            state["optimisers"] if "optimisers" in state else [state["optimiser"]]
-        )  # as it was before there was Muon
+        states = state.get("optimisers") or [state["optimiser"]]
         for optimiser, then in zip(self.optimisers, states, strict=True):
             optimiser.load_state_dict(then)
         self.number = state["number"]
@@ -283,15 +283,9 @@ def learning_rate(number: int, config: TrainConfig) -> float:
 
 
 def optimisers(model: BSMamba2, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or Muon for the weights of all Linears, which are matrices, and AdamW for the rest.
-
-    Raises:
-        ValueError: for Muon where this torch has none.
-    """
+    """AdamW for all parameters; or Muon for the weights of all Linears, which are matrices, and AdamW for the rest."""
     matrices: list[Tensor] = []
     if config.optimiser == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimiser='muon' takes torch 2.9 or newer, not {torch.__version__}: take adamw")
         matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     groups = parameter_groups(model, config.weight_decay, without=matrices)
     # Fused: one pass over all parameters, and not a dozen small operations for each of some hundreds.
