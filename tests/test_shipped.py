@@ -17,7 +17,7 @@ CARD = json.loads(SHIPPED.with_suffix(".json").read_text())
 def test_it_fits_a_repository_and_says_what_it_is() -> None:
     assert SHIPPED.stat().st_size < 10e6
     checkpoint = read_checkpoint(SHIPPED)
-    assert checkpoint.config == ModelConfig.preset("small", layers=4)
+    assert checkpoint.config == ModelConfig.preset("small", layers=4, dim=96, mask_expand=3)
     assert checkpoint.metadata["licence"].startswith("MIT")
     assert "synthesised" in checkpoint.metadata["title"]
     assert sum(part.numel() for part in checkpoint.state.values()) == CARD["weights"]

@@ -8,10 +8,12 @@ import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from conftest import TINY
 
+import bsmamba2.songs
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Loader, Remixer, Validation, find_windows
 from bsmamba2.processes import gather, rank, together, world
@@ -36,10 +38,12 @@ def main(folder: Path, batch: int) -> None:
             )
 
 
-def fingerprint(count: int) -> list[list[Any]]:
-    """Of the songs that a recipe gives to every process: name, sung, and a hash of the stems."""
-    made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
-    return [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
+def fingerprint(count: int) -> dict[str, Any]:
+    """Of the songs that a recipe gives to every process: name, sung, and a hash of the stems; and how many it made."""
+    with patch.object(bsmamba2.songs, "synthesise", wraps=bsmamba2.songs.synthesise) as synthesise:
+        made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
+    told = [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
+    return {"songs": told, "made": synthesise.call_count}
 
 
 def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
