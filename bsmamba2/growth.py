@@ -3,8 +3,9 @@
 What the smaller one has keeps its place. Of what is new, each path has one end that is zero, so that nothing comes out
 of it at first, and one that is random, so that a gradient reaches the zero:
 
-    a new feature     written by zero rows of the band split and of the merging Linears, read by random columns
-    a new head        its gate z is zero, so SiLU(z) = 0; what it reads and what it would write is random
+    a new feature     between blocks: zero rows of the band split and of the merging Linears into it, random columns out
+                      of it; inside a block: random rows of `out_proj` into it, zero columns of the merging Linear out
+    a new head        its gate z is zero, so SiLU(z) = 0; what it reads and what it would write are random
     a new hidden unit of a mask    random rows into it, zero columns out of it
     a new layer       its merging Linears are zero, and what is left of a bidirectional block is its residual
 

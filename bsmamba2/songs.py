@@ -121,7 +121,8 @@ def synthesise(
     `variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`, `_dull`).
 
     `soundfont` is the file of a General MIDI sound font, whose recorded instruments take over most parts of the band;
-    without one all is synthesised. The voice always is. With one, the same bits take the same file and FluidSynth.
+    without one all is synthesised. The voice always is. With one, the same bits come only from the same file and the
+    same FluidSynth.
 
     Raises ValueError for a negative seed, fewer than 0.5 seconds, an occupancy or variety outside [0, 1], or a
     sample rate below 8,000 Hz; and what `soundfont.SoundFont` raises.
@@ -163,7 +164,7 @@ def synthesise(
         stems=torch.from_numpy(mixed),
         sample_rate=rate,
         sung=phrases,
-        licence="CC0-1.0",
+        licence="CC0-1.0" + (f", but for the recordings of {Path(soundfont).name}" if soundfont else ""),
         source=f"synthesise({int(seed)}, {seconds=}, {occupancy=}, {variety=}, sample_rate={rate}{told})",
     )
 

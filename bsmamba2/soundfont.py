@@ -22,6 +22,7 @@ DRUMS = 128
 BLOCK = 64
 """FluidSynth hears of notes between blocks of so many samples."""
 GAIN = 1.5
+"""As loud as 16 bits allow most instruments to be; a loud chord of a few clips in one sample of a hundred."""
 
 
 class Note(Protocol):
@@ -93,8 +94,8 @@ class SoundFont:
         """Notes by one instrument, (c=2, t=samples) float32; the same notes give the same bits.
 
         Notes begin and end with blocks of 64 samples; a key that is struck while it sounds ends there and begins anew.
-        What lies beyond `samples`, or has no pitch from 0 to 127, is left out. FluidSynth gives 16 bits, dithered: what
-        is silent may have ± 2⁻¹⁵.
+        What begins before 0 or after `samples`, or has no pitch from 0 to 127, is left out. FluidSynth gives 16 bits,
+        dithered: what is silent may have ± 2⁻¹⁵.
 
         Raises:
             ValueError: for a program that the font does not have, no samples, or a rate that FluidSynth refuses.

@@ -43,7 +43,7 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        optimiser: `adamw`, as published; or `muon`, which learned in fewer steps here: the weights of Linears go by K.
+        optimiser: `adamw`, as published; or `muon`, which may need fewer steps: the weights of Linears go by K.
             Jordan's Muon (2024; torch's own, from torch 2.9 on), the rest by AdamW.
         lr: learning rate; the published one is 5e-4. Muon's steps are scaled to the size of AdamW's.
         schedule: `constant` as published. For short runs `cosine`: a warm-up over the first twentieth of the
