@@ -145,6 +145,7 @@ def separate_blocks(
     step = max(1, round(length * (1 - overlap)))
     weight = torch.ones(length, dtype=torch.float64)
     if overlap:
+        step = between_frames(step, length, config.hop)
         ramp = torch.arange(1, length + 1, dtype=torch.float64)
         weight = torch.minimum(ramp, ramp.flip(0))
     weighted, total = torch.zeros(0), torch.zeros(0)
@@ -187,6 +188,22 @@ def separate_blocks(
     if given < received:
         rest = received - given
         yield (weighted[..., :rest] / total[:rest]).float()
+
+
+def between_frames(step: int, length: int, hop: int) -> int:
+    """The next larger step, if a segment has room for it, that puts frames of overlapping segments between each other.
+
+    An estimate depends a little on where in the song its frames begin. Segments that start whole hops apart all make
+    the same error; n segments over one sample that start whole hops and an n-th apart average it out.
+
+    Args:
+        step: samples from segment to segment.
+        length: of a segment, in samples.
+        hop: samples between frames.
+    """
+    apart = hop // max(2, round(length / step))
+    later = step + (apart - step) % hop
+    return later if later < length else step
 
 
 def _run(model: BSMamba2, segments: list[Tensor], batch: int, dtype: torch.dtype) -> Iterator[Tensor]:

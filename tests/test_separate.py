@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from bsmamba2 import BSMamba2, checkpoints, dual_path, save_checkpoint
 from bsmamba2.__main__ import main
 from bsmamba2.audio import AudioError, Results, _Sink, read, write
 from bsmamba2.resample import resample
-from bsmamba2.separate import join_channels, separate, separate_blocks, separate_file, split_channels
+from bsmamba2.separate import between_frames, join_channels, separate, separate_blocks, separate_file, split_channels
 from bsmamba2.spectrogram import istft, istft_blocks, stft, stft_blocks
 
 
@@ -153,25 +154,40 @@ def test_no_segment_is_spent_on_nothing() -> None:
 def test_each_segment_begins_a_step_after_the_one_before() -> None:
     """Against the definition: every segment cut out by hand, weighted, summed, divided."""
     torch.manual_seed(0)
-    mixture, length, step = torch.randn(2, 3001), 800, 600
+    mixture, length, step = torch.randn(2, 3001), 800, 624  # three quarters of 800, and on to 19 hops and a half
     weight = torch.minimum(torch.arange(1.0, 801), torch.arange(800.0, 0, -1)).double()
     top, bottom = torch.zeros(2, 4000).double(), torch.zeros(4000).double()
-    for number, start in enumerate(range(0, 2401, step), start=1):
+    for number, start in enumerate(range(0, 2497, step), start=1):
         top[:, start : start + length] += number * weight
         bottom[start : start + length] += weight
     found = separate(Counting(), mixture, segment=0.1, overlap=0.25)[0]  # type: ignore[arg-type]
     torch.testing.assert_close(found.double(), (top / bottom)[:, :3001], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("hop", [32, 441, 882])
+@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75, 0.9])
+def test_segments_over_one_sample_have_their_frames_between_each_others(overlap: float, hop: int) -> None:
+    length = 20 * hop + 7
+    wanted = round(length * (1 - overlap))
+    step = between_frames(wanted, length, hop)
+    assert wanted <= step < wanted + hop
+    count = max(2, round(length / wanted))
+    places = sorted({i * step % hop for i in range(count)})  # of the frames, within a hop
+    assert len(places) == count
+    gaps = [later - place for place, later in pairwise([*places, places[0] + hop])]
+    assert max(gaps) - min(gaps) <= count  # a hop need not be a multiple
+    assert between_frames(length - 2, length, hop) == length - 2  # no room to move
+
+
 def test_overlap_leaves_no_seam() -> None:
-    """Segments that disagree by 1: a click at overlap 0, else no step above 1/200 (1/200 and 2/400 by the weights)."""
+    """Segments that disagree by 1: a click at overlap 0, else a slope: 1/176 where 176 samples overlap, or 2/400."""
     mixture = torch.zeros(2, 8000)
     largest = {
         overlap: float(separate(Counting(), mixture, segment=0.1, overlap=overlap).diff().abs().max())  # type: ignore[arg-type]
         for overlap in (0.0, 0.25, 0.5)
     }
     assert largest[0.0] == 1
-    assert largest[0.25] < 1 / 200
+    assert largest[0.25] < 1 / 170
     assert largest[0.5] < 1 / 200
 
 
