@@ -20,15 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .config import ModelConfig
-from .dual_path import DualPath
 from .model import BSMamba2
 
 GROWING = ("layers", "dim", "mask_expand")
@@ -54,12 +51,11 @@ def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:
     added = tuple(f"layers.{number}." for number in range(there.layers, here.layers))
     state = {}
     for name, fresh in model.state_dict().items():
-        state[name] = fresh if name.startswith(added) else _grown(name, checkpoint.state[name], fresh, there, here)
+        if name.startswith(added):
+            state[name] = torch.zeros_like(fresh) if ".merge." in name else fresh
+        else:
+            state[name] = _grown(name, checkpoint.state[name], fresh, there, here)
     model.load_state_dict(state)
-    for layer in cast("Iterable[DualPath]", model.layers[there.layers :]):
-        for block in (layer.time, layer.band):
-            nn.init.zeros_(block.merge.weight)
-            nn.init.zeros_(block.merge.bias)
 
 
 def _grown(name: str, old: Tensor, fresh: Tensor, there: ModelConfig, here: ModelConfig) -> Tensor:
@@ -73,7 +69,7 @@ def _grown(name: str, old: Tensor, fresh: Tensor, there: ModelConfig, here: Mode
     projected = torch.cat((inner, here.inner + mixed, 2 * here.inner + 2 * n + heads))  # z, x, B, C, dt
     merged = torch.cat((features, here.dim + features))  # forwards, backwards
     whole = start(fresh.shape[0])
-    rows, columns, rest = {
+    table = {  # by the first ending that fits: rows, columns, and how much of the fresh weights stays around them
         "linear.weight": (features, None, 0.0),
         "linear.bias": (features, None, 0.0),
         "in_proj.weight": (projected, features, 1.0),
@@ -91,22 +87,12 @@ def _grown(name: str, old: Tensor, fresh: Tensor, there: ModelConfig, here: Mode
         "expand.weight": (hidden, features, 1.0),
         "expand.bias": (hidden, None, 1.0),
         "project.weight": (whole, hidden, 0.0),
-    }[_kind(name)]
+    }
+    rows, columns, rest = next(row for kind, row in table.items() if name.endswith(kind))
     new = rest * fresh
     if name.endswith("in_proj.weight"):
         new[there.inner : here.inner] = 0  # the gates z of new heads
     if "norm." in name:
         old = old * math.sqrt(len(old) / len(fresh))
-    if columns is None:
-        new[rows] = old.to(new.dtype)
-    else:
-        new[rows[:, None], columns] = old.to(new.dtype)
+    new[rows if columns is None else (rows[:, None], columns)] = old
     return new
-
-
-def _kind(name: str) -> str:
-    """The last parts of a parameter's name, as many as tell what it is."""
-    parts = name.split(".")
-    if parts[-2:] == ["norm", "weight"]:
-        return "mixer.norm.weight" if parts[-3] == "mixer" else "norm.weight"
-    return parts[-1] if parts[-1] in ("dt_bias", "A_log", "D") else ".".join(parts[-2:])

@@ -233,9 +233,9 @@ def shared_songs(count: int, **how: Any) -> list[Song]:
     if os.name == "nt" or max(gather(processes)) == 1:
         return songs(count, **how)
     first = rank() - local  # of this machine's
+    made = songs(count, first=local, every=processes, **how)
     folder = Path(gather(tempfile.mkdtemp(prefix="bsmamba2-") if local == 0 else "")[first])
     try:
-        made = songs(count, first=local, every=processes, **how)
         with (folder / str(local)).open("wb") as file:
             for song in made:
                 file.write(song.stems.numpy().data)
@@ -248,12 +248,10 @@ def shared_songs(count: int, **how: Any) -> list[Song]:
             pieces = zip(memory.split(sizes), part, strict=True)
             parts.append([dataclasses.replace(song, stems=piece.view(shape)) for piece, (shape, song) in pieces])
         gather(None)  # all have mapped them
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.add_note(f"while songs were written to {folder}; TMPDIR names another place")
-        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        error.add_note(f"while songs were written to {folder}; TMPDIR names another place")
         raise
-    if local == 0:
+    finally:
         shutil.rmtree(folder, ignore_errors=True)  # a network's file system may keep what is mapped a while longer
     return [parts[number % processes][number // processes] for number in range(count)]
 

@@ -932,11 +932,12 @@ class _Recorded:
             for i, keys in enumerate(KIT.values())
         ]
         length = round(seconds * self.rate)
+        fade = np.linspace(1, 0, length // 10, dtype=np.float32)
         sound = self.font.play(hits, program, 2 * len(KIT) * length, self.rate, bank=DRUMS).mean(0)
         shots = {}
         for i, name in enumerate(KIT):
             shot = sound[2 * i * length :][:length]
-            shot[-length // 10 :] *= np.linspace(1, 0, len(shot[-length // 10 :]), dtype=np.float32)
+            shot[-len(fade) :] *= fade
             places = np.arange(0, length - 1, self.rng.uniform(0.85, 1.2))  # tuned a little up or down
             shot = np.interp(places, np.arange(length), shot).astype(np.float32)
             peak = np.abs(shot).max()

@@ -11,6 +11,7 @@ Axes: c channel (2), t sample. Times in seconds, pitches in MIDI numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +58,6 @@ class SoundFont:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no sound font at {self.path}")
-        self._binding()
         synth, font = self._start(44_100)
         try:
             names = {(bank, n): synth.sfpreset_name(font, bank, n) for bank in (0, DRUMS) for n in range(128)}
@@ -83,11 +83,14 @@ class SoundFont:
         synth = self._binding().Synth(gain=GAIN, samplerate=float(rate), channels=16, **dry)
         font = synth.sfload(str(self.path))
         given = synth.get_setting("synth.sample-rate")
-        if font < 0 or given != rate:
+        fault = ""
+        if font < 0:
+            fault = f"{self.path} is no sound font that FluidSynth can read"
+        elif given != rate:
+            fault = f"FluidSynth plays at {given:g} Hz when asked for {rate}: ask for 8000 to 96000"
+        if fault:
             synth.delete()
-            if font < 0:
-                raise ValueError(f"{self.path} is no sound font that FluidSynth can read")
-            raise ValueError(f"FluidSynth plays at {given:g} Hz when asked for {rate}: ask for 8000 to 96000")
+            raise ValueError(fault)
         return synth, font
 
     def play(self, notes: Iterable[Note], program: int, samples: int, rate: int, *, bank: int = 0) -> NDArray[Any]:
@@ -112,11 +115,10 @@ class SoundFont:
             if 0 <= start < blocks and 0 <= key < 128:
                 spans[key, start] = (max(end, start + 1), min(127, max(1, round(127 * note.velocity))))
         events: list[tuple[int, int, int, int]] = [(blocks, 0, 0, 0)]  # block, 0 off or 1 on, key, velocity
-        keys = sorted(spans)
-        for (key, start), following in zip(keys, [*keys[1:], (-1, 0)], strict=False):
+        for (key, start), (after, again) in pairwise([*sorted(spans), (-1, 0)]):
             end, velocity = spans[key, start]
             # FluidSynth's note off ends all that sounds on a key.
-            end = min(end, following[1]) if following[0] == key else end
+            end = min(end, again) if after == key else end
             events += [(start, 1, key, velocity), (min(end, blocks), 0, key, 0)]
         synth, font = self._start(rate)
         try:

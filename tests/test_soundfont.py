@@ -6,7 +6,7 @@ import ctypes.util
 import importlib.util
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +169,7 @@ class Recorder:
 
 
 @pytest.fixture
-def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The path of a font that any program can be asked of, where FluidSynth need not be installed."""
     monkeypatch.setitem(sys.modules, "fluidsynth", SimpleNamespace(Synth=Recorder))
     songs._open.cache_clear()
