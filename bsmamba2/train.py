@@ -27,12 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import loops
-from .losses import WINDOWS, bsmamba2_loss
+from .losses import WINDOWS, bsmamba2_loss, snr_loss
 from .model import BSMamba2
 from .processes import total, world
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
 OPTIMISERS = ("adamw", "muon")
+LOSSES = ("published", "snr")
 Batch = Sequence[Any]
 """(mixture, target) or (mixture, target, names): two tensors (b, c, samples), and b strings that say where from."""
 
@@ -54,8 +55,9 @@ class TrainConfig:
             Differs from the published model: its code decays these three as well.
         clip: largest norm of the gradient.
         ema_decay: of the moving average of the weights, per step.
-        loss_hop: samples between the frames of the loss; the published 147 costs three times what 441 does.
-        loss_windows: of the loss, in samples; (2048, 1024, 512) is the earlier, cheaper form.
+        loss: `published`; or `snr`, the error's energy in dB (`losses.snr_loss`), which the scores reward.
+        loss_hop: samples between the frames of the published loss; its own 147 costs three times what 441 does.
+        loss_windows: of the published loss, in samples; (2048, 1024, 512) is the earlier, cheaper form.
         accumulate: batches whose gradients are averaged into one step; the published run has 6.
         precision: `float32`, or `bfloat16`: matrix products under autocast, as published; weights, STFT,
             masks and loss stay float32.
@@ -72,6 +74,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 3.0
     ema_decay: float = 0.999
+    loss: str = "published"
     loss_hop: int = 147
     loss_windows: tuple[int, ...] = WINDOWS
     accumulate: int = 1
@@ -88,7 +91,12 @@ class TrainConfig:
         windows = self.loss_windows
         if not isinstance(windows, tuple) or not windows or not all(map(_is_count, windows)):
             raise ValueError(f"loss_windows={windows!r} must be positive whole numbers of samples, at least one")
-        known = {"optimiser": OPTIMISERS, "schedule": SCHEDULES, "precision": ("float32", "bfloat16")}
+        known = {
+            "optimiser": OPTIMISERS,
+            "schedule": SCHEDULES,
+            "loss": LOSSES,
+            "precision": ("float32", "bfloat16"),
+        }
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
@@ -195,16 +203,22 @@ class Trainer:
         if self.untried:
             self.try_compiled(batches[0][0])
         self.model.zero_grad()
-        windows, hop = self.config.loss_windows, self.config.loss_hop
         losses = []
         for i, (mixture, target, *_) in enumerate(batches, start=1):
             # Many processes exchange their gradients once a step, with the last batch.
             with self.alone() if i < len(batches) else nullcontext():
-                target = target.to(self.device, non_blocking=True)
-                loss = bsmamba2_loss(self.separate(mixture), target, windows=windows, hop=hop)
+                loss = self.loss(mixture, target)
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
         return torch.stack(losses)
+
+    def loss(self, mixture: Tensor, target: Tensor) -> Tensor:
+        """How far the model's estimate is from the target, both (b, c, samples), in the loss asked for."""
+        estimate = self.separate(mixture)
+        target = target.to(self.device, non_blocking=True)
+        if self.config.loss == "snr":
+            return snr_loss(estimate, target, mixture.to(self.device, non_blocking=True))
+        return bsmamba2_loss(estimate, target, windows=self.config.loss_windows, hop=self.config.loss_hop)
 
     def alone(self) -> AbstractContextManager[None]:
         """A context in which processes keep their gradients to themselves."""
@@ -256,7 +270,8 @@ class Trainer:
             ("model_config", json.loads(self.model.config.to_json())),
             ("train_config", json.loads(json.dumps(dataclasses.asdict(self.config)))),
         ):
-            there = {"optimiser": "adamw", **json.loads(state[kind])}  # all there was, before it had a name
+            # All there was, before they had names.
+            there = {"optimiser": "adamw", "loss": "published", **json.loads(state[kind])}
             free = {"compile"} if self.config.schedule == "cosine" else {"compile", "steps"}
             told = [f"{k}={there.get(k)!r}, now {v!r}" for k, v in here.items() if k not in free and there.get(k) != v]
             if told:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bsmamba2 import BSMamba2, data
 from bsmamba2.data import Batch, Loader, Remixer, Validation, find_windows, salient_windows
 from bsmamba2.evaluate import oracle, score
-from bsmamba2.losses import WINDOWS, bsmamba2_loss, spectral_loss
+from bsmamba2.losses import WINDOWS, bsmamba2_loss, snr_loss, spectral_loss
 from bsmamba2.metrics import csdr, usdr
 from bsmamba2.songs import Song, songs
 from bsmamba2.train import TrainConfig, Trainer, learning_rate, optimisers, parameter_groups
@@ -59,6 +60,63 @@ def test_loss_gradient_is_finite_where_the_estimate_is_perfect() -> None:
     bsmamba2_loss(s, torch.zeros(1, 5000)).backward()
     assert s.grad is not None
     assert s.grad.isfinite().all()
+
+
+def test_snr_loss_is_the_error_below_the_mixture_song_by_song() -> None:
+    target, band = torch.randn(3, 2, 5000), torch.randn(3, 2, 5000)
+    target[1] *= 0.01  # a quiet example counts as much as a loud one
+    band[1] *= 0.01
+    estimate, mixture = target + torch.tensor([0.5, 0.1, 0.02])[:, None, None] * band, target + band
+    error = np.square((estimate - target).double().numpy()).sum((1, 2))
+    whole = np.square(mixture.double().numpy()).sum((1, 2))
+    wanted = np.mean(10 * np.log10((error + 1e-7) / (whole + 1e-7)))
+    assert snr_loss(estimate, target, mixture, most=200).item() == pytest.approx(wanted, abs=1e-4)
+    with_threshold = np.mean(10 * np.log10((error + 1e-3 * whole + 1e-7) / (whole + 1e-7)))
+    assert snr_loss(estimate, target, mixture).item() == pytest.approx(with_threshold, abs=1e-4)
+    # From one estimate to another it changes as the mean of the scores does.
+    gain = snr_loss(mixture, target, mixture, most=200) - snr_loss(estimate, target, mixture, most=200)
+    gains = [usdr(s, ours) - usdr(s, x) for s, ours, x in zip(target, estimate, mixture, strict=True)]
+    assert gain.item() == pytest.approx(np.mean(gains), abs=1e-3)
+    assert snr_loss(target, target, mixture).item() == pytest.approx(-30, abs=0.01)
+    assert snr_loss(estimate.bfloat16(), target, mixture).dtype == torch.float32
+
+
+def test_snr_loss_has_a_gradient_in_silence() -> None:
+    mixture = torch.randn(1, 2, 5000)
+    for x, estimate in ((mixture, torch.zeros_like(mixture)), (mixture, 0.1 * mixture), (0 * mixture, 0 * mixture)):
+        estimate.requires_grad_()
+        snr_loss(estimate, torch.zeros_like(x), x).backward()
+        assert estimate.grad is not None
+        assert estimate.grad.isfinite().all()
+        assert bool(estimate.grad.any()) == bool(estimate.detach().any())  # silence is the answer there
+    for shapes in (((2, 4), (1, 4), (1, 4)), ((1, 4), (1, 4), (2, 4))):
+        with pytest.raises(ValueError, match="one shape"):
+            snr_loss(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize(("sung", "likelier"), [(7, 1.0), (3, 0.0)])
+def test_one_loss_takes_the_likelier_of_two_answers_and_the_other_their_mean(sung: int, likelier: float) -> None:
+    """In some of ten stretches there is a voice, in the others a band that sounds the same, and nothing tells which."""
+    mixture = torch.randn(1, 2, 10, 8192)
+    target = mixture.clone()
+    target[:, :, sung:] = 0
+    mixture, target = mixture.flatten(2), target.flatten(2)
+    gains = torch.linspace(0, 1, 11)
+    costs = torch.tensor(
+        [(bsmamba2_loss(g * mixture, target, hop=441), snr_loss(g * mixture, target, mixture)) for g in gains]
+    )
+    best = gains[costs.argmin(0)]
+    assert best[0].item() == pytest.approx(likelier)
+    assert best[1].item() == pytest.approx(sung / 10)
+
+
+def test_a_trainer_may_take_the_other_loss(tiny: BSMamba2) -> None:
+    mixture, target, *_ = next(iter(clips(1)))
+    wanted = snr_loss(tiny(mixture)[:, 0], target, mixture).item()
+    (step,) = Trainer(tiny, TrainConfig(steps=1, loss="snr")).run([(mixture, target)])
+    assert step.loss == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(ValueError, match="loss='l1' must be published or snr"):
+        TrainConfig(steps=1, loss="l1")
 
 
 @pytest.mark.parametrize("window", [4096, 512])
@@ -464,18 +522,21 @@ def test_a_trainer_goes_on_from_its_state_with_the_same_bits(tiny: BSMamba2, opt
         assert torch.equal(part, resumed.model.state_dict()[name]), name
 
 
-def test_states_from_before_there_was_a_choice_of_optimisers_are_taken_up(tiny: BSMamba2) -> None:
+def test_states_from_before_there_was_a_choice_of_optimisers_and_losses_are_taken_up(tiny: BSMamba2) -> None:
     config = TrainConfig(steps=4)
     trainer = Trainer(copy.deepcopy(tiny), config)
     list(islice(trainer.run(clips(4)), 2))
     state = copy.deepcopy(trainer.state())
     (state["optimiser"],) = state.pop("optimisers")
-    state["train_config"] = json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k != "optimiser"})
+    fields = dataclasses.asdict(config)
+    state["train_config"] = json.dumps({k: v for k, v in fields.items() if k not in ("optimiser", "loss")})
     old = Trainer(copy.deepcopy(tiny), config)
     old.load_state(state)
     assert list(old.run(clips(4))) == list(trainer.run(clips(4)))
     with pytest.raises(ValueError, match="started with optimiser='adamw', now 'muon'"):
         Trainer(copy.deepcopy(tiny), TrainConfig(steps=4, optimiser="muon")).load_state(state)
+    with pytest.raises(ValueError, match="started with loss='published', now 'snr'"):
+        Trainer(copy.deepcopy(tiny), TrainConfig(steps=4, loss="snr")).load_state(state)
 
 
 def test_a_torch_without_muon_is_told(tiny: BSMamba2, monkeypatch: pytest.MonkeyPatch) -> None:
