@@ -2,7 +2,7 @@
 
     L = 10 · mean|ŝ − s| + Σ_w mean|STFT_w(ŝ) − STFT_w(s)|
 
-and the one that asks for the score itself, the error's energy in dB below the mixture's.
+and one that asks for nearly what uSDR does, the error's energy relative to the mixture's in dB.
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556; of `snr_loss` see there.
 Axis letters: see `bsmamba2.config`.
@@ -46,31 +46,34 @@ def bsmamba2_loss(
 
 
 def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, most: float = 30.0) -> Tensor:
-    """The error's energy below that of the mixture, in dB: the negative SNR, but for what does not depend on ŝ.
+    """The error's energy relative to the mixture's, in dB; without τ the negative SNR and a constant of the example.
 
         L = 10 log₁₀ (Σ(ŝ − s)² + τ Σx² + ε) − 10 log₁₀ (Σx² + ε)        τ = 10^(−most/10), ε = 1e-7
 
-    One value per example, over its channels and samples, then their mean: what a mean of uSDR over songs rewards. A
-    target that is silent is no special case. Past `most` dB an example has little more to ask for.
+    One value per example, over its channels and samples, then their mean: nearly what a mean of uSDR over songs asks
+    for. A target that is silent has the same formula.
 
-    Differs from the published model, whose loss is `bsmamba2_loss`. Where it is not sure, a mean of moduli is best
-    served by the more likely of two guesses, a mean of squares by what lies between them in proportion.
+    Differs from the published model, whose loss is `bsmamba2_loss`. Within an example, where the model is not sure, a
+    mean of moduli is best served by the likelier of two guesses, a mean of squares by their mean. Between examples the
+    logarithm counts: there a guess that is sometimes very good pays more than one that is always fair.
 
-    Source: the soft threshold is that of Wisdom et al. (arXiv:2011.00803), there with the target's energy where it is
-    heard and the mixture's where not.
+    Source: the soft threshold is that of Wisdom et al. (arXiv:2011.00803), who measure it from the target, and from the
+    mixture only where the target is silent. From the mixture, a voice v dB below it is asked for a uSDR of `most` − v.
 
     Args:
         estimate: ŝ, (b, c, samples).
         target: s, of the same shape.
         mixture: x, of the same shape.
-        most: how far the error may fall below the mixture before there is nothing to gain, in dB.
+        most: where an error so far below the mixture, in dB, is reached, half of the pull is gone.
 
     Returns:
         Scalar, float32 or wider.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: when the shapes differ, or are not of three axes.
     """
+    if target.dim() != 3:
+        raise ValueError(f"target {tuple(target.shape)} must be (b, c, samples)")
     if mixture.shape != target.shape:
         raise ValueError(f"mixture {tuple(mixture.shape)} and target {tuple(target.shape)} must have one shape")
     difference = _difference(estimate, target)

@@ -73,7 +73,7 @@ class Recipe:
     weight_decay: float = _parameter(0.01, "how far weights are drawn to zero")
     clip: float = _parameter(3.0, "largest norm of the gradient")
     ema_decay: float = _parameter(0.98, "of the moving average of the weights, per step; published: 0.999")
-    loss: str = _parameter("published", "published; or snr, the error's energy in dB, which the scores reward")
+    loss: str = _parameter("published", "published; or snr, the error's energy in dB, whose fall the scores reward")
     loss_hop: int = _parameter(441, "samples between frames of the published loss; its own: 147, thrice the work")
     loss_windows: tuple[int, ...] = _parameter(WINDOWS, "of the published loss; cheaper: 2048 1024 512")
     precision: str = _parameter("float32", "float32, or bfloat16 as published, for GPUs")

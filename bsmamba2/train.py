@@ -45,17 +45,19 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         optimiser: `adamw`, as published; or `muon`, which may need fewer steps: the weights of Linears go by K.
-            Jordan's Muon (2024; torch's own, from torch 2.9 on), the rest by AdamW.
-        lr: learning rate; the published one is 5e-4. Muon's steps are scaled to the size of AdamW's.
+            Jordan's Muon (2024; torch's own, from torch 2.9 on), the first and last Linears too, the rest by AdamW.
+        lr: learning rate; the published one is 5e-4. Muon's steps are scaled to the size of AdamW's, as by
+            J. Liu et al. (arXiv:2502.16982).
         schedule: `constant` as published. For short runs `cosine`: a warm-up over the first twentieth of the
             steps, then a half cosine to zero. For runs whose end is not known yet `trapezoid`: a warm-up over
             100 steps, constant, and a straight line to zero over the last fifth; such a run goes on with another
             number of steps.
         weight_decay: not applied to `A_log`, `D` and `dt_bias`.
             Differs from the published model: its code decays these three as well.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient. 3 seldom touches that of the published loss. That of `snr` is longer: nearly
+            every step is scaled down to it.
         ema_decay: of the moving average of the weights, per step.
-        loss: `published`; or `snr`, the error's energy in dB (`losses.snr_loss`), which the scores reward.
+        loss: `published`; or `snr`, the error's energy in dB (`losses.snr_loss`), whose fall the scores reward.
         loss_hop: samples between the frames of the published loss; its own 147 costs three times what 441 does.
         loss_windows: of the published loss, in samples; (2048, 1024, 512) is the earlier, cheaper form.
         accumulate: batches whose gradients are averaged into one step; the published run has 6.

@@ -89,9 +89,14 @@ def test_snr_loss_has_a_gradient_in_silence() -> None:
         assert estimate.grad is not None
         assert estimate.grad.isfinite().all()
         assert bool(estimate.grad.any()) == bool(estimate.detach().any())  # silence is the answer there
-    for shapes in (((2, 4), (1, 4), (1, 4)), ((1, 4), (1, 4), (2, 4))):
-        with pytest.raises(ValueError, match="one shape"):
-            snr_loss(*map(torch.zeros, shapes))
+    one, two = torch.zeros(1, 2, 4), torch.zeros(2, 2, 4)
+    for signals, told in (
+        ((two, one, one), "one shape"),
+        ((one, one, two), "one shape"),
+        ((one[0],) * 3, r"\(b, c, s"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            snr_loss(*signals)
 
 
 @pytest.mark.parametrize(("sung", "likelier"), [(7, 1.0), (3, 0.0)])
