@@ -339,8 +339,13 @@ def run_train(chosen: argparse.Namespace) -> int:
             )
             for step in bar:
                 bar.set_postfix(loss=f"{step.loss:.3f}", best="" if run.best is None else f"{run.best[0]:.2f} dB")
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
         notes = getattr(error, "__notes__", [])  # a run that had begun says where it stopped
+        if isinstance(error, torch.OutOfMemoryError):
+            notes = [
+                *notes,
+                "take a smaller batch and accumulate more of them, or checkpointing; bsmamba2 cost counts it",
+            ]
         print(error, *notes, sep="\n", file=sys.stderr)
         return 1 if notes else 2
     except KeyboardInterrupt as error:

@@ -11,6 +11,7 @@ Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Protocol, cast
@@ -195,17 +196,22 @@ class Loader:
                 batch_sampler=_Shares(self.remixer.batch, self.done),
                 num_workers=self.workers,
                 collate_fn=collate,
-                worker_init_fn=_leave_signals,
+                worker_init_fn=_stand_apart,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # or every start would draw from the global one
             )
         )
 
 
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C in a terminal and torchrun's SIGTERM go to whole groups of processes; a worker ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _stand_apart(worker: int) -> None:
+    """Ctrl-C in a terminal and torchrun's signals go to whole groups of processes: a worker has one of its own.
+
+    So it works on while its parent finishes a step. When the parent ends, it ends the worker, or the worker sees it.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Numbered(Dataset):

@@ -41,7 +41,8 @@ def begin_with(model: BSMamba2, checkpoint: Checkpoint) -> None:
         ValueError: for a checkpoint that differs in another size, or is larger; the model is left as it was.
     """
     there, here = checkpoint.config, model.config
-    same = dataclasses.replace(there, **{name: getattr(here, name) for name in GROWING}) == here
+    same = dataclasses.replace(there, **{name: getattr(here, name) for name in (*GROWING, "stems")}) == here
+    same = same and len(there.stems) == len(here.stems)  # another voice may be learned, not another number of them
     hidden = there.mask_expand * there.dim <= here.mask_expand * here.dim
     if not same or there.layers > here.layers or there.dim > here.dim or not hidden:
         raise ValueError(

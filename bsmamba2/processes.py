@@ -11,10 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+PATIENCE = timedelta(hours=6)
+"""How long the others wait for one that looks through a folder. One that died is torchrun's to see."""
 
 
 @contextmanager
@@ -32,19 +36,25 @@ def together(device: str = "auto") -> Iterator[torch.device]:
         ValueError: for a device that is not there.
     """
     name = _best() if device == "auto" else device
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps ({error})") from error
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available() or local >= torch.cuda.device_count():
+    if kind == "cuda":
+        number = torch.device(name).index
+        number = local if number is None else number
+        if not torch.cuda.is_available() or number >= torch.cuda.device_count():
             raise ValueError(
-                f"device={device!r}: this process needs CUDA GPU {local}, but {torch.cuda.device_count()} can be used"
+                f"device={device!r}: this process needs CUDA GPU {number}, but {torch.cuda.device_count()} can be used"
             )
-        name = f"cuda:{local}" if name == "cuda" else name
+        name = f"cuda:{number}"
         torch.cuda.set_device(name)
     elif name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU can be used here")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if many:
-        distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield torch.device(name)
     finally:

@@ -96,6 +96,8 @@ class Recipe:
             if kind in (tuple[int, ...], tuple[str, ...]):
                 if isinstance(value, list):  # as JSON and YAML have it
                     object.__setattr__(self, name, tuple(value))
+                elif not isinstance(value, tuple):
+                    raise ValueError(f"{name}={value!r} must be a list, as its default {list(_default(name))!r} is")
                 continue  # the items are looked at below
             fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
             if not fits or (isinstance(value, bool) and kind is not bool):
@@ -116,6 +118,8 @@ class Recipe:
             raise ValueError(f"faulty={self.faulty!r} must be stop or skip")
         if len(self.stems) < 1 or not all(isinstance(stem, str) for stem in self.stems):
             raise ValueError(f"stems={self.stems!r} must be names")
+        if self.data in ("songs", "musdb-sample") and self.stems != STEMS:
+            raise ValueError(f"stems={self.stems!r} are those of a folder; data={self.data!r} has {STEMS!r}")
         self.model_config  # noqa: B018  # each checks its own
         self.train_config  # noqa: B018
 
@@ -136,7 +140,8 @@ class Recipe:
     def model_config(self) -> ModelConfig:
         """The architecture."""
         asked = {name: getattr(self, name) for name in ("layers", "dim", "mask_expand")}
-        return ModelConfig.preset(self.preset, **{name: value for name, value in asked.items() if value})
+        asked = {name: value for name, value in asked.items() if value}
+        return ModelConfig.preset(self.preset, **asked, stems=self.stems[:1])
 
     @property
     def train_config(self) -> TrainConfig:
@@ -169,16 +174,20 @@ class Recipe:
             ]
             return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)
         if self.data == "musdb-sample":
-            excerpts = musdb_sample(self.samples)
+            first = on_this_machine()[0] == 0
+            excerpts = musdb_sample(self.samples) if first else None  # fetches them; the others find them there
+            gather(None)
+            excerpts = excerpts or musdb_sample(self.samples)
             return find_windows(excerpts[0], self.samples), find_windows(excerpts[1], self.samples)
         folder = Path(self.data)
         found = None
         if rank() == 0:
-            *kinds, faults = open_folder(
+            *kinds, faults, others = open_folder(
                 folder, self.samples, stems=self.stems, sample_rate=config.sample_rate, channels=config.channels
             )
             everything = [track for kind in kinds for track in kind]
-            windows, inside = scan(everything, self.samples, cache_of(folder, self.samples), progress=progress)
+            cache = cache_of(folder, self.samples)
+            windows, inside = scan(everything, self.samples, cache, others=others, progress=progress)
             faults += inside
             if faults and self.faulty == "stop":
                 raise DataError(folder, faults, "mend or remove them, or leave these songs out: faulty=skip")
@@ -198,23 +207,35 @@ class Recipe:
 
         Raises:
             ValueError: when `init` is no checkpoint, or of another size; `FileNotFoundError` when it is not there.
+                A run that has begun goes on without it.
         """
         torch.manual_seed(self.seed)
-        model, init = BSMamba2(self.model_config), ""
-        if self.init:
-            found = read_checkpoint(self.init)
-            begin_with(model, found)
-            init = fingerprint(self.init)
+        model, validation = (
+            BSMamba2(self.model_config),
+            Validation(held_out[0], self.samples, count=self.validation_windows),
+        )
+        settings = {
+            **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
+            "examples": "by number" if self.workers or world() > 1 else "in order",
+            "windows": [len(found) for found in training],
+            "validation": len(validation.windows),
+        }
+        if self.data == "songs":
+            settings |= {
+                name: getattr(self, name) for name in ("songs", "seconds_per_song", "held_out_songs", "variety")
+            }
+            settings["soundfont"] = Path(self.soundfont).name
+        folder = Path(self.output_dir)
+        if not self.init:
+            settings["init"] = ""
+        elif Path(self.init).exists() or not any(folder.glob("state-*.pt")):
+            begin_with(model, read_checkpoint(self.init))
+            settings["init"] = fingerprint(self.init)
         return Run(
-            Path(self.output_dir),
+            folder,
             Trainer(model.to(device or "cpu"), self.train_config),
-            settings={
-                "init": init,
-                **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
-                "examples": "by number" if self.workers or world() > 1 else "in order",
-                "windows": [len(found) for found in training],
-            },
-            validate=Validation(held_out[0], self.samples, count=self.validation_windows),
+            settings=settings,
+            validate=validation,
             save_every=self.save_every,
             validate_every=self.validate_every,
             tensorboard=self.tensorboard,

@@ -5,6 +5,7 @@
     last.safetensors      the averaged weights, for `load_checkpoint`
     best.safetensors      the averaged weights with the best validation score so far
     steps.jsonl           a line for every step
+    lock                  held by the process that trains here
 
 Every file is written beside its place and then renamed, so that it is the old one or the new one. A run that is
 killed and started again takes up its newest state, drops the log's lines after it, and goes on with the same batches:
@@ -15,6 +16,7 @@ Book: "Scaling up".
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import signal
@@ -33,6 +35,11 @@ from .checkpoints import save_checkpoint, write_whole
 from .model import BSMamba2
 from .processes import from_first, gather, rank, world
 from .train import Batch, Step, Trainer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 STATES_KEPT = 2
 
@@ -83,11 +90,10 @@ class Run:
         self.save_every, self.validate_every, self.checkpoints = save_every, validate_every, checkpoints
         self.settings = json.loads(json.dumps({**(settings or {}), "processes": world()}))
         self.best: tuple[float, int] | None = None
+        self.damaged: list[Path] = []
         self.writer = rank() == 0
         if self.writer:
             folder.mkdir(parents=True, exist_ok=True)
-            for left_over in folder.glob(".bsmamba2-*.tmp"):
-                left_over.unlink()
         self._take_up()
         self.curves = _tensorboard(folder / "tensorboard", trainer.number) if tensorboard and self.writer else None
 
@@ -108,13 +114,14 @@ class Run:
         """Train to the end as `Trainer.run` does, keep the log, save and validate when it is time.
 
         Raises:
+            RunError: when another process trains in the folder, or has trained there since this run was made.
             KeyboardInterrupt: after Ctrl-C or SIGTERM: the step is finished, a state saved, and the run
                 can be taken up again. A second Ctrl-C stops at once.
-            FloatingPointError, OSError: as `Trainer.run` and the file system raise them, with a note that
-                names the last good state.
+            FloatingPointError, OSError, torch.OutOfMemoryError: as `Trainer.run`, the file system and the device
+                raise them, with a note that names the last good state.
         """
         started = time.monotonic()
-        with _asked_to_stop() as stop, self._log_to_append() as write:
+        with self._alone(), _asked_to_stop() as stop, self._log_to_append() as write:
             try:
                 for step in self.trainer.run(batches):
                     last = step.number == self.trainer.config.steps
@@ -129,7 +136,7 @@ class Run:
                     if leave and not last:
                         told = f"stopped after step {step.number}, saved in {self.folder}: start it again to go on"
                         raise KeyboardInterrupt(told)
-            except (FloatingPointError, OSError) as error:
+            except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
                 good = next(iter(self.states()), "none: the run did not get that far")
                 error.add_note(f"stopped after step {self.trainer.number}; last good state: {good}")
                 raise
@@ -148,6 +155,10 @@ class Run:
             torch.save({**state, "random": random_numbers}, buffer)
             self._keep(self.folder / "last.safetensors")
             write_whole(path, buffer.getbuffer())
+            for one in self.damaged:  # they would take the place of good ones
+                if one != path:
+                    one.unlink(missing_ok=True)
+            self.damaged = []
             for old in self.states()[STATES_KEPT:]:
                 old.unlink()
         return path
@@ -174,11 +185,10 @@ class Run:
             return
         state = _load(payload)
         there = json.loads(state["settings"])
-        names = sorted(there.keys() | self.settings.keys())
-        told = [
-            f"{name}={there.get(name)!r}, now {self.settings.get(name)!r}"
-            for name in names
-            if there.get(name) != self.settings.get(name)
+        told = [  # an older run may know fewer
+            f"{name}={there[name]!r}, now {self.settings[name]!r}"
+            for name in sorted(there.keys() & self.settings.keys())
+            if there[name] != self.settings[name]
         ]
         if told:
             raise RunError(
@@ -188,6 +198,7 @@ class Run:
             self.trainer.load_state(state)
         except ValueError as error:
             raise RunError(f"{self.folder}: {error}") from error
+        self.settings = {**there, **self.settings}
         self.best = state["best"]
         _set_random_state(state["random"][rank()], self.trainer.device)
 
@@ -201,6 +212,7 @@ class Run:
             except Exception as error:  # of the dozen kinds that damaged bytes raise in torch.load
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 warnings.warn(f"{path} cannot be read ({reason}): looking for the one before", stacklevel=4)
+                self.damaged.append(path)
             else:
                 return payload
         if found:
@@ -210,6 +222,23 @@ class Run:
         return None
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else writes into the folder; what a killed process left half written goes."""
+        if not self.writer:
+            yield
+            return
+        with _locked(self.folder):
+            newest = max((int(path.stem[6:]) for path in self.states() if path not in self.damaged), default=0)
+            if newest > self.trainer.number:
+                raise RunError(
+                    f"{self.folder}: was taken up at step {self.trainer.number}, and another process has gone on to "
+                    f"step {newest}: make the run anew"
+                )
+            for left_over in self.folder.glob(".bsmamba2-*.tmp"):
+                left_over.unlink()
+            yield
+
+    @contextmanager
     def _log_to_append(self) -> Iterator[Callable[[dict[str, Any]], None]]:
         """Gives the function that writes a line; lines after the state that was taken up are dropped first."""
         if not self.writer:
@@ -217,16 +246,38 @@ class Run:
             return
         kept = [line for line in _read_log(self.log) if line["number"] <= self.trainer.number]
         write_whole(self.log, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log.open("ab", buffering=0) as file:  # with a buffer, closing it would fail once more
 
             def write(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+                left = (json.dumps(line) + "\n").encode()
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(self.log)) from error
                 if self.curves is not None:
                     for name, value in line.items():
                         self.curves.add_scalar(name, value, line["number"])
 
             yield write
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A file that one process at a time holds; where the file system has no locks, nothing.
+
+    Raises:
+        RunError: when another process holds it.
+    """
+    with (folder / "lock").open("wb") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                told = f"{folder}: another process trains in it: stop that one, or take another folder"
+                raise RunError(told) from error
+        yield
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -115,11 +115,18 @@ def run_cell(cell: Cell, notebook: Path, threads: int | None = None) -> Outcome:
         notebook: takes the parameters and writes `summary.json` into `output_dir`.
         threads: of the process; PyTorch's own choice when absent.
     """
+    try:
+        return _run_cell(cell, notebook, threads)
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        return Outcome(cell, None, str(error), 0.0)
+
+
+def _run_cell(cell: Cell, notebook: Path, threads: int | None) -> Outcome:
     told = cell.folder / "parameters.json"
     summary = cell.folder / "summary.json"
     wanted = json.dumps(cell.parameters, indent=1, sort_keys=True)
-    if summary.exists() and told.exists() and told.read_text(encoding="utf-8") == wanted:
-        return Outcome(cell, json.loads(summary.read_text(encoding="utf-8")), "", 0.0)
+    if told.exists() and told.read_text(encoding="utf-8") == wanted and (found := _read(summary)) is not None:
+        return Outcome(cell, found, "", 0.0)
     cell.folder.mkdir(parents=True, exist_ok=True)
     summary.unlink(missing_ok=True)
     told.write_text(wanted, encoding="utf-8")
@@ -138,10 +145,20 @@ def run_cell(cell: Cell, notebook: Path, threads: int | None = None) -> Outcome:
     )
     seconds = time.monotonic() - started
     (cell.folder / "log.txt").write_text(done.stdout, encoding="utf-8")
-    if done.returncode or not summary.exists():
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or ["it wrote no summary.json"]
-        return Outcome(cell, None, "\n".join(lines[-3:]), seconds)
-    return Outcome(cell, json.loads(summary.read_text(encoding="utf-8")), "", seconds)
+    found = _read(summary)
+    if done.returncode or found is None:
+        lines = [line for line in done.stdout.splitlines() if line.strip()] if done.returncode else []
+        return Outcome(cell, None, "\n".join(lines[-3:]) or "it wrote no summary.json that can be read", seconds)
+    return Outcome(cell, found, "", seconds)
+
+
+def _read(summary: Path) -> dict[str, Any] | None:
+    """What a notebook found; none when the file is absent, or was cut off by a kill or a full disk."""
+    try:
+        found = json.loads(summary.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _on_cluster(made: Sequence[Cell], notebook: Path, scheduler: str) -> Iterator[Outcome]:

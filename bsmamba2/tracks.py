@@ -51,6 +51,9 @@ VALIDATION = frozenset(
 )
 """The songs of MUSDB18's training part that are kept for validation."""
 
+FILES_BETWEEN = 20
+"""How many files are looked through before what was found is written down."""
+
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """Goes through a list and may show how far it is."""
 
@@ -101,7 +104,7 @@ class FileTrack:
 
 def open_folder(
     folder: Path, samples: int, *, stems: Sequence[str] = STEMS, sample_rate: int = 44_100, channels: int = 2
-) -> tuple[list[FileTrack], list[FileTrack], list[str]]:
+) -> tuple[list[FileTrack], list[FileTrack], list[str], list[Path]]:
     """Look at every file's header.
 
     Args:
@@ -112,7 +115,8 @@ def open_folder(
         channels: that they must have.
 
     Returns:
-        Songs to train with, songs to validate with, and what is wrong with the others, a line for each file.
+        Songs to train with, songs to validate with, what is wrong with the others, a line for each file, and those
+        of their files with which nothing is wrong so far.
 
     Raises:
         DataError: when there is no song at all.
@@ -123,13 +127,16 @@ def open_folder(
     training: list[FileTrack] = []
     validation: list[FileTrack] = []
     faults: list[str] = []
+    others: list[Path] = []
     for part in parts:
         inside = sorted(path for path in (folder / part).iterdir() if not path.name.startswith("."))
         faults += [f"{path}: lies beside the songs' folders" for path in inside if path.suffix.lower() in AUDIO]
         for number, song in enumerate(path for path in inside if path.is_dir()):
-            track, wrong = _look_at(song, samples, stems, sample_rate, channels)
+            track, wrong, sound = _look_at(song, samples, stems, sample_rate, channels)
             faults += wrong
-            if track is not None:
+            if track is None:
+                others += sound
+            else:
                 by_name = song.name in VALIDATION if part == "train" else number % 10 == 9
                 held_out = part == "valid" or (by_name and "valid" not in parts)
                 (validation if held_out else training).append(track)
@@ -138,30 +145,50 @@ def open_folder(
     if not training or not validation:
         needed = faults or ["holds no song"]
         raise DataError(folder, needed, f"at least two folders with {', '.join(stems)} (.wav, .flac, .ogg) are needed")
-    return training, validation, faults
+    return training, validation, faults, others
 
 
 def scan(
-    tracks: Sequence[FileTrack], samples: int, cache: Path, *, progress: Progress = lambda files: files
+    tracks: Sequence[FileTrack],
+    samples: int,
+    cache: Path,
+    *,
+    others: Sequence[Path] = (),
+    progress: Progress = lambda files: files,
 ) -> tuple[Windows, list[str]]:
     """The salient windows of every stem, as `data.find_windows`, and what is wrong inside the files.
 
     Every file is read once. What was found is kept in `cache` with the window's length and each file's size
-    and time of change; files for which these are the same are not read again.
+    and time of change; files for which these are the same are not read again, but for those that could not be read.
+
+    Args:
+        tracks: as `open_folder` gives them.
+        samples: length of a window.
+        cache: a file, which need not be there.
+        others: files of no track that are to be looked through too, so that all faults are told at once.
+        progress: goes through the files.
     """
     known = _read_cache(cache, samples)
-    paths = sorted({path for track in tracks for path in track.stems})
+    paths = sorted({path for track in tracks for path in track.stems} | set(others))
     stamps = {path: _stamp(path) for path in paths}
-    faults = []
+    unread: dict[str, dict[str, Any]] = {}  # a network may be back the next time
     missing = [path for path in paths if known.get(str(path), {}).get("stamp") != stamps[path]]
+
+    def write_down() -> None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cache, json.dumps({"samples": samples, "files": known}).encode())
+
     try:
-        for path in progress(missing) if missing else ():
+        for number, path in enumerate(progress(missing) if missing else (), start=1):
             windows, fault = _windows_in(path, samples)
-            known[str(path)] = {"stamp": stamps[path], "windows": windows, "fault": fault}
+            kept = unread if fault.startswith(UNREADABLE) else known
+            kept[str(path)] = {"stamp": stamps[path], "windows": windows, "fault": fault}
+            if number % FILES_BETWEEN == 0:
+                write_down()
     finally:  # interrupted, too: what was found stays found
         if missing:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(cache, json.dumps({"samples": samples, "files": known}).encode())
+            write_down()
+    known |= unread
     faults = [f"{path}: {known[str(path)]['fault']}" for path in paths if known[str(path)]["fault"]]
     sound = [track for track in tracks if not any(known[str(path)]["fault"] for path in track.stems)]
     found = [
@@ -210,10 +237,11 @@ def musdb_sample(samples: int) -> tuple[list[Song], list[Song]]:
 
 def _look_at(
     folder: Path, samples: int, stems: Sequence[str], sample_rate: int, channels: int
-) -> tuple[FileTrack | None, list[str]]:
-    """One song, or what is wrong with it."""
+) -> tuple[FileTrack | None, list[str], list[Path]]:
+    """One song, or what is wrong with it; and its sound files."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO)
-    paths, lengths, faults = [], [], []
+    lengths: dict[Path, int] = {}  # of those with the right rate
+    sound, faults = [], []
     for name in stems:
         matching = [path for path in files if path.stem == name]
         if len(matching) != 1:
@@ -221,33 +249,46 @@ def _look_at(
             faults.append(f"{folder / name}: one file .wav, .flac or .ogg is needed; there is {there}")
             continue
         path = matching[0]
-        paths.append(path)
         try:
             header = soundfile.info(path)
         except soundfile.LibsndfileError as error:
             faults.append(f"{path}: is broken ({error})")
             continue
-        lengths.append(header.frames)
+        wrong = []
         if header.channels != channels:
-            faults.append(f"{path}: has {header.channels} channels, not {channels}")
+            wrong.append(f"has {header.channels} channels, not {channels}")
         if header.samplerate != sample_rate:
-            faults.append(f"{path}: is at {header.samplerate} Hz, not {sample_rate}")
+            wrong.append(f"is at {header.samplerate} Hz, not {sample_rate}")
+        else:
+            lengths[path] = header.frames
         if header.frames < samples:
-            faults.append(f"{path}: is short, {header.frames} samples of at least {samples}")
-    if not faults and max(lengths) - min(lengths) > sample_rate // 10:
-        shortest = paths[lengths.index(min(lengths))]
-        seconds = (max(lengths) - min(lengths)) / sample_rate
-        faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; it may be truncated")
+            wrong.append(f"is short, {header.frames} samples of at least {samples}")
+        faults += [f"{path}: {one}" for one in wrong]
+        if not wrong:
+            sound.append(path)
+    if lengths and max(lengths.values()) - min(lengths.values()) > sample_rate // 10:
+        shortest = min(lengths, key=lengths.__getitem__)
+        if shortest in sound:
+            seconds = (max(lengths.values()) - lengths[shortest]) / sample_rate
+            faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; it may be truncated")
+            sound.remove(shortest)
     if faults:
-        return None, faults
-    return FileTrack(folder.name, tuple(paths), sample_rate, min(lengths)), []
+        return None, faults, sound
+    return FileTrack(folder.name, tuple(sound), sample_rate, min(lengths.values())), [], sound
+
+
+UNREADABLE = "cannot be read to its end"
 
 
 def _windows_in(path: Path, samples: int) -> tuple[list[int], str]:
+    """Starts of the salient windows of a file, and what is wrong with it."""
     try:
+        promised = soundfile.info(path).frames
         frames, _ = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        return [], f"is broken inside ({error})"
+        return [], f"{UNREADABLE} ({error})"
+    if len(frames) != promised:
+        return [], f"holds {len(frames)} of the {promised} samples that its header promises; it may be truncated"
     if not np.isfinite(frames).all():
         return [], "holds NaN or infinite samples"
     return salient_windows(torch.from_numpy(frames.T), samples), ""

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import loops
 from .losses import WINDOWS, bsmamba2_loss, snr_loss
 from .model import BSMamba2
-from .processes import total, world
+from .processes import gather, total, world
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
 OPTIMISERS = ("adamw", "muon")
@@ -190,8 +190,13 @@ class Trainer:
         gradient = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         loss = total(losses.mean()) / world()
         if not (loss.isfinite() and gradient.isfinite()):
-            bad = [batch for batch, one in zip(batches, losses, strict=True) if not one.isfinite()] or batches
-            names = [name for batch in bad for name in (batch[2] if len(batch) > 2 else ())]
+            here = [
+                (one.isfinite().item(), list(batch[2]) if len(batch) > 2 else [])
+                for batch, one in zip(batches, losses, strict=True)
+            ]
+            everywhere = [batch for process in gather(here) for batch in process]
+            bad = [batch for batch in everywhere if not batch[0]] or everywhere
+            names = [name for _, inside in bad for name in inside]
             told = f"; in the batch: {', '.join(names)}" if names else ""
             raise FloatingPointError(f"step {number}: loss {loss.item()}, gradient norm {gradient.item()}{told}")
         for optimiser in self.optimisers:

@@ -1,8 +1,9 @@
 """A program for `test_runs.py`: train a tiny model in a folder, as often killed as asked, until it has finished.
 
-    python killed_run.py FOLDER KILLS SEED
+    python killed_run.py FOLDER KILLS SEED SECONDS
 
-Every attempt is a forked process that is sent SIGKILL after a random time; the last one is left alone. One thread: what
+Every attempt is a forked process that is sent SIGKILL after a random time of at most SECONDS; the last one is left
+alone. It prints how many were killed, how many went on from a state, and how long the last one took. One thread: what
 is compared afterwards are bits.
 """
 
@@ -49,15 +50,20 @@ def train(folder: Path) -> None:
     # Something that draws random numbers in every step: it must go on with the same ones.
     model.band_split.register_forward_hook(lambda part, _, x: functional.dropout(x, 0.1, part.training))
     run = Run(folder, Trainer(model, config), validate=validate, save_every=2, validate_every=3)
+    if run.trainer.number:
+        with (folder.parent / f"{folder.name}-resumed.txt").open("a") as file:
+            file.write("once more\n")
     for _ in run.steps(batches()):
         pass
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(folder: Path, kills: int, seed: int, seconds: float) -> None:
     torch.set_num_threads(1)
+    Trainer(BSMamba2(TINY), TrainConfig(steps=1))  # imports what would take each attempt longer than its life
     chance = random.Random(seed)
     killed = 0
     while True:
+        started = time.monotonic()
         child = os.fork()
         if not child:
             try:
@@ -67,7 +73,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
                 os._exit(1)
             os._exit(0)
         if killed < kills:
-            time.sleep(chance.uniform(0.0, 0.25))
+            time.sleep(chance.uniform(0.0, seconds))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
@@ -75,9 +81,11 @@ def main(folder: Path, kills: int, seed: int) -> None:
         elif os.WEXITSTATUS(status):
             sys.exit("an attempt failed by itself")
         else:
-            print(killed)
+            resumed = folder.parent / f"{folder.name}-resumed.txt"
+            went_on = len(resumed.read_text().splitlines()) if resumed.exists() else 0
+            print(killed, went_on, time.monotonic() - started)
             return
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

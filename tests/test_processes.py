@@ -61,6 +61,10 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch_and_resume_bit_fo
     assert [one["songs"] for one in alone] == [one["songs"] for one in both[0]] == [one["songs"] for one in both[1]]
     assert [[one["made"] for one in process] for process in (alone, *both)] == [[5, 1], [3, 1], [2, 0]]
     assert not list(tmp_path.glob("bsmamba2-*"))
+    # What is not finite is told by the files of the process that had them, in all processes alike.
+    for report in reports:
+        (told,) = set(report["trouble"])
+        assert told.count("song") == told.count("heard by the last") > 0
     # And stopped on the way, they end with the same bits.
     for report in reports:
         assert report["rest"]["steps"] == report["whole"]["steps"][2:]
@@ -73,5 +77,10 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
         assert device.type == "cpu"
         assert (world(), rank(), gather(3), from_first(4)) == (1, 0, [3], 4)
         assert total(torch.tensor(5.0)) == 5
-    with pytest.raises(ValueError, match=r"device='cuda'.*0 can be used"), together("cuda"):
-        pass
+    for name, message in (
+        ("cuda", r"device='cuda'.*GPU 0, but 0 can be used"),
+        ("cuda:7", r"device='cuda:7'.*GPU 7, but 0 can be used"),
+        ("gpu", r"device='gpu' must be auto, cpu, cuda or mps"),
+    ):
+        with pytest.raises(ValueError, match=message), together(name):
+            pass

@@ -58,19 +58,22 @@ def same(one: Any, two: Any) -> bool:
     return one == two
 
 
-def killed(folder: Path, kills: int, seed: int) -> int:
-    command = [sys.executable, str(PROGRAM), str(folder), str(kills), str(seed)]
+def killed(folder: Path, kills: int = 0, seed: int = 0, seconds: float = 0.0) -> list[float]:
+    """How often it was killed, how often it went on from a state, and how long the last attempt took."""
+    command = [sys.executable, str(PROGRAM), str(folder), str(kills), str(seed), str(seconds)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return [float(number) for number in done.stdout.split()]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     alone, hunted = tmp_path / "alone", tmp_path / "hunted"
-    assert killed(alone, 0, 0) == 0
-    assert killed(hunted, 25, seed=3) >= 5
+    *none, seconds = killed(alone)
+    assert none == [0, 0]
+    kills, resumed, _ = killed(hunted, 40, seed=3, seconds=seconds / 4)
+    assert kills >= resumed >= 5
     assert sorted(path.name for path in alone.iterdir()) == sorted(path.name for path in hunted.iterdir())
     for name in ("last.safetensors", "best.safetensors"):
         one, two = (read_checkpoint(folder / name) for folder in (alone, hunted))
@@ -115,6 +118,7 @@ def test_a_truncated_state_falls_back_to_the_one_before_and_says_so(tmp_path: Pa
         run = begin(tmp_path / "cut")
     assert [step.number for step in run.steps(noise())] == [3, 4, 5, 6]
     assert same(weights(run), weights(whole))
+    assert [path.name for path in run.states()] == ["state-00000006.pt", "state-00000004.pt"]
     for path in run.states():
         path.write_bytes(b"")
     with (
@@ -179,6 +183,82 @@ def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, number: int) -> N
     assert [path.name for path in tmp_path.glob("state-*.pt")] == [f"state-{last:08d}.pt"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "RuntimeError"])
+def test_a_run_that_fails_ends_though_processes_read_ahead(tmp_path: Path, error: str) -> None:
+    """Whoever holds on to the error holds on to them: they must end when their parent does."""
+    flags = (
+        "--songs 2 --held-out-songs 2 --seconds-per-song 2 --batch 1 --workers 2 --validation-windows 1 --device cpu"
+    )
+    program = f"""\
+import sys, torch
+from bsmamba2.__main__ import main
+from bsmamba2.train import Trainer
+
+def step(trainer, batches):
+    if trainer.number == 1:
+        raise {error}("planted")
+    return whole(trainer, batches)
+
+whole, Trainer.step = Trainer.step, step
+sys.exit(main({["train", *flags.split(), "--save-every", "1", "--output-dir", str(tmp_path)]!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROGRAM.parents[1], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert "planted" in done.stderr
+    if error == "torch.OutOfMemoryError":
+        assert "Traceback" not in done.stderr
+        assert "a smaller batch" in done.stderr
+        assert "last good state: " + str(tmp_path / "state-00000001.pt") in done.stderr
+
+
+def test_a_run_that_another_process_has_is_refused(tmp_path: Path) -> None:
+    program = f"""\
+import sys, time
+sys.path[:] = {sys.path!r}
+from test_runs import *
+steps = begin(Path({str(tmp_path)!r}), save_every=1).steps(noise())
+next(steps), next(steps)
+print("here", flush=True)
+time.sleep(60)
+"""
+    early = begin(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+            late = begin(tmp_path)
+            with pytest.raises(RunError, match="another process trains in it"):
+                next(late.steps(noise()))
+        finally:
+            process.kill()
+    with pytest.raises(RunError, match="taken up at step 0, and another process has gone on to step 2"):
+        next(early.steps(noise()))
+    assert [step.number for step in late.steps(noise())] == [3, 4, 5, 6]  # the lock went with the process
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full here")
+def test_a_disk_that_is_full_for_the_log_is_told(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    list(islice(run.steps(noise()), 2))
+    again = begin(tmp_path)
+    steps = again.steps(noise())
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        return opened(Path("/dev/full") if mode == "ab" else path, mode, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            list(steps)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "steps.jsonl")
+    assert "state-00000002.pt" in caught.value.__notes__[0]
+
+
 def test_a_loss_that_is_not_finite_names_step_batch_and_last_good_state(tmp_path: Path) -> None:
     def poisoned() -> Iterator[Any]:
         for number, (mixture, target, names) in enumerate(noise()):
@@ -220,6 +300,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         Run(tmp_path, Trainer(BSMamba2(TINY), TrainConfig(steps=6, lr=0.1)), settings={"seed": 1, "songs": [1, 2]})
     longer = begin(tmp_path, steps=8, settings={"seed": 1, "songs": (1, 2)})  # a constant rate: more steps are the same
     assert [step.number for step in longer.steps(noise())] == [7, 8]
+    older = begin(tmp_path, steps=8, settings={"seed": 1, "songs": [1, 2], "variety": 0.5})  # did not know of it
+    assert older.settings["variety"] == 0.5
     with pytest.raises(RunError, match="save_every=0"):
         begin(tmp_path, save_every=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,11 @@ def test_a_cell_fails_alone_and_finished_ones_are_not_run_again(notebook: Path, 
     check(list(run_grid(made, notebook)))
     ran = {cell.parameters["x"]: (cell.folder / "ran.txt").read_text().count("once") for cell in made}
     assert ran == {1: 1, 2: 2, 3: 1}  # only the failed one was tried again
+    threads = str(max(1, (os.cpu_count() or 1) // 2))  # the two that run at once share the machine
+    assert {outcome.summary["threads"] for outcome in first if outcome.summary is not None} == {threads}
+    (made[0].folder / "summary.json").write_text("")  # as a kill or a full disk may leave it
+    check(list(run_grid(made, notebook)))
+    assert (made[0].folder / "ran.txt").read_text().count("once") == 2
     other = cells({"x": [1]}, {"wait": 1}, tmp_path / "grid")  # the same folder, other parameters
     assert next(iter(run_grid(other, notebook))).seconds > 0
 
@@ -77,6 +83,16 @@ def test_two_workers_of_a_cluster_do_the_same(notebook: Path, tmp_path: Path) ->
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         outcomes = list(run_grid(made, notebook, scheduler=cluster.scheduler_address))
     check(outcomes)
+
+
+def test_a_folder_that_cannot_be_written_to_fails_alone(notebook: Path, tmp_path: Path) -> None:
+    made = cells({"x": [1, 3]}, {}, tmp_path / "grid")
+    for cell in made:
+        cell.folder.parent.mkdir(exist_ok=True)
+        cell.folder.write_text("a file where a folder is needed")
+    outcomes = list(run_grid(made, notebook))
+    assert len(outcomes) == 2
+    assert all(str(outcome.cell.folder) in outcome.error for outcome in outcomes)
 
 
 def test_a_grid_is_every_combination() -> None:

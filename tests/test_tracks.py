@@ -17,6 +17,7 @@ import torch
 
 from bsmamba2 import tracks
 from bsmamba2.__main__ import main
+from bsmamba2.checkpoints import load_checkpoint
 from bsmamba2.data import Loader, Remixer, find_windows
 from bsmamba2.recipe import Recipe
 from bsmamba2.songs import STEMS, Song, songs
@@ -49,7 +50,7 @@ def folder(pool: list[Song], tmp_path: Path) -> Path:
 
 
 def look(folder: Path, **options: Any) -> tuple[list[FileTrack], list[FileTrack], list[str]]:
-    return open_folder(folder, WINDOW, sample_rate=RATE, **options)
+    return open_folder(folder, WINDOW, sample_rate=RATE, **options)[:3]
 
 
 def test_the_validation_songs_are_musdbs_fourteen() -> None:
@@ -165,12 +166,15 @@ def test_an_interrupted_search_keeps_what_it_found(folder: Path, tmp_path: Path)
     assert len(rest) == 11
 
 
+NAMES = ("broken", "short", "mono", "rate", "misnamed", "truncated", "nan", "flac", "siblings", "twice")
+
+
 def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
-    """Nine faults, and a part of what should be said of each."""
+    """A dozen faults, and a part of what should be said of each."""
     train = folder / "train"
     silence = np.zeros((3 * RATE, 2), np.float32)
     said = {}
-    for number, name in enumerate(("broken", "short", "mono", "rate", "misnamed", "truncated", "nan", "twice")):
+    for number, name in enumerate(NAMES):
         song = train / f"fault {number} {name}"
         write(song, pool[number % 5])
         vocals, drums = song / "vocals.wav", song / "drums.wav"
@@ -196,6 +200,19 @@ def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
         elif name == "nan":
             soundfile.write(vocals, silence * np.nan, RATE, subtype="FLOAT")
             said[str(vocals)] = "NaN"
+        elif name == "flac":  # its header tells the whole length all the same
+            vocals.unlink()
+            soundfile.write(song / "vocals.flac", pool[0].vocals.T.numpy(), RATE)
+            whole = (song / "vocals.flac").read_bytes()
+            (song / "vocals.flac").write_bytes(whole[: len(whole) // 2])
+            said[str(song / "vocals.flac")] = "cannot be read to its end"
+        elif name == "siblings":  # one fault hides none of the others
+            soundfile.write(vocals, silence[:, 0], RATE)
+            said[str(vocals)] = "has 1 channels, not 2"
+            soundfile.write(drums, silence * np.nan, RATE, subtype="FLOAT")
+            said[str(drums)] = "NaN"
+            soundfile.write(song / "bass.wav", silence[: 2 * RATE], RATE)
+            said[str(song / "bass.wav")] = "it may be truncated"
         else:
             soundfile.write(song / "vocals.flac", silence, RATE)
             said[str(song / "vocals")] = "there is vocals.flac, vocals.wav"
@@ -206,16 +223,51 @@ def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
 
 def test_every_fault_is_reported_at_once_with_its_path(folder: Path, pool: list[Song], tmp_path: Path) -> None:
     said = plant_faults(folder, pool)
-    training, validation, faults = look(folder)
-    windows, inside = scan(training + validation, WINDOW, tmp_path / "cache.json")
+    training, validation, faults, others = open_folder(folder, WINDOW, sample_rate=RATE)
+    windows, inside = scan(training + validation, WINDOW, tmp_path / "cache.json", others=others)
     told = dict(fault.split(": ", 1) for fault in faults + inside)
     assert told.keys() == said.keys()
     for path, part in said.items():
         assert part in told[path]
     assert {track.name for stem in windows for track, _ in stem} <= {path.name for path in (folder / "train").iterdir()}
     assert not any("fault" in track.name for stem in windows for track, _ in stem)
-    again = scan(training + validation, WINDOW, tmp_path / "cache.json")[1]
+    again = scan(training + validation, WINDOW, tmp_path / "cache.json", others=others)[1]
     assert again == inside  # from the cache, too
+
+
+def test_what_could_not_be_read_is_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unplugged(file: Any, *args: Any, **options: Any) -> Any:
+        if Path(file).name == "drums.wav":
+            raise soundfile.LibsndfileError(0, "no network: ")
+        return read(file, *args, **options)
+
+    read = soundfile.read
+    training = look(folder)[0]
+    monkeypatch.setattr(soundfile, "read", unplugged)
+    assert [fault.split(": ")[0] for fault in scan(training, WINDOW, tmp_path / "cache.json")[1]] == [
+        str(track.stems[1]) for track in training
+    ]
+    monkeypatch.undo()
+    missing: list[Path] = []
+    _, faults = scan(training, WINDOW, tmp_path / "cache.json", progress=lambda paths: missing.extend(paths) or paths)
+    assert faults == []
+    assert missing == sorted(track.stems[1] for track in training)
+
+
+def test_what_was_found_is_written_down_on_the_way(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that nobody handles leaves no time to write."""
+    monkeypatch.setattr(tracks, "FILES_BETWEEN", 5)
+    cache, kept = tmp_path / "cache.json", []
+
+    def watched(paths: Any) -> Any:
+        for path in paths:
+            kept.append(len(json.loads(cache.read_text())["files"]) if cache.exists() else 0)
+            yield path
+
+    scan(look(folder)[0], WINDOW, cache, progress=watched)
+    assert kept == [0] * 5 + [5] * 5 + [10] * 5 + [15]
 
 
 SMALL = ["--segment", "0.5", "--batch", "1", "--steps", "1", "--validation-windows", "1", "--device", "cpu"]
@@ -239,6 +291,20 @@ def test_a_run_stops_at_faulty_files_or_goes_on_without_them(
         assert main([*arguments, "--faulty", "skip"]) == 0
     assert (tmp_path / "run" / "last.safetensors").exists()
     assert len(list((tmp_path / "cache" / "bsmamba2").iterdir())) == 1
+
+
+def test_the_checkpoint_names_its_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained to find drums says so, though it began with a model of the voice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i, song in enumerate(songs(2, seed=5, seconds=1.5)):
+        write(tmp_path / "data" / f"song {i}", song)
+    options = ["--preset", "small", "--dim", "16", "--layers", "1", *SMALL]
+    stems = ["--data", str(tmp_path / "data"), "--stems", "drums", "vocals"]
+    for name, extra in (("voice", ["--songs", "2", "--held-out-songs", "2"]), ("drums", stems)):
+        begun = ["--init", str(tmp_path / "voice" / "last.safetensors")] if name == "drums" else []
+        assert main(["train", *options, *extra, *begun, "--output-dir", str(tmp_path / name)]) == 0
+    found = {name: load_checkpoint(tmp_path / name / "last.safetensors").config.stems for name in ("voice", "drums")}
+    assert found == {"voice": ("vocals",), "drums": ("drums",)}
 
 
 def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +342,8 @@ def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"faulty": "ignore"}, "faulty='ignore'"),
         ({"loss_windows": ["a"]}, "loss_windows"),
         ({"seed": -1}, "seed=-1"),
+        ({"stems": "vocals"}, "stems='vocals' must be a list"),
+        ({"stems": ["drums", "vocals"]}, "are those of a folder"),
     ],
 )
 def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ def main(folder: Path, batch: int) -> None:
         train(folder / "halves", batch, stop_after=2)
         rest = train(folder / "halves", batch)
         shared = gather([fingerprint(count) for count in (5, 1)])
+        trouble = gather(poisoned(batch))
         if rank() == 0:
             (folder / "report.json").write_text(
-                json.dumps({"world": world(), "whole": whole, "rest": rest, "shared": shared})
+                json.dumps({"world": world(), "whole": whole, "rest": rest, "shared": shared, "trouble": trouble})
             )
 
 
@@ -44,6 +46,24 @@ def fingerprint(count: int) -> dict[str, Any]:
         made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
     told = [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
     return {"songs": told, "made": synthesise.call_count}
+
+
+def poisoned(batch: int) -> str:
+    """What is said when the last process alone has a batch that is not finite."""
+    pool = songs(3, seed=5, seconds=2.0, sample_rate=8000)
+
+    def batches() -> Iterator[Any]:
+        for number, (mixture, target, names) in enumerate(Loader(Remixer(pool, SAMPLES, batch, seed=7))):
+            bad = number == 1 and rank() == world() - 1
+            named = [f"song heard by {'the last' if bad else 'another'}" for _ in names]
+            yield (mixture * torch.nan if bad else mixture), target, named
+
+    trainer = Trainer(BSMamba2(TINY), TrainConfig(steps=1, accumulate=2, loss_windows=(256,), loss_hop=441))
+    try:
+        list(trainer.run(batches()))
+    except FloatingPointError as error:
+        return str(error)
+    return "nothing"
 
 
 def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
