@@ -41,7 +41,11 @@ from .spectrogram import istft, stft
 
 @dataclass(frozen=True)
 class Score:
-    """One song's uSDR in dB, for the model and its baselines, and the model's cSDR in dB."""
+    """One song's uSDR in dB, for the model and its baselines, the model's cSDR, and what it leaks into silence.
+
+    The leak is the level of what comes through where nobody sings, in dB beside the mixture's there (`metrics.leak`);
+    none where somebody always sings.
+    """
 
     song: str
     occupancy: float
@@ -50,6 +54,7 @@ class Score:
     model: float
     oracle: float
     model_csdr: float
+    leak: float | None
 
 
 def oracle(song: Song, n_fft: int = 2048, hop: int = 441) -> Tensor:
@@ -70,6 +75,7 @@ def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float =
     if song.sample_rate != model.config.sample_rate:
         raise ValueError(f"{song.name} is at {song.sample_rate} Hz, the model at {model.config.sample_rate} Hz")
     estimate = separate(model, song.mixture, segment=segment, overlap=overlap)[0]
+    leak = metrics.leak(song.vocals, estimate, song.mixture, song.sample_rate).relative
     return Score(
         song=song.name,
         occupancy=song.occupancy,
@@ -78,6 +84,7 @@ def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float =
         model=usdr(song.vocals, estimate),
         oracle=usdr(song.vocals, oracle(song, model.config.n_fft, model.config.hop)),
         model_csdr=csdr(song.vocals, estimate, song.sample_rate),
+        leak=None if math.isnan(leak) else leak,
     )
 
 

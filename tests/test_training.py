@@ -24,6 +24,7 @@ from bsmamba2.data import Batch, Loader, Remixer, Validation, find_windows, sali
 from bsmamba2.evaluate import oracle, score
 from bsmamba2.losses import WINDOWS, bsmamba2_loss, snr_loss, spectral_loss
 from bsmamba2.metrics import csdr, usdr
+from bsmamba2.separate import separate
 from bsmamba2.songs import Song, songs
 from bsmamba2.train import TrainConfig, Trainer, learning_rate, optimisers, parameter_groups
 
@@ -605,5 +606,14 @@ def test_scores_stand_beside_their_baselines(tiny: BSMamba2, pool: list[Song]) -
     assert found.silence == pytest.approx(0)
     assert found.mixture == usdr(song.vocals, song.mixture)
     assert found.oracle > max(found.mixture, 0)
+    quiet = song.stems.clone()
+    quiet[0, :, : song.samples // 2] = 0
+    estimate = separate(tiny, quiet.sum(0), segment=1.0)[0][:, : song.samples // 2]
+    wanted = 10 * torch.log10(estimate.square().sum() / quiet.sum(0)[:, : song.samples // 2].square().sum())
+    leak = score(tiny, dataclasses.replace(song, stems=quiet), segment=1.0).leak
+    assert leak == pytest.approx(wanted.item(), abs=0.5)  # silence has a margin, and the voice may have more of it
+    loud = quiet.clone()
+    loud[0] += 0.1
+    assert score(tiny, dataclasses.replace(song, stems=loud), segment=1.0).leak is None
     with pytest.raises(ValueError, match="8000 Hz"):
         score(tiny, dataclasses.replace(song, sample_rate=44_100))
