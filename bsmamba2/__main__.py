@@ -109,6 +109,10 @@ def run_separate(chosen: argparse.Namespace) -> int:
     jobs: list[tuple[Path, Path]] = []  # song, base of its results
     for given in chosen.songs:
         if os.path.isdir(given):  # noqa: PTH112  (Path's raises in a closed folder)
+            if given.resolve() == chosen.output.resolve():
+                say(f"{given}: its songs and their results would lie side by side; give another folder with -o")
+                failed += 1
+                continue
             found, errors = audio.songs_in(given, without=[chosen.output])
             jobs += [(song, chosen.output / song.relative_to(given).with_suffix("")) for song in found]
             failed += len(errors)
@@ -126,7 +130,9 @@ def run_separate(chosen: argparse.Namespace) -> int:
                     batch=chosen.batch, dtype=DTYPES[chosen.dtype], format=chosen.format, overwrite=chosen.overwrite,
                     progress=told,
                 )  # fmt: skip
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             say(name(error, song))
             failed += 1
             continue
@@ -188,15 +194,14 @@ def lengths(text: str) -> tuple[float, ...]:
 def run_evaluate(chosen: argparse.Namespace) -> int:
     """Evaluate every track at every segment length, then write and print the tables."""
     protocol = PROTOCOLS[chosen.protocol]
+    path = chosen.checkpoint or checkpoints.shipped()
     try:
-        model = load_model(chosen)
+        model, sha256 = load_model(chosen), evaluate.fingerprint(path)
         tracks = evaluate.tracks_in(chosen.folder) if chosen.folder else bundled(chosen)
         make_output(chosen.output)
     except (ValueError, OSError) as error:
         say(error)
         return 2
-    path = chosen.checkpoint or checkpoints.shipped()
-    sha256 = evaluate.fingerprint(path)
     rows: list[evaluate.Row] = []
     failures: list[evaluate.Failure] = []
     total = len({protocol.segment, *chosen.segments}) * len(tracks.tracks)
@@ -219,7 +224,9 @@ def run_evaluate(chosen: argparse.Namespace) -> int:
             rows=tuple(rows), failures=tuple(failures),
         )  # fmt: skip
         paths = result.save(chosen.output) + draw(result, chosen.output)
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         say(name(error, chosen.output))
         return 1
     for title, lines in (
@@ -501,9 +508,14 @@ def name(error: Exception, subject: Path) -> str:
     """An error's message with its subject in front, unless it names a file already."""
     if isinstance(error, audio.AudioError):
         return str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if out_of_memory(error):
         return f"{subject}: too little memory; use a smaller --batch or --segment"
     return f"{subject}: {error}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory: Python's, a GPU's, or the CPU's, for which torch has no class of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def say(*messages: object) -> None:

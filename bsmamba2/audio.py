@@ -118,12 +118,15 @@ class Reader:
                 f"write the right rate into its head, or resample it"
             )
         # libsndfile takes a chunk that ends too early as it is, and says so in its log alone. Programs that write
-        # into a pipe leave a size of 0 or about 2^31 or 2^32 behind, which means nothing.
+        # into a pipe leave a size of 0 or just below or at 2^31 or 2^32 behind, which means nothing.
         sizes = re.findall(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE)
-        if any(int(there) + 1 < int(claimed) < 0x7FFF0000 for claimed, there in sizes) or not _ogg_ends(self.path):
+        short = [int(claimed) for claimed, there in sizes if int(there) + 1 < int(claimed)]
+        if any((size + 0x10000) % (1 << 31) > 0x10000 for size in short) or not _ogg_ends(self.path):
             raise AudioError(f"{self.path}: is cut short: its end is missing; get the whole file again")
         if not self.frames:
             raise AudioError(f"{self.path}: holds no samples; give a song")
+        if self.frames >= (1 << 63) - 1:  # a FLAC that was written into a pipe
+            raise AudioError(f"{self.path}: does not say how long it is; write it anew, as WAV for example")
 
     def blocks(self) -> Iterator[Tensor]:
         """The samples from the start: pieces (c, up to `BLOCK`) float32.

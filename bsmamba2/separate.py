@@ -353,9 +353,13 @@ def separate_file(
 
     Raises:
         AudioError: for a song that cannot be read, results that exist, and results that cannot be written.
-        ValueError: as `separate`.
+        ValueError: as `separate`, and for a model with a stem called `rest`.
     """
     config = model.config
+    if "rest" in config.stems:
+        raise ValueError(
+            f"the model's stems are {config.stems}, and `rest` is what they leave: give the stem another name"
+        )
     names = (*config.stems, "rest")
     base = Path(base)
     with audio.Reader(song) as file:

@@ -185,6 +185,7 @@ def start(experiment: Experiment, folder: Path) -> Run:
         loss_windows=(2048, 1024, 512),
     )
     settings = {name: value for name, value in experiment.to_mapping().items() if name in _OF_TRAINING}
+    settings["code"] = code()
     trainer = Trainer(build(experiment), config)
     return Run(folder, trainer, settings=settings, save_every=experiment.save_every, checkpoints=False)
 

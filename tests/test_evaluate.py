@@ -364,6 +364,8 @@ def test_an_evaluation_in_json_and_csv(tmp_path: Path) -> None:
     same = replace(result, tracks=Tracks(MUSDB, TWO.tracks)).comparison_table()
     assert [(line["csdr"], line["usdr"]) for line in same[2:]] == [(11.03, 10.70), (10.47, 10.29), (None, None)]
     assert same[2]["protocol"] == "the same (mean or median over tracks: not said)"
+    three = Tracks(MUSDB, (*TWO.tracks, replace(TWO.tracks[0], name="c")))
+    assert replace(result, tracks=three).comparison_table()[2]["protocol"].startswith("not comparable: tracks:")
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -437,5 +439,5 @@ def test_command_with_wrong_arguments(
 def test_rows_measured_otherwise_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     key = row_key("abc", PROTOCOLS["paper"])
     assert key == row_key("abc", PROTOCOLS["paper-median"])
-    monkeypatch.setattr(evaluate, "ROWS", 2)
+    monkeypatch.setattr(evaluate, "ROWS", evaluate.ROWS + 1)
     assert row_key("abc", PROTOCOLS["paper"]) != key

@@ -16,6 +16,7 @@ from dataclasses import replace
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from conftest import TINY
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, checkpoints, dual_path, save_checkpoint
+from bsmamba2 import __main__ as command_line
 from bsmamba2.__main__ import main
 from bsmamba2.audio import AudioError, Results, _Sink, read, write
 from bsmamba2.resample import resample
@@ -701,10 +703,45 @@ def test_folders_are_searched_and_laid_out_likewise(checkpoint: Path, tmp_path: 
     )
     assert main([*arguments, "--overwrite"]) == 0  # and the results are no songs
     assert len(found_in(output)) == 6
+    assert main([*arguments[:4], "-o", str(album)]) == 1  # there they would be
+    assert len(found_in(album)) == 6 + 6
 
 
 def found_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 23 GB")])
+def test_too_little_memory_is_told_and_the_others_are_done(
+    checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def run(model: BSMamba2, song: Path, *args: Any, **options: Any) -> Any:
+        if song.stem == "long":
+            raise error
+        return whole(model, song, *args, **options)
+
+    whole = command_line.separate_file
+    monkeypatch.setattr(command_line, "separate_file", run)
+    songs = [str(wave(tmp_path / f"{name}.wav")) for name in ("long", "short")]
+    assert main(["separate", *songs, "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]) == 1
+    said = capfd.readouterr()
+    assert f"{tmp_path / 'long.wav'}: too little memory; use a smaller --batch or --segment" in said.err
+    assert len(said.out.splitlines()) == 2
+    error.args = ("another bug",)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="another bug"):
+            main(["separate", *songs, "--checkpoint", str(checkpoint), "-o", str(tmp_path / "again")])
+
+
+def test_a_stem_may_not_be_called_as_what_is_left(tmp_path: Path) -> None:
+    model = BSMamba2(replace(TINY, stems=("rest", "vocals")))
+    with pytest.raises(ValueError, match="give the stem another name"):
+        separate_file(model, wave(tmp_path / "song.wav"), tmp_path / "out")
+    assert found_in(tmp_path) == ["song.wav"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -712,6 +749,24 @@ def found_in(folder: Path) -> list[str]:
 
 def wave(path: Path, rate: int = 8000, channels: int = 2, frames: int = 900, **options: object) -> Path:
     soundfile.write(path, np.full((frames, channels), 0.25), rate, **options)  # type: ignore[arg-type]
+    return path
+
+
+def claim(path: Path, size: int) -> Path:
+    """A WAV whose head promises so many bytes."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = size.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+def nameless(path: Path) -> Path:
+    """A FLAC whose head gives no number of samples, as programs leave it that write into a pipe."""
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # after "fLaC", a block's head and 13 bytes: 36 bits
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
     return path
 
 
@@ -767,6 +822,8 @@ BAD = {
     "text": (lambda p: with_bytes(p / "bad.wav", b"this is no sound\n" * 40), "cannot be read as audio"),
     "cut WAV": (lambda p: cut(wave(p / "bad.wav")), "is cut short"),
     "cut WAV, within its head": (lambda p: cut(wave(p / "bad.wav"), 0.008), "cannot be read as audio"),
+    "cut WAV, of 3 GB": (lambda p: claim(wave(p / "bad.wav"), 3 << 30), "is cut short"),
+    "FLAC out of a pipe": (lambda p: nameless(wave(p / "bad.flac", frames=9_000)), "does not say how long it is"),
     "cut AIFF": (lambda p: cut(wave(p / "bad.aiff")), "is cut short"),
     "cut FLAC": (lambda p: cut(wave(p / "bad.flac", frames=90_000)), "cut short"),
     "cut OGG": (lambda p: cut(wave(p / "bad.ogg", frames=50_000)), "cut short"),
