@@ -28,6 +28,7 @@ from .processes import together
 from .protocol import PROTOCOLS, SEGMENTS
 from .recipe import Recipe, read_parameters
 from .separate import DTYPES, Progress, separate_file
+from .trials import out_of_memory
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -124,15 +125,13 @@ def run_separate(chosen: argparse.Namespace) -> int:
         try:
             if base in taken:
                 raise audio.AudioError(f"{song}: its results would replace those of {taken[base]}; rename one of them")
-            with progress(f"{song.name} on {chosen.device}") as told, loops.compiled(chosen.compile):
+            with memory_told(), progress(f"{song.name} on {chosen.device}") as told, loops.compiled(chosen.compile):
                 done = separate_file(
                     model, song, base, segment=chosen.segment, overlap=chosen.overlap, look_ahead=chosen.look_ahead,
                     batch=chosen.batch, dtype=DTYPES[chosen.dtype], format=chosen.format, overwrite=chosen.overwrite,
                     progress=told,
                 )  # fmt: skip
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
-                raise
+        except (ValueError, OSError, MemoryError) as error:
             say(name(error, song))
             failed += 1
             continue
@@ -211,7 +210,7 @@ def run_evaluate(chosen: argparse.Namespace) -> int:
             segments=chosen.segments, batch=chosen.batch, dtype=DTYPES[chosen.dtype],
         )  # fmt: skip
         bar = tqdm(found, desc=f"tracks on {chosen.device}", total=total, unit="track", disable=None, leave=False)
-        with loops.compiled(chosen.compile):
+        with memory_told(), loops.compiled(chosen.compile):
             for one in bar:
                 if isinstance(one, evaluate.Failure):
                     failures.append(one)
@@ -224,9 +223,7 @@ def run_evaluate(chosen: argparse.Namespace) -> int:
             rows=tuple(rows), failures=tuple(failures),
         )  # fmt: skip
         paths = result.save(chosen.output) + draw(result, chosen.output)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
+    except (OSError, MemoryError) as error:
         say(name(error, chosen.output))
         return 1
     for title, lines in (
@@ -508,14 +505,20 @@ def name(error: Exception, subject: Path) -> str:
     """An error's message with its subject in front, unless it names a file already."""
     if isinstance(error, audio.AudioError):
         return str(error)
-    if out_of_memory(error):
+    if isinstance(error, MemoryError):
         return f"{subject}: too little memory; use a smaller --batch or --segment"
     return f"{subject}: {error}"
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether there was too little memory: Python's, a GPU's, or the CPU's, for which torch has no class of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Too little memory, for which torch has other errors on a CPU and on a GPU, becomes Python's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 def say(*messages: object) -> None:

@@ -48,6 +48,7 @@ from .mamba2 import Mamba2, block_by_block, causal_conv_silu
 from .model import BSMamba2
 from .separate import separate_blocks
 from .tracks import FileTrack
+from .trials import out_of_memory
 
 PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -554,8 +555,8 @@ def _try(case: Case, settings: Settings, threads: int, pipe: Connection) -> None
         pipe.send(Trial(before, _largest_memory(settings.device), seconds))
     except Exception as error:  # whatever it is, it is the answer
         told = f"{type(error).__name__}: {error}".splitlines()[0]
-        short = isinstance(error, MemoryError) or any(word in told for word in ("allocate memory", "out of memory"))
-        pipe.send(f"more than {settings.memory:g} GB" if short and settings.device == "cpu" else told)
+        short = out_of_memory(error) and settings.device == "cpu"
+        pipe.send(f"more than {settings.memory:g} GB" if short else told)
 
 
 def _bound_memory(more: int) -> None:

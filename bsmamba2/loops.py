@@ -24,6 +24,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from .trials import out_of_memory
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -70,10 +72,8 @@ def loop(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         try:
             return quick()(*args, **kwargs)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # a compiler has many ways to fail
-            if "allocate memory" in str(error):  # what the CPU's allocator says, in a plain RuntimeError
+            if out_of_memory(error):
                 raise
             _give_up(error)
             return function(*args, **kwargs)

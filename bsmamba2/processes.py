@@ -37,26 +37,25 @@ def together(device: str = "auto") -> Iterator[torch.device]:
     """
     name = _best() if device == "auto" else device
     try:
-        kind = torch.device(name).type
+        place = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps ({error})") from error
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if kind == "cuda":
-        number = torch.device(name).index
-        number = local if number is None else number
+    if place.type == "cuda":
+        number = local if place.index is None else place.index
         if not torch.cuda.is_available() or number >= torch.cuda.device_count():
             raise ValueError(
                 f"device={device!r}: this process needs CUDA GPU {number}, but {torch.cuda.device_count()} can be used"
             )
-        name = f"cuda:{number}"
-        torch.cuda.set_device(name)
-    elif name == "mps" and not torch.backends.mps.is_available():
+        place = torch.device("cuda", number)
+        torch.cuda.set_device(place)
+    elif place.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU can be used here")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if many:
-        distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield torch.device(name)
+        yield place
     finally:
         if many:
             distributed.destroy_process_group()

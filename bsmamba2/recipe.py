@@ -210,10 +210,8 @@ class Recipe:
                 A run that has begun goes on without it.
         """
         torch.manual_seed(self.seed)
-        model, validation = (
-            BSMamba2(self.model_config),
-            Validation(held_out[0], self.samples, count=self.validation_windows),
-        )
+        model = BSMamba2(self.model_config)
+        validation = Validation(held_out[0], self.samples, count=self.validation_windows)
         settings = {
             **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
             "examples": "by number" if self.workers or world() > 1 else "in order",

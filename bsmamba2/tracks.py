@@ -171,7 +171,6 @@ def scan(
     known = _read_cache(cache, samples)
     paths = sorted({path for track in tracks for path in track.stems} | set(others))
     stamps = {path: _stamp(path) for path in paths}
-    unread: dict[str, dict[str, Any]] = {}  # a network may be back the next time
     missing = [path for path in paths if known.get(str(path), {}).get("stamp") != stamps[path]]
 
     def write_down() -> None:
@@ -181,14 +180,13 @@ def scan(
     try:
         for number, path in enumerate(progress(missing) if missing else (), start=1):
             windows, fault = _windows_in(path, samples)
-            kept = unread if fault.startswith(UNREADABLE) else known
-            kept[str(path)] = {"stamp": stamps[path], "windows": windows, "fault": fault}
+            stamp = None if fault.startswith(UNREADABLE) else stamps[path]  # a network may be back the next time
+            known[str(path)] = {"stamp": stamp, "windows": windows, "fault": fault}
             if number % FILES_BETWEEN == 0:
                 write_down()
     finally:  # interrupted, too: what was found stays found
         if missing:
             write_down()
-    known |= unread
     faults = [f"{path}: {known[str(path)]['fault']}" for path in paths if known[str(path)]["fault"]]
     sound = [track for track in tracks if not any(known[str(path)]["fault"] for path in track.stems)]
     found = [

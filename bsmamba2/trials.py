@@ -97,8 +97,10 @@ def trial(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Also where Triton or the driver reports it in words of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    """Whether there was too little memory; Triton, drivers and the CPU's allocator say so in words of their own."""
+    told = str(error).lower()
+    by_words = "out of memory" in told or "allocate memory" in told
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or by_words
 
 
 def say_once(message: str) -> None:

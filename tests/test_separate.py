@@ -752,24 +752,6 @@ def wave(path: Path, rate: int = 8000, channels: int = 2, frames: int = 900, **o
     return path
 
 
-def claim(path: Path, size: int) -> Path:
-    """A WAV whose head promises so many bytes."""
-    content = bytearray(path.read_bytes())
-    place = content.index(b"data") + 4
-    content[place : place + 4] = size.to_bytes(4, "little")
-    path.write_bytes(content)
-    return path
-
-
-def nameless(path: Path) -> Path:
-    """A FLAC whose head gives no number of samples, as programs leave it that write into a pipe."""
-    content = bytearray(path.read_bytes())
-    content[21] &= 0xF0  # after "fLaC", a block's head and 13 bytes: 36 bits
-    content[22:26] = bytes(4)
-    path.write_bytes(content)
-    return path
-
-
 def cut(path: Path, share: float = 0.6) -> Path:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     return path
@@ -822,8 +804,11 @@ BAD = {
     "text": (lambda p: with_bytes(p / "bad.wav", b"this is no sound\n" * 40), "cannot be read as audio"),
     "cut WAV": (lambda p: cut(wave(p / "bad.wav")), "is cut short"),
     "cut WAV, within its head": (lambda p: cut(wave(p / "bad.wav"), 0.008), "cannot be read as audio"),
-    "cut WAV, of 3 GB": (lambda p: claim(wave(p / "bad.wav"), 3 << 30), "is cut short"),
-    "FLAC out of a pipe": (lambda p: nameless(wave(p / "bad.flac", frames=9_000)), "does not say how long it is"),
+    "cut WAV, of 3 GB": (lambda p: poke(wave(p / "bad.wav"), 40, (3 << 30).to_bytes(4, "little")), "is cut short"),
+    "FLAC out of a pipe": (
+        lambda p: poke(wave(p / "bad.flac", frames=9_000), 21, b"\xf0\0\0\0\0"),
+        "does not say how long it is",
+    ),
     "cut AIFF": (lambda p: cut(wave(p / "bad.aiff")), "is cut short"),
     "cut FLAC": (lambda p: cut(wave(p / "bad.flac", frames=90_000)), "cut short"),
     "cut OGG": (lambda p: cut(wave(p / "bad.ogg", frames=50_000)), "cut short"),
