@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bsmamba2 import BSMamba2, checkpoints, dual_path, save_checkpoint
 from bsmamba2 import __main__ as command_line
 from bsmamba2.__main__ import main
-from bsmamba2.audio import AudioError, Results, _Sink, read, write
+from bsmamba2.audio import AudioError, Results, _counted_mp3, _Sink, read, write
 from bsmamba2.resample import resample
 from bsmamba2.separate import between_frames, join_channels, separate, separate_blocks, separate_file, split_channels
 from bsmamba2.spectrogram import istft, istft_blocks, stft, stft_blocks
@@ -795,6 +795,48 @@ def in_the_way(path: Path) -> Path:
     folder(path.parent / "out")
     folder(path.parent / "out" / "bad.rest.wav")
     return wave(path)
+
+
+def uncounted_mp3(path: Path, seconds: float, rate: int, channels: int, level: float) -> bytes:
+    """Noise as an MP3 of one bit rate without the frame that tells how many follow."""
+    noise = np.random.default_rng(round(99 * level)).normal(0, 0.2, (round(seconds * rate), channels))
+    soundfile.write(path, noise, rate, format="MP3", compression_level=level, bitrate_mode="CONSTANT")
+    data = path.read_bytes()
+    told = data.find(b"Info", 0, 99)  # poor frames have no room for it
+    return data if told < 0 else data[data.index(data[:2], told) :]
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (48_000, 1), (22_050, 2), (16_000, 1), (8_000, 2)])
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path: Path, rate: int, channels: int) -> None:
+    """Its size tells little: rich frames may come first, or last, and pictures beside them."""
+    whole = tmp_path / "whole.mp3"
+    poor = uncounted_mp3(whole, 6, rate, channels, 0.9)
+    rich = uncounted_mp3(whole, 2, rate, channels, 0.0)
+    expected, told = read(whole)[0], tmp_path / "untold.mp3"
+    picture = b"ID3\x04\0\0" + bytes([0, 32, 0, 0]) + bytes(range(256)) * 2048
+    for data, seconds in (
+        (rich, 2),
+        (rich + poor, 8),
+        (poor + rich, 8),
+        (picture + rich, 2),
+        (picture + picture + rich + b"APETAGEX" + bytes(99) + b"TAG" + bytes(125), 2),
+        (rich + bytes(500) + poor, 8),
+    ):
+        told.write_bytes(data)
+        found, found_rate = read(told)
+        assert found_rate == rate
+        assert seconds - 0.01 < found.shape[1] / rate < seconds + 0.3  # encoders add up to four frames
+        if data is rich:  # the encoder's delay is not cut off: nothing tells it
+            late = [found[:, i : i + rate] for i in range(4000)]
+            assert min((one - expected[:, :rate]).abs().max().item() for one in late) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_that_tells_its_length_is_left_to_its_decoder(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "song.mp3"
+    soundfile.write(path, np.zeros((9000, 2)), 44_100, compression_level=0.3, bitrate_mode=mode)
+    assert _counted_mp3(path) is None
+    assert read(path)[0].shape == (2, 9000)
 
 
 # What is given: what one line must say. Channels stand at byte 22 of a WAV file, its rate at byte 24.
