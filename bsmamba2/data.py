@@ -112,9 +112,12 @@ class Remixer:
         seed: the same seed gives the same batches.
         silence: probability that a stem is absent, the target included.
         gains: lowest and highest gain.
+        original: probability that an example's stems are all of the song and place that were drawn for the target,
+            so in one key and time; silence and gains stay each stem's own. Differs from the published model, which
+            has none of these: 0.
 
     Raises:
-        ValueError: when a stem has no salient window in any song.
+        ValueError: when a stem has no salient window in any song, or `original` is no probability.
     """
 
     def __init__(
@@ -126,9 +129,13 @@ class Remixer:
         seed: int = 0,
         silence: float = 0.1,
         gains: tuple[float, float] = (0.5, 1.5),
+        original: float = 0.0,
     ) -> None:
         if not songs:
             raise ValueError("there is no song to draw from")
+        if not 0 <= original <= 1:
+            raise ValueError(f"original={original!r} must lie in [0, 1]")
+        self.original = original
         self.samples, self.batch, self.seed, self.silence, self.gains = samples, batch, seed, silence, gains
         known = isinstance(songs[0], Sequence)
         self.windows = cast(Windows, songs) if known else find_windows(cast(Sequence[Track], songs), samples)
@@ -155,6 +162,9 @@ class Remixer:
             track, start = windows[int(torch.randint(len(windows), (), generator=generator))]
             absent, gain = torch.rand(2, generator=generator).tolist()
             drawn.append((track, start, 0.0 if absent < self.silence else low + (high - low) * gain))
+        if self.original and float(torch.rand((), generator=generator)) < self.original:
+            track, start, _ = drawn[0]
+            drawn = [(track, start, gain) for *_, gain in drawn]
         return drawn
 
     def example(self, generator: torch.Generator) -> Example:

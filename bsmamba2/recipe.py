@@ -63,6 +63,10 @@ class Recipe:
     held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
     variety: float = _parameter(0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)")
     soundfont: str = _parameter("", "file of a sound font, whose recorded instruments play in synthesised songs")
+    soundfont_share: float = _parameter(1.0, "share of these songs in which it plays")
+    original_mixes: float = _parameter(
+        0.0, "share of examples whose stems are of one song and place; published: none, each stem from any"
+    )
     segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
     accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
@@ -112,8 +116,9 @@ class Recipe:
         for name in ("seconds_per_song", "segment"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
-        if not 0 <= self.variety <= 1:
-            raise ValueError(f"variety={self.variety!r} must lie in [0, 1]")
+        for name in ("variety", "soundfont_share", "original_mixes"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1]")
         if self.faulty not in ("stop", "skip"):
             raise ValueError(f"faulty={self.faulty!r} must be stop or skip")
         if len(self.stems) < 1 or not all(isinstance(stem, str) for stem in self.stems):
@@ -168,6 +173,7 @@ class Recipe:
                     seconds=self.seconds_per_song,
                     variety=self.variety,
                     soundfont=self.soundfont,
+                    soundfont_share=self.soundfont_share,
                     sample_rate=config.sample_rate,
                 )
                 for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
@@ -199,7 +205,7 @@ class Recipe:
 
     def batches(self, training: Windows) -> Remixer | Loader:
         """The supply of examples: one stream of random numbers, or by number for workers and many processes."""
-        remixer = Remixer(training, self.samples, self.batch, seed=self.seed)
+        remixer = Remixer(training, self.samples, self.batch, seed=self.seed, original=self.original_mixes)
         return remixer if not self.workers and world() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> Run:
@@ -213,7 +219,7 @@ class Recipe:
         model = BSMamba2(self.model_config)
         validation = Validation(held_out[0], self.samples, count=self.validation_windows)
         settings = {
-            **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch")},
+            **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch", "original_mixes")},
             "examples": "by number" if self.workers or world() > 1 else "in order",
             "windows": [len(found) for found in training],
             "validation": len(validation.windows),
@@ -223,6 +229,8 @@ class Recipe:
                 name: getattr(self, name) for name in ("songs", "seconds_per_song", "held_out_songs", "variety")
             }
             settings["soundfont"] = Path(self.soundfont).name
+            if self.soundfont:
+                settings["soundfont_share"] = self.soundfont_share
         folder = Path(self.output_dir)
         if not self.init:
             settings["init"] = ""

@@ -177,25 +177,29 @@ def songs(
     variety: float = 0.0,
     sample_rate: int = SAMPLE_RATE,
     soundfont: str | Path = "",
+    soundfont_share: float = 1.0,
     first: int = 0,
     every: int = 1,
 ) -> list[Song]:
     """Make `count` different songs, with the occupancy and, up to `variety`, the variety drawn per song.
 
-    One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  Song i
-    depends on `seed` and i alone, so a longer list begins with the shorter one.  A 6 s song takes 8.5 MB.
-    Of the `count` songs only number `first` and every `every`-th after it are made, where many share the work.
+    One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  A sound font
+    plays in each with probability `soundfont_share`.  Song i depends on `seed` and i alone, so a longer list begins
+    with the shorter one.  A 6 s song takes 8.5 MB.  Of the `count` songs only number `first` and every `every`-th
+    after it are made, where many share the work.
 
-    Raises ValueError for a count below 0, and as `synthesise` does.
+    Raises ValueError for a count or seed below 0 or a share outside [0, 1], and as `synthesise` does.
     """
     if count < 0:
         raise ValueError(f"count is {count!r}; give an integer of at least 0")
     if seed < 0:
         raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
+    if not 0.0 <= soundfont_share <= 1.0:
+        raise ValueError(f"soundfont_share is {soundfont_share!r}; give a number between 0 and 1")
     made = []
     for i in range(first, count, every):
         sequence = np.random.SeedSequence([seed, i])
-        kind, share, varied = np.random.default_rng(sequence).random(3)
+        kind, share, varied, recorded = np.random.default_rng(sequence).random(4)
         occupancy = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 else round(0.3 + 0.6 * share, 3)
         song_seed = int(sequence.generate_state(2)[1])
         made.append(
@@ -205,7 +209,7 @@ def songs(
                 occupancy=occupancy,
                 variety=round(varied * variety, 3),
                 sample_rate=sample_rate,
-                soundfont=soundfont,
+                soundfont=soundfont if recorded < soundfont_share else "",
             )
         )
     return made

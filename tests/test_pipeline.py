@@ -211,6 +211,10 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
     list(run.steps(recipe.batches(windows[0])))
     with pytest.raises(RunError, match="init="):
         dataclasses.replace(recipe, init="").start(*windows)
+    mixed = dataclasses.replace(recipe, original_mixes=1.0)
+    assert mixed.batches(windows[0]).original == 1.0
+    with pytest.raises(RunError, match="original_mixes="):
+        mixed.start(*windows)
     with pytest.raises(ValueError, match="another size"):
         dataclasses.replace(recipe, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
     with pytest.raises(FileNotFoundError):

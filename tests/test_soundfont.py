@@ -206,6 +206,21 @@ def test_a_font_plays_in_the_band_and_never_sings(played: Path) -> None:
     assert all(count > 0 for count in changed[1:])
 
 
+def test_a_font_plays_in_as_many_songs_as_asked(played: Path) -> None:
+    def made(share: float) -> list[songs.Song]:
+        how = {"seconds": 0.5, "sample_rate": 8_000}
+        return songs.songs(40, seed=3, soundfont=played, soundfont_share=share, **how)
+
+    some, everywhere, nowhere = made(0.3), made(1.0), made(0.0)
+    plays = ["soundfont" in song.source for song in some]
+    assert 6 < sum(plays) < 20
+    assert all("soundfont" in song.source for song in everywhere)
+    for song, kind, other, none in zip(some, plays, everywhere, nowhere, strict=True):
+        assert torch.equal(song.stems, (other if kind else none).stems)
+    with pytest.raises(ValueError, match="soundfont_share is -1"):
+        songs.songs(1, soundfont_share=-1)
+
+
 def test_programs_are_general_midis_and_none_is_a_voice() -> None:
     programs = {program for family in songs.PROGRAMS.values() for program in family}
     assert all(0 <= program < 128 for program in programs)

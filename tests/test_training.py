@@ -241,6 +241,36 @@ def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
     assert (torch.corrcoef(drawn.T) - torch.eye(4)).abs().max() < 0.1
 
 
+def test_as_many_examples_as_asked_are_of_one_song_and_place(pool: list[Song]) -> None:
+    def places(original: float) -> list[tuple[list[tuple[str, int]], list[float]]]:
+        remixer, generator = Remixer(pool, 4000, 1, original=original), torch.Generator().manual_seed(0)
+        drawn = [remixer.draw(generator) for _ in range(400)]
+        return [([(track.name, start) for track, start, _ in one], [gain for *_, gain in one]) for one in drawn]
+
+    shares = {share: places(share) for share in (0.0, 0.3, 1.0)}
+    together = {share: sum(len(set(where)) == 1 for where, _ in found) / 400 for share, found in shares.items()}
+    windows = [len(found) for found in find_windows(pool, 4000)]
+    assert min(windows) > 3  # so that stems hardly meet by chance
+    assert together[0.0] < 0.05
+    assert together[0.3] == pytest.approx(0.3, abs=0.08)
+    assert together[1.0] == 1
+    sung = {(track.name, start) for track, start in find_windows(pool, 4000)[0]}
+    assert {where[0] for where, _ in shares[1.0]} == sung
+    assert all(len({gain for gain in gains if gain}) == sum(gain > 0 for gain in gains) for _, gains in shares[1.0])
+    assert 0.05 < torch.tensor([gains for _, gains in shares[1.0]]).eq(0).float().mean() < 0.15
+    with pytest.raises(ValueError, match=r"original=1\.5 must lie in \[0, 1\]"):
+        Remixer(pool, 4000, 1, original=1.5)
+
+
+def test_an_example_of_one_place_is_that_song_with_other_gains(pool: list[Song]) -> None:
+    by_name = {song.name: song for song in pool}
+    for mixture, target, names in islice(Remixer(pool, 8000, 1, original=1.0, gains=(1.0, 1.0), silence=0.0), 5):
+        name, place = names[0].split(" + ")[0].removesuffix(" s").split(" at ")
+        song, start = next(song for key, song in by_name.items() if key in name), round(float(place) * 8000)
+        torch.testing.assert_close(mixture[0], song.mixture[:, start : start + 8000], rtol=0, atol=1e-6)
+        assert torch.equal(target[0], song.vocals[:, start : start + 8000])
+
+
 def equal(one: Any, two: Any) -> bool:
     return torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
 
