@@ -343,13 +343,15 @@ def run_train(chosen: argparse.Namespace) -> int:
             )
             for step in bar:
                 bar.set_postfix(loss=f"{step.loss:.3f}", best="" if run.best is None else f"{run.best[0]:.2f} dB")
-    except (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError) as error:
         notes = getattr(error, "__notes__", [])  # a run that had begun says where it stopped
-        if isinstance(error, torch.OutOfMemoryError):
+        if short := out_of_memory(error):
             notes = [
                 *notes,
                 "take a smaller batch and accumulate more of them, or checkpointing; bsmamba2 cost counts it",
             ]
+        if isinstance(error, RuntimeError) and not short:  # nobody foresaw it
+            raise
         print(error, *notes, sep="\n", file=sys.stderr)
         return 1 if notes else 2
     except KeyboardInterrupt as error:

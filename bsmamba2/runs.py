@@ -117,7 +117,7 @@ class Run:
             RunError: when another process trains in the folder, or has trained there since this run was made.
             KeyboardInterrupt: after Ctrl-C or SIGTERM: the step is finished, a state saved, and the run
                 can be taken up again. A second Ctrl-C stops at once.
-            FloatingPointError, OSError, torch.OutOfMemoryError: as `Trainer.run`, the file system and the device
+            FloatingPointError, OSError, RuntimeError: as `Trainer.run`, the file system and a device short of memory
                 raise them, with a note that names the last good state.
         """
         started = time.monotonic()
@@ -136,7 +136,7 @@ class Run:
                     if leave and not last:
                         told = f"stopped after step {step.number}, saved in {self.folder}: start it again to go on"
                         raise KeyboardInterrupt(told)
-            except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+            except (FloatingPointError, OSError, RuntimeError) as error:
                 good = next(iter(self.states()), "none: the run did not get that far")
                 error.add_note(f"stopped after step {self.trainer.number}; last good state: {good}")
                 raise
