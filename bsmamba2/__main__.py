@@ -352,7 +352,7 @@ def run_train(chosen: argparse.Namespace) -> int:
             ]
         if isinstance(error, RuntimeError) and not short:  # nobody foresaw it
             raise
-        print(error, *notes, sep="\n", file=sys.stderr)
+        print(str(error) or "too little memory", *notes, sep="\n", file=sys.stderr)
         return 1 if notes else 2
     except KeyboardInterrupt as error:
         print(error or "stopped at once", file=sys.stderr)

@@ -24,6 +24,8 @@ import soundfile
 import torch
 from torch import Tensor
 
+from . import mp3
+
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".rf64", ".caf")
 """Names of files that a folder is searched for, in any case."""
 
@@ -92,23 +94,24 @@ class Reader:
             with self.path.open("rb") as raw:
                 if not raw.read(1):
                     raise AudioError(f"{self.path}: is empty, 0 bytes; {mend}")
+            counted = mp3.with_count(self.path)
         except FileNotFoundError as error:
             raise AudioError(f"{self.path}: does not exist; {mend}") from error
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be read ({_reason(error)}); change that, or leave it out") from error
-        try:
-            with self._quiet():
-                self._file = soundfile.SoundFile(_counted_mp3(self.path) or _openable(self.path))
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{self.path}: cannot be read as audio ({_reason(error)}); {mend}") from error
-        self.rate: int = self._file.samplerate
-        self.channels: int = self._file.channels
-        self.frames: int = self._file.frames
-        try:
+        with contextlib.ExitStack() as opened:
+            if counted is not None:
+                opened.callback(counted.close)
+            try:
+                with self._quiet():
+                    self._file = opened.enter_context(soundfile.SoundFile(counted or _openable(self.path)))
+            except soundfile.LibsndfileError as error:
+                raise AudioError(f"{self.path}: cannot be read as audio ({_reason(error)}); {mend}") from error
+            self.rate: int = self._file.samplerate
+            self.channels: int = self._file.channels
+            self.frames: int = self._file.frames
             self._check_head()
-        except BaseException:
-            self._file.close()
-            raise
+            self._close = opened.pop_all().close
 
     def _check_head(self) -> None:
         low, high = RATES
@@ -150,7 +153,7 @@ class Reader:
                 raise AudioError(f"{self.path}: holds NaN or infinite samples; repair or export it again")
             found += len(block)
             yield torch.from_numpy(block.T.copy())
-        # Of an MP3, what is cut out of its middle may take some frames with it.
+        # Decoders of MP3 begin late or leave out a frame or two where one says less than it should.
         if found < self.frames - (self.rate if self._file.format == "MP3" else 0):
             raise AudioError(
                 f"{self.path}: is damaged or cut short: {found / self.rate:.1f} of {self.frames / self.rate:.1f} s "
@@ -161,7 +164,7 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._close()
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -430,84 +433,6 @@ def _ogg_ends(path: Path) -> bool:
         tail = file.read()
     last = tail.rfind(b"OggS")
     return last >= 0 and len(tail) > last + 5 and bool(tail[last + 5] & 4)
-
-
-def _counted_mp3(path: Path) -> io.BytesIO | None:
-    """An MP3 that does not say how long it is, behind a frame that does; None for any other file.
-
-    Of such a file libsndfile believes its size, tags and pictures included, over that of its first frame: a song that
-    begins with rich frames would be cut. The count is that of Xing's header, which libmpg123 trusts.
-    """
-    if path.suffix.lower() != ".mp3":
-        return None
-    with path.open("rb") as file:
-        start = 0
-        while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:  # its size is four times seven bits
-            size = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-            start = file.seek(start + size + (20 if tag[5] & 0x10 else 10))
-        file.seek(start)
-        data = file.read(1 << 16)
-        start = _next_frame(data, 0, len(data))
-        if start < 0 or _tells_count(data[start:]):
-            return None
-        data = data[start:] + file.read()
-    head, count, at = int.from_bytes(data[:4], "big"), 0, 0
-    while at >= 0:
-        size = _frame_size(data, at)
-        if size:
-            count, at = count + 1, at + size
-        else:
-            at = _next_frame(data, at, at + 1024, head)
-    head = head & ~0xF200 | 0x1_E000  # the highest rate, no padding, no checksum
-    frame = bytearray(_frame_size(head.to_bytes(4, "big"), 0))
-    frame[:4], side = head.to_bytes(4, "big"), _side(head)
-    frame[4 + side : 16 + side] = b"Xing" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
-    return io.BytesIO(bytes(frame) + data)
-
-
-def _side(head: int) -> int:
-    """Bytes of side information behind the header of a Layer III frame."""
-    full, mono = head >> 19 & 3 == 3, head >> 6 & 3 == 3
-    return {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[full, mono]
-
-
-def _tells_count(frame: bytes) -> bool:
-    """Whether an MP3's first frame is one of those that tell how many there are."""
-    side = _side(int.from_bytes(frame[:4], "big"))
-    places = [frame[skip : skip + 4] for skip in (4 + side, 6 + side)]  # without and with a checksum
-    return b"Xing" in places or b"Info" in places or frame[36:40] == b"VBRI"
-
-
-_KBPS = (
-    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0),  # MPEG 2 and 2.5
-    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0),  # MPEG 1
-)
-
-
-def _frame_size(data: bytes, at: int) -> int:
-    """Bytes of the MPEG Layer III frame at a place; 0 where there is none, or one of free format."""
-    head = int.from_bytes(data[at : at + 4], "big")
-    version, layer, kbps, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
-    if head >> 21 != 0x7FF or version == 1 or layer != 1 or kbps in (0, 15) or rate == 3:
-        return 0
-    hertz = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
-    return (144_000 if version == 3 else 72_000) * _KBPS[version == 3][kbps] // hertz + (head >> 9 & 1)
-
-
-def _next_frame(data: bytes, start: int, end: int, like: int = 0) -> int:
-    """Where the next frame begins before `end` that another follows, or the data's end; −1 when there is none.
-
-    With `like`, a header, both are of its version, layer and rate.
-    """
-    kind = 0xFFFE_0C00
-    while (start := data.find(b"\xff", start, end)) >= 0:
-        head, size = int.from_bytes(data[start : start + 4], "big") & kind, _frame_size(data, start)
-        after = start + size
-        follows = after == len(data) or int.from_bytes(data[after : after + 4], "big") & kind == head
-        if size and follows and (not like or head == like & kind):
-            return start
-        start += 1
-    return -1
 
 
 def songs_in(folder: str | os.PathLike[str], *, without: Iterable[Path] = ()) -> tuple[list[Path], list[AudioError]]:

@@ -101,8 +101,8 @@ def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
 class Remixer:
     """An endless, seeded supply of training batches from a list of songs.
 
-    For every example and each stem independently: a window drawn uniformly from all salient windows of
-    that stem in all songs, replaced by zeros with probability `silence`, times a gain uniform in
+    For every example and each stem independently (but for `original`): a window drawn uniformly from all salient
+    windows of that stem in all songs, replaced by zeros with probability `silence`, times a gain uniform in
     `gains`. The mixture is the sum; the target is the first stem as it stands in that sum.
 
     Args:

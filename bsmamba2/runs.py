@@ -117,8 +117,8 @@ class Run:
             RunError: when another process trains in the folder, or has trained there since this run was made.
             KeyboardInterrupt: after Ctrl-C or SIGTERM: the step is finished, a state saved, and the run
                 can be taken up again. A second Ctrl-C stops at once.
-            FloatingPointError, OSError, RuntimeError: as `Trainer.run`, the file system and a device short of memory
-                raise them, with a note that names the last good state.
+            FloatingPointError, OSError, RuntimeError, MemoryError: as `Trainer.run`, the file system and a device
+                short of memory raise them, with a note that names the last good state.
         """
         started = time.monotonic()
         with self._alone(), _asked_to_stop() as stop, self._log_to_append() as write:
@@ -136,7 +136,7 @@ class Run:
                     if leave and not last:
                         told = f"stopped after step {step.number}, saved in {self.folder}: start it again to go on"
                         raise KeyboardInterrupt(told)
-            except (FloatingPointError, OSError, RuntimeError) as error:
+            except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
                 good = next(iter(self.states()), "none: the run did not get that far")
                 error.add_note(f"stopped after step {self.trainer.number}; last good state: {good}")
                 raise
@@ -184,7 +184,7 @@ class Run:
         if payload is None:
             return
         state = _load(payload)
-        there = json.loads(state["settings"])
+        there = {"original_mixes": 0.0, "soundfont_share": 1.0} | json.loads(state["settings"])  # before they had names
         told = [  # an older run may know fewer
             f"{name}={there[name]!r}, now {self.settings[name]!r}"
             for name in sorted(there.keys() & self.settings.keys())

@@ -184,7 +184,7 @@ def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, number: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "RuntimeError", "allocator"])
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "RuntimeError", "MemoryError", "allocator"])
 def test_a_run_that_fails_ends_though_processes_read_ahead(tmp_path: Path, error: str) -> None:
     """Whoever holds on to the error holds on to them: they must end when their parent does."""
     flags = (
@@ -305,6 +305,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert [step.number for step in longer.steps(noise())] == [7, 8]
     older = begin(tmp_path, steps=8, settings={"seed": 1, "songs": [1, 2], "variety": 0.5})  # did not know of it
     assert older.settings["variety"] == 0.5
+    with pytest.raises(RunError, match=r"original_mixes=0\.0, now 0\.5"):  # there were none before they had a name
+        begin(tmp_path, steps=8, settings={"original_mixes": 0.5})
     with pytest.raises(RunError, match="save_every=0"):
         begin(tmp_path, save_every=0)
 

@@ -25,10 +25,10 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from bsmamba2 import BSMamba2, checkpoints, dual_path, save_checkpoint
+from bsmamba2 import BSMamba2, checkpoints, dual_path, mp3, save_checkpoint
 from bsmamba2 import __main__ as command_line
 from bsmamba2.__main__ import main
-from bsmamba2.audio import AudioError, Results, _counted_mp3, _Sink, read, write
+from bsmamba2.audio import AudioError, Results, _Sink, read, write
 from bsmamba2.resample import resample
 from bsmamba2.separate import between_frames, join_channels, separate, separate_blocks, separate_file, split_channels
 from bsmamba2.spectrogram import istft, istft_blocks, stft, stft_blocks
@@ -806,6 +806,16 @@ def uncounted_mp3(path: Path, seconds: float, rate: int, channels: int, level: f
     return data if told < 0 else data[data.index(data[:2], told) :]
 
 
+def tag_frame(song: bytes, tag: bytes, at: int = 0) -> bytes:
+    """A frame like the first of a song, silent, with a tag where encoders write one."""
+    head = int.from_bytes(song[:4], "big")
+    frame = bytearray(song[: mp3.frame_size(song)])
+    frame[4:] = bytes(len(frame) - 4)
+    at = at or 4 + mp3.side(head)
+    frame[at : at + len(tag)] = tag
+    return bytes(frame)
+
+
 @pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (48_000, 1), (22_050, 2), (16_000, 1), (8_000, 2)])
 def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path: Path, rate: int, channels: int) -> None:
     """Its size tells little: rich frames may come first, or last, and pictures beside them."""
@@ -821,6 +831,10 @@ def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path: Path,
         (picture + rich, 2),
         (picture + picture + rich + b"APETAGEX" + bytes(99) + b"TAG" + bytes(125), 2),
         (rich + bytes(500) + poor, 8),
+        (rich + picture + poor, 8),
+        (tag_frame(rich, b"VBRI", 36) + rich + poor, 8),
+        (tag_frame(rich, b"Xing") + rich + poor, 8),
+        (tag_frame(rich, b"Info" + bytes(3) + b"\x01" + bytes(4)) + rich + poor, 8),
     ):
         told.write_bytes(data)
         found, found_rate = read(told)
@@ -829,13 +843,29 @@ def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path: Path,
         if data is rich:  # the encoder's delay is not cut off: nothing tells it
             late = [found[:, i : i + rate] for i in range(4000)]
             assert min((one - expected[:, :rate]).abs().max().item() for one in late) < 1e-4
+    told.write_bytes(rich + bytes(5000) + poor)
+    with pytest.raises(AudioError, match="damaged or cut short"):
+        read(told)
+    for other in (tmp_path / "song.mpga", tmp_path / "song"):  # whatever it is called
+        other.write_bytes(rich + poor)
+        assert read(other)[0].shape[1] / rate > 7.9
+
+
+def test_what_is_no_mp3_is_not_taken_for_one(tmp_path: Path) -> None:
+    frames = b"\xff\xfb\x90" * 9000
+    soundfile.write(tmp_path / "whole.wav", np.zeros((9000, 1)), 44_100, subtype="PCM_24")
+    whole = (tmp_path / "whole.wav").read_bytes()
+    path = with_bytes(tmp_path / "song.mp3", whole[: -len(frames)] + frames)
+    assert read(path)[0].shape == (1, 9000)
+    assert mp3.with_count(with_bytes(tmp_path / "junk.mp3", b"\xff" * 300_000)) is None
+    assert mp3.with_count(with_bytes(tmp_path / "tags.mp3", (b"ID3\4" + bytes(6)) * 9000)) is None
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
 def test_an_mp3_that_tells_its_length_is_left_to_its_decoder(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "song.mp3"
     soundfile.write(path, np.zeros((9000, 2)), 44_100, compression_level=0.3, bitrate_mode=mode)
-    assert _counted_mp3(path) is None
+    assert mp3.with_count(path) is None
     assert read(path)[0].shape == (2, 9000)
 
 
