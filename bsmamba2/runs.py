@@ -184,11 +184,12 @@ class Run:
         if payload is None:
             return
         state = _load(payload)
-        there = {"original_mixes": 0.0, "soundfont_share": 1.0} | json.loads(state["settings"])  # before they had names
-        told = [  # an older run may know fewer
-            f"{name}={there[name]!r}, now {self.settings[name]!r}"
-            for name in sorted(there.keys() & self.settings.keys())
-            if there[name] != self.settings[name]
+        there = json.loads(state["settings"])  # an older run may know fewer; some were so before they had names
+        known = {"original_mixes": 0.0, "soundfont_share": 1.0, **there}
+        told = [
+            f"{name}={known[name]!r}, now {self.settings[name]!r}"
+            for name in sorted(known.keys() & self.settings.keys())
+            if known[name] != self.settings[name]
         ]
         if told:
             raise RunError(
