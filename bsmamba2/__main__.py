@@ -334,7 +334,7 @@ def run_train(chosen: argparse.Namespace) -> int:
     try:
         given = read_parameters(chosen.params) if "params" in chosen else {}
         recipe = Recipe.from_mapping({**given, **values})
-        with together(recipe.device) as device:
+        with memory_told(), together(recipe.device) as device:
             windows = recipe.windows(partial(tqdm, desc="looking for activity", unit="file"))
             run, batches = recipe.start(*windows, device), recipe.batches(windows[0])
             done = run.trainer.number
@@ -343,15 +343,13 @@ def run_train(chosen: argparse.Namespace) -> int:
             )
             for step in bar:
                 bar.set_postfix(loss=f"{step.loss:.3f}", best="" if run.best is None else f"{run.best[0]:.2f} dB")
-    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         notes = getattr(error, "__notes__", [])  # a run that had begun says where it stopped
-        if short := out_of_memory(error):
+        if isinstance(error, MemoryError):
             notes = [
                 *notes,
                 "take a smaller batch and accumulate more of them, or checkpointing; bsmamba2 cost counts it",
             ]
-        if isinstance(error, RuntimeError) and not short:  # nobody foresaw it
-            raise
         print(str(error) or "too little memory", *notes, sep="\n", file=sys.stderr)
         return 1 if notes else 2
     except KeyboardInterrupt as error:
@@ -514,12 +512,15 @@ def name(error: Exception, subject: Path) -> str:
 
 @contextmanager
 def memory_told() -> Iterator[None]:
-    """Too little memory, for which torch has other errors on a CPU and on a GPU, becomes Python's own."""
+    """Too little memory, in whatever words torch has it, becomes Python's own, its notes kept."""
     try:
         yield
     except RuntimeError as error:
         if out_of_memory(error):
-            raise MemoryError(str(error)) from error
+            short = MemoryError(str(error))
+            for note in getattr(error, "__notes__", []):
+                short.add_note(note)
+            raise short from error
         raise
 
 
