@@ -64,6 +64,7 @@ class Recipe:
     variety: float = _parameter(0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)")
     soundfont: str = _parameter("", "file of a sound font, whose recorded instruments play in synthesised songs")
     soundfont_share: float = _parameter(1.0, "share of these songs in which it plays")
+    clean_share: float = _parameter(0.0, "share of the synthesised songs with neither variety nor sound font")
     original_mixes: float = _parameter(
         0.0, "share of examples whose stems are of one song and place; published: none, each stem from any"
     )
@@ -116,7 +117,7 @@ class Recipe:
         for name in ("seconds_per_song", "segment"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
-        for name in ("variety", "soundfont_share", "original_mixes"):
+        for name in ("variety", "soundfont_share", "clean_share", "original_mixes"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1]")
         if self.faulty not in ("stop", "skip"):
@@ -174,6 +175,7 @@ class Recipe:
                     variety=self.variety,
                     soundfont=self.soundfont,
                     soundfont_share=self.soundfont_share,
+                    clean_share=self.clean_share,
                     sample_rate=config.sample_rate,
                 )
                 for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
@@ -225,9 +227,8 @@ class Recipe:
             "validation": len(validation.windows),
         }
         if self.data == "songs":
-            settings |= {
-                name: getattr(self, name) for name in ("songs", "seconds_per_song", "held_out_songs", "variety")
-            }
+            asked = ("songs", "seconds_per_song", "held_out_songs", "variety", "clean_share")
+            settings |= {name: getattr(self, name) for name in asked}
             settings["soundfont"] = Path(self.soundfont).name
             if self.soundfont:
                 settings["soundfont_share"] = self.soundfont_share
@@ -241,6 +242,7 @@ class Recipe:
             folder,
             Trainer(model.to(device or "cpu"), self.train_config),
             settings=settings,
+            defaults={name: _default(name) for name in settings if name in self.names()},
             validate=validation,
             save_every=self.save_every,
             validate_every=self.validate_every,

@@ -56,6 +56,7 @@ class Run:
         trainer: just made. Its model and configuration must be those that the run was started with.
         settings: whatever else must not change when the run is taken up again, the data's parameters and
             seed for example: names and values that JSON can hold.
+        defaults: of settings that came later than some runs did: what these were, without the name.
         validate: scores the averaged model, uSDR in dB or anything else that grows when it gets better.
         save_every: steps between two states.
         validate_every: steps between two validations.
@@ -77,6 +78,7 @@ class Run:
         trainer: Trainer,
         *,
         settings: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         validate: Callable[[BSMamba2], float] | None = None,
         save_every: int = 100,
         validate_every: int = 100,
@@ -89,6 +91,7 @@ class Run:
         self.folder, self.trainer, self.validate = folder, trainer, validate
         self.save_every, self.validate_every, self.checkpoints = save_every, validate_every, checkpoints
         self.settings = json.loads(json.dumps({**(settings or {}), "processes": world()}))
+        self.defaults = json.loads(json.dumps(dict(defaults or {})))
         self.best: tuple[float, int] | None = None
         self.damaged: list[Path] = []
         self.writer = rank() == 0
@@ -184,8 +187,8 @@ class Run:
         if payload is None:
             return
         state = _load(payload)
-        there = json.loads(state["settings"])  # an older run may know fewer; some were so before they had names
-        known = {"original_mixes": 0.0, "soundfont_share": 1.0, **there}
+        there = json.loads(state["settings"])  # an older run may know fewer
+        known = self.defaults | there
         told = [
             f"{name}={known[name]!r}, now {self.settings[name]!r}"
             for name in sorted(known.keys() & self.settings.keys())

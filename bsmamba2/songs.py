@@ -178,14 +178,16 @@ def songs(
     sample_rate: int = SAMPLE_RATE,
     soundfont: str | Path = "",
     soundfont_share: float = 1.0,
+    clean_share: float = 0.0,
     first: int = 0,
     every: int = 1,
 ) -> list[Song]:
     """Make `count` different songs, with the occupancy and, up to `variety`, the variety drawn per song.
 
     One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  A sound font
-    plays in each with probability `soundfont_share`.  Song i depends on `seed` and i alone, so a longer list begins
-    with the shorter one.  A 6 s song takes 8.5 MB.  Of the `count` songs only number `first` and every `every`-th
+    plays in each with probability `soundfont_share`.  With probability `clean_share` a song has neither variety nor
+    sound font.  Song i depends on `seed` and i alone, so a longer list begins with the shorter one.  A 6 s song takes
+    8.5 MB.  Of the `count` songs only number `first` and every `every`-th
     after it are made, where many share the work.
 
     Raises ValueError for a count or seed below 0 or a share outside [0, 1], and as `synthesise` does.
@@ -194,12 +196,14 @@ def songs(
         raise ValueError(f"count is {count!r}; give an integer of at least 0")
     if seed < 0:
         raise ValueError(f"seed is {seed!r}; give an integer of at least 0")
-    if not 0.0 <= soundfont_share <= 1.0:
-        raise ValueError(f"soundfont_share is {soundfont_share!r}; give a number between 0 and 1")
+    for name, share in (("soundfont_share", soundfont_share), ("clean_share", clean_share)):
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name} is {share!r}; give a number between 0 and 1")
     made = []
     for i in range(first, count, every):
         sequence = np.random.SeedSequence([seed, i])
-        kind, share, varied, recorded = np.random.default_rng(sequence).random(4)
+        kind, share, varied, recorded, clean = np.random.default_rng(sequence).random(5)
+        plain = clean < clean_share
         occupancy = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 else round(0.3 + 0.6 * share, 3)
         song_seed = int(sequence.generate_state(2)[1])
         made.append(
@@ -207,9 +211,9 @@ def songs(
                 song_seed,
                 seconds=seconds,
                 occupancy=occupancy,
-                variety=round(varied * variety, 3),
+                variety=0.0 if plain else round(varied * variety, 3),
                 sample_rate=sample_rate,
-                soundfont=soundfont if recorded < soundfont_share else "",
+                soundfont=soundfont if recorded < soundfont_share and not plain else "",
             )
         )
     return made

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import loops
+from .config import ModelConfig
 from .losses import WINDOWS, bsmamba2_loss, snr_loss
 from .model import BSMamba2
 from .processes import gather, total, world
@@ -273,12 +274,13 @@ class Trainer:
                 are no other configuration where the schedule is constant or a trapezoid, and to `compile` or
                 not is none: the machine may be another.
         """
-        for kind, here in (
-            ("model_config", json.loads(self.model.config.to_json())),
-            ("train_config", json.loads(json.dumps(dataclasses.asdict(self.config)))),
+        for kind, config, default in (
+            ("model_config", self.model.config, ModelConfig()),
+            ("train_config", self.config, TrainConfig(steps=1)),
         ):
-            # All there was, before they had names.
-            there = {"optimiser": "adamw", "loss": "published", **json.loads(state[kind])}
+            # A parameter has as its default what was done before it had a name.
+            here, before = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (config, default))
+            there = before | json.loads(state[kind])
             free = {"compile"} if self.config.schedule == "cosine" else {"compile", "steps"}
             told = [f"{k}={there.get(k)!r}, now {v!r}" for k, v in here.items() if k not in free and there.get(k) != v]
             if told:

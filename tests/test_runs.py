@@ -305,8 +305,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert [step.number for step in longer.steps(noise())] == [7, 8]
     older = begin(tmp_path, steps=8, settings={"seed": 1, "songs": [1, 2], "variety": 0.5})  # did not know of it
     assert older.settings["variety"] == 0.5
-    with pytest.raises(RunError, match=r"original_mixes=0\.0, now 0\.5"):  # there were none before they had a name
-        begin(tmp_path, steps=8, settings={"original_mixes": 0.5})
+    with pytest.raises(RunError, match=r"mixes=0\.0, now 0\.5"):  # there were none before they had a name
+        begin(tmp_path, steps=8, settings={"mixes": 0.5}, defaults={"mixes": 0.0})
+    begin(tmp_path, steps=8, settings={"mixes": 0.0}, defaults={"mixes": 0.0})
     with pytest.raises(RunError, match="save_every=0"):
         begin(tmp_path, save_every=0)
 

@@ -221,6 +221,21 @@ def test_a_font_plays_in_as_many_songs_as_asked(played: Path) -> None:
         songs.songs(1, soundfont_share=-1)
 
 
+def test_clean_songs_are_those_without_variety_and_font(played: Path) -> None:
+    def made(share: float, **how: Any) -> list[songs.Song]:
+        return songs.songs(40, seed=3, seconds=0.5, sample_rate=8_000, clean_share=share, **how)
+
+    rich = {"variety": 1.0, "soundfont": played}
+    some, none, plain = made(0.3, **rich), made(0.0, **rich), made(0.0)
+    clean = ["variety=0.0" in song.source for song in some]
+    assert 6 < sum(clean) < 20
+    for song, kind, other, simple in zip(some, clean, none, plain, strict=True):
+        assert torch.equal(song.stems, (simple if kind else other).stems)
+        assert ("soundfont" in song.source) is not kind
+    with pytest.raises(ValueError, match="clean_share is 2"):
+        songs.songs(1, clean_share=2)
+
+
 def test_programs_are_general_midis_and_none_is_a_voice() -> None:
     programs = {program for family in songs.PROGRAMS.values() for program in family}
     assert all(0 <= program < 128 for program in programs)

@@ -344,6 +344,7 @@ def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seed": -1}, "seed=-1"),
         ({"original_mixes": 1.5}, "original_mixes=1.5 must lie in"),
         ({"soundfont_share": -0.5}, "soundfont_share=-0.5 must lie in"),
+        ({"clean_share": 1.1}, "clean_share=1.1 must lie in"),
         ({"stems": "vocals"}, "stems='vocals' must be a list"),
         ({"stems": ["drums", "vocals"]}, "are those of a folder"),
     ],
