@@ -18,9 +18,11 @@ from notebook_cells import check_parameters
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.__main__ import main
 from bsmamba2.bands import generate_bands
+from bsmamba2.checkpoints import SHIPPED
+from bsmamba2.evaluate import score
 from bsmamba2.recipe import Recipe
 from bsmamba2.runs import RunError
-from bsmamba2.songs import STEMS, songs
+from bsmamba2.songs import STEMS, excerpt, songs
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"songs": 3, "held_out_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
@@ -196,6 +198,40 @@ def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
         assert "nothing below was run on a GPU" in outputs
     assert outputs.count("image/png") == 1
     assert "1 s against 0.25 s" in outputs
+
+
+@pytest.mark.slow
+def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> None:
+    tiny = {**SHORT, "layers": 1, "dim": 16, "loss": "snr", "validate_every": 1, "validation_windows": 1}
+    recipe = Recipe.from_mapping({**tiny, "output_dir": str(tmp_path / "trained")})
+    windows = recipe.windows()
+    steps = list(recipe.start(*windows).steps(recipe.batches(windows[0])))
+    (tmp_path / "recipe.json").write_text(json.dumps(tiny))
+    parameters: dict[str, Any] = {"run": str(tmp_path / "trained"), "params": str(tmp_path / "recipe.json")}
+    few = {"songs": 4, "songs_by_occupancy": 1, "before": [str(SHIPPED.with_suffix(".json"))]}
+    done = papermill(tmp_path, "ship", few, **parameters)
+    assert done.returncode == 0, done.stderr
+    made, card = tmp_path / "run" / "small.safetensors", json.loads((tmp_path / "run" / "small.json").read_text())
+    trained = load_checkpoint(tmp_path / "trained" / "last.safetensors")
+    for whole, half in zip(trained.parameters(), load_checkpoint(made).parameters(), strict=True):
+        torch.testing.assert_close(half, whole.half().float(), atol=0.0, rtol=0.0)
+    old = json.loads(SHIPPED.with_suffix(".json").read_text())
+    assert card["steps"] == old["steps"] + 2
+    assert [row["steps"] for row in card["earlier"]] == [row["steps"] for row in old["earlier"]] + [old["steps"]]
+    assert card["earlier"][-1]["clean"] == old["usdr"]["0"]["model"]
+    assert card["loss"]["published"] == old["loss"]["published"]
+    assert card["validation"][: len(old["validation"])] == old["validation"]
+    assert [number for number, _ in card["validation"][-2:]] == [old["steps"] + step.number for step in steps]
+    assert card["parameters"] == tiny
+    assert card["weights"] == sum(p.numel() for p in trained.parameters())
+    assert card["real"]["model"] == pytest.approx(score(load_checkpoint(made), excerpt()).model, abs=0.01)
+    assert [row["occupancy"] for row in card["by_occupancy"]] == [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
+    kept = made.read_bytes()
+    again = papermill(tmp_path, "ship", {**few, "before": [str(tmp_path / "run" / "small.json")]}, **parameters)
+    assert again.returncode != 0
+    assert "counts" in again.stderr
+    assert made.read_bytes() == kept
+    assert json.loads((tmp_path / "run" / "small.json").read_text()) == card
 
 
 def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
