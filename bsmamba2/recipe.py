@@ -35,6 +35,9 @@ from .songs import STEMS, Song, songs
 from .tracks import DataError, Progress, cache_of, musdb_sample, open_folder, scan
 from .train import TrainConfig, Trainer
 
+HELD_OUT = 1_000_000
+"""How far the seed of the synthesised songs for validation lies from that of the songs to learn from."""
+
 
 def _parameter(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -155,6 +158,16 @@ class Recipe:
         return TrainConfig(**{one.name: getattr(self, one.name) for one in dataclasses.fields(TrainConfig)})
 
     @property
+    def song_settings(self) -> dict[str, Any]:
+        """How its songs are synthesised: what `songs.songs` takes besides their number and their seed.
+
+        The seed is `seed` for those to learn from, and `seed + HELD_OUT` for the others.
+        """
+        names = ("variety", "soundfont", "soundfont_share", "clean_share")
+        rate = self.model_config.sample_rate
+        return {"seconds": self.seconds_per_song, "sample_rate": rate} | {name: getattr(self, name) for name in names}
+
+    @property
     def samples(self) -> int:
         """Length of a training example."""
         return round(self.segment * self.model_config.sample_rate)
@@ -168,17 +181,8 @@ class Recipe:
         config = self.model_config
         if self.data == "songs":
             parts = [
-                shared_songs(
-                    count,
-                    seed=seed,
-                    seconds=self.seconds_per_song,
-                    variety=self.variety,
-                    soundfont=self.soundfont,
-                    soundfont_share=self.soundfont_share,
-                    clean_share=self.clean_share,
-                    sample_rate=config.sample_rate,
-                )
-                for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + 1_000_000))
+                shared_songs(count, seed=seed, **self.song_settings)
+                for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + HELD_OUT))
             ]
             return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)
         if self.data == "musdb-sample":

@@ -20,7 +20,7 @@ from bsmamba2.__main__ import main
 from bsmamba2.bands import generate_bands
 from bsmamba2.checkpoints import SHIPPED
 from bsmamba2.evaluate import score
-from bsmamba2.recipe import Recipe
+from bsmamba2.recipe import HELD_OUT, Recipe
 from bsmamba2.runs import RunError
 from bsmamba2.songs import STEMS, excerpt, songs
 
@@ -226,6 +226,17 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
     assert card["weights"] == sum(p.numel() for p in trained.parameters())
     assert card["real"]["model"] == pytest.approx(score(load_checkpoint(made), excerpt()).model, abs=0.01)
     assert [row["occupancy"] for row in card["by_occupancy"]] == [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
+    learned, alike = card["by_heart"]
+    assert (learned["kind"], alike["kind"]) == ("learned from", "drawn alike")
+    heard = [song for song in songs(3, seed=recipe.seed, **recipe.song_settings) if song.sung]
+    scores = [score(load_checkpoint(made), song).model for song in heard]
+    assert learned["songs"] == len(heard)
+    assert {song.name for song, _ in windows[0][0]} == {song.name for song in heard}
+    assert alike["songs"] == len(
+        [song for song in songs(4, seed=recipe.seed + HELD_OUT, **recipe.song_settings) if song.sung]
+    )
+    assert learned["model"] == pytest.approx(sum(scores) / len(scores), abs=0.01)
+    assert learned["began with"] > learned["model"] + 3  # what ships is better than a run of two steps
     kept = made.read_bytes()
     again = papermill(tmp_path, "ship", {**few, "before": [str(tmp_path / "run" / "small.json")]}, **parameters)
     assert again.returncode != 0
