@@ -202,7 +202,7 @@ def songs(
     made = []
     for i in range(first, count, every):
         sequence = np.random.SeedSequence([seed, i])
-        kind, share, varied, recorded, clean = np.random.default_rng(sequence).random(5)
+        kind, share, varied, recorded, clean = np.random.default_rng(sequence).random(5).tolist()
         plain = clean < clean_share
         occupancy = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 else round(0.3 + 0.6 * share, 3)
         song_seed = int(sequence.generate_state(2)[1])

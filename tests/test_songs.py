@@ -388,6 +388,12 @@ def test_some_varied_voices_are_dull_and_clean_ones_as_they_were() -> None:
     assert sum(abs(one) < 0.01 for one in lost) >= 2
 
 
+def test_a_song_says_how_to_make_it_again() -> None:
+    (song,) = songs.songs(1, seed=4, seconds=0.5, variety=1.0, sample_rate=8_000)
+    again = eval(song.source, {"synthesise": songs.synthesise})  # plain numbers, whichever NumPy printed them
+    assert torch.equal(again.stems, song.stems)
+
+
 def test_a_share_of_the_songs_is_the_same_songs() -> None:
     options = {"seed": 3, "seconds": 1.0, "sample_rate": 8_000}
     whole = songs.songs(5, **options)  # type: ignore[arg-type]
