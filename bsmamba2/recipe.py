@@ -37,6 +37,8 @@ from .train import TrainConfig, Trainer
 
 HELD_OUT = 1_000_000
 """How far the seed of the synthesised songs for validation lies from that of the songs to learn from."""
+LATER = ("original_mixes", "soundfont_share", "clean_share")
+"""Parameters that runs recorded as soon as there were any: where a run has none, it was started with the default."""
 
 
 def _parameter(default: Any, text: str) -> Any:
@@ -246,7 +248,7 @@ class Recipe:
             folder,
             Trainer(model.to(device or "cpu"), self.train_config),
             settings=settings,
-            defaults={name: _default(name) for name in settings if name in self.names()},
+            defaults={name: _default(name) for name in LATER},
             validate=validation,
             save_every=self.save_every,
             validate_every=self.validate_every,

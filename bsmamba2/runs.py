@@ -56,7 +56,7 @@ class Run:
         trainer: just made. Its model and configuration must be those that the run was started with.
         settings: whatever else must not change when the run is taken up again, the data's parameters and
             seed for example: names and values that JSON can hold.
-        defaults: of settings that came later than some runs did: what these were, without the name.
+        defaults: of settings that some runs were too old to have: what all of these did.
         validate: scores the averaged model, uSDR in dB or anything else that grows when it gets better.
         save_every: steps between two states.
         validate_every: steps between two validations.

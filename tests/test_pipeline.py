@@ -262,6 +262,18 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
     assert mixed.batches(windows[0]).original == 1.0
     with pytest.raises(RunError, match="original_mixes="):
         mixed.start(*windows)
+    (state,) = (tmp_path / "run").glob("state-*.pt")
+    older = torch.load(state, weights_only=True)  # without the names that came later, and the variety not written down
+    unnamed = {"original_mixes", "soundfont_share", "clean_share", "variety"}
+    settings = {name: value for name, value in json.loads(older["settings"]).items() if name not in unnamed}
+    torch.save({**older, "settings": json.dumps(settings)}, state)
+    with pytest.raises(RunError, match=r"original_mixes=0\.0, now 0\.5"):
+        dataclasses.replace(recipe, original_mixes=0.5).start(*windows)
+    with pytest.raises(RunError, match=r"clean_share=0\.0, now 0\.5"):
+        dataclasses.replace(recipe, clean_share=0.5).start(*windows)
+    with pytest.raises(RunError, match=r"soundfont_share=1\.0, now 0\.5"):
+        dataclasses.replace(recipe, soundfont="any.sf2", soundfont_share=0.5).start(*windows)
+    assert dataclasses.replace(recipe, variety=1.0).start(*windows).settings["variety"] == 1.0
     with pytest.raises(ValueError, match="another size"):
         dataclasses.replace(recipe, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
     with pytest.raises(FileNotFoundError):
