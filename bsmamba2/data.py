@@ -1,6 +1,6 @@
 """Training examples: stems of different songs, each with its own gain, sometimes none, summed.
 
-songs → salient windows per stem → random windows → gain, silence → mixture and target
+songs → salient windows per stem → random windows → (changes) → gain, silence → mixture and target
 
 Songs lie in memory (`bsmamba2.songs`) or in files (`bsmamba2.tracks`).
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .augment import Change
 from .metrics import usdr
 from .model import BSMamba2
 from .processes import gather, rank, world
@@ -101,8 +102,8 @@ def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
 class Remixer:
     """An endless, seeded supply of training batches from a list of songs.
 
-    For every example and each stem independently (but for `original`): a window drawn uniformly from all salient
-    windows of that stem in all songs, replaced by zeros with probability `silence`, times a gain uniform in
+    For every example and each stem independently (but for `original` and `augment`): a window drawn uniformly from all
+    salient windows of that stem in all songs, replaced by zeros with probability `silence`, times a gain uniform in
     `gains`. The mixture is the sum; the target is the first stem as it stands in that sum.
 
     Args:
@@ -115,9 +116,11 @@ class Remixer:
         original: probability that an example's stems are all of the song and place that were drawn for the target,
             so in one key and time; silence and gains stay each stem's own. Differs from the published model, which
             has none of these: 0.
+        augment: probability that an example's stems are changed in speed, spectrum, sides and more (`augment.Change`)
+            before their gain. Differs from the published model, which changes none: 0.
 
     Raises:
-        ValueError: when a stem has no salient window in any song, or `original` is no probability.
+        ValueError: when a stem has no salient window in any song, or `original` or `augment` is no probability.
     """
 
     def __init__(
@@ -130,12 +133,14 @@ class Remixer:
         silence: float = 0.1,
         gains: tuple[float, float] = (0.5, 1.5),
         original: float = 0.0,
+        augment: float = 0.0,
     ) -> None:
         if not songs:
             raise ValueError("there is no song to draw from")
-        if not 0 <= original <= 1:
-            raise ValueError(f"original={original!r} must lie in [0, 1]")
-        self.original = original
+        for name, share in (("original", original), ("augment", augment)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share!r} must lie in [0, 1]")
+        self.original, self.augment = original, augment
         self.samples, self.batch, self.seed, self.silence, self.gains = samples, batch, seed, silence, gains
         known = isinstance(songs[0], Sequence)
         self.windows = cast(Windows, songs) if known else find_windows(cast(Sequence[Track], songs), samples)
@@ -154,29 +159,46 @@ class Remixer:
         for _ in range(count * self.batch):
             self.draw(self.generator)
 
-    def draw(self, generator: torch.Generator) -> list[tuple[Track, int, float]]:
-        """What one example is made of: for every stem a track, a first sample, and a gain, zero for silence."""
+    def draw(self, generator: torch.Generator) -> tuple[list[tuple[Track, int, float]], Change | None]:
+        """What one example is made of: for every stem a track, a first sample, and a gain, zero for silence.
+
+        And how its stems are changed, if they are.
+        """
         low, high = self.gains
         drawn = []
         for windows in self.windows:
             track, start = windows[int(torch.randint(len(windows), (), generator=generator))]
             absent, gain = torch.rand(2, generator=generator).tolist()
             drawn.append((track, start, 0.0 if absent < self.silence else low + (high - low) * gain))
-        if self.original and float(torch.rand((), generator=generator)) < self.original:
+        original = bool(self.original) and float(torch.rand((), generator=generator)) < self.original
+        if original:
             track, start, _ = drawn[0]
             drawn = [(track, start, gain) for *_, gain in drawn]
-        return drawn
+        if not self.augment or float(torch.rand((), generator=generator)) >= self.augment:
+            return drawn, None
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return drawn, Change(seed, len(drawn), together=original)
 
     def example(self, generator: torch.Generator) -> Example:
         """One mixture, its target, and where its stems are from."""
-        drawn = self.draw(generator)
-        parts = [track.read(stem, start, self.samples) * gain for stem, (track, start, gain) in enumerate(drawn)]
+        drawn, change = self.draw(generator)
+        lengths = [self.samples] * len(drawn) if change is None else change.lengths(self.samples)
+        places = []  # where a track ends in what is to be sped up, it is read from earlier on, or is read whole
+        for (track, start, _), length in zip(drawn, lengths, strict=True):
+            length = min(length, track.samples)
+            places.append((track, min(start, track.samples - length), length))
+        parts = [track.read(stem, start, length) for stem, (track, start, length) in enumerate(places)]
+        if change is not None:
+            parts = change(parts, self.samples, drawn[0][0].sample_rate)
+        gains = [gain for *_, gain in drawn]
+        parts = [part * gain for part, gain in zip(parts, gains, strict=True)]
         heard = [
             f"{track.label(stem)} at {start / track.sample_rate:.2f} s"
-            for stem, (track, start, gain) in enumerate(drawn)
-            if gain
+            for stem, (track, start, _) in enumerate(places)
+            if gains[stem]
         ]
-        return torch.stack(parts).sum(0), parts[0], " + ".join(heard) or "silence"
+        named = " + ".join(heard) or "silence"
+        return torch.stack(parts).sum(0), parts[0], named if change is None else f"{named}, changed"
 
 
 class Loader:

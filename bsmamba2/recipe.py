@@ -15,7 +15,8 @@ import shutil
 import tempfile
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ from .train import TrainConfig, Trainer
 
 HELD_OUT = 1_000_000
 """How far the seed of the synthesised songs for validation lies from that of the songs to learn from."""
-LATER = ("original_mixes", "soundfont_share", "clean_share")
+_RECORDED = ("preset", "seed", "segment", "batch", "original_mixes", "augment")
+_AT_A_TIME = 16
+"""Songs that a process holds while it writes them to a file; a heap may keep for good what it once had."""
+LATER = ("original_mixes", "soundfont_share", "clean_share", "augment")
 """Parameters that runs recorded as soon as there were any: where a run has none, it was started with the default."""
 
 
@@ -73,6 +77,7 @@ class Recipe:
     original_mixes: float = _parameter(
         0.0, "share of examples whose stems are of one song and place; published: none, each stem from any"
     )
+    augment: float = _parameter(0.0, "share of examples whose stems change in speed, spectrum, sides; published: none")
     segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
     accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
@@ -122,7 +127,7 @@ class Recipe:
         for name in ("seconds_per_song", "segment"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
-        for name in ("variety", "soundfont_share", "clean_share", "original_mixes"):
+        for name in ("variety", "soundfont_share", "clean_share", "original_mixes", "augment"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1]")
         if self.faulty not in ("stop", "skip"):
@@ -213,7 +218,9 @@ class Recipe:
 
     def batches(self, training: Windows) -> Remixer | Loader:
         """The supply of examples: one stream of random numbers, or by number for workers and many processes."""
-        remixer = Remixer(training, self.samples, self.batch, seed=self.seed, original=self.original_mixes)
+        remixer = Remixer(
+            training, self.samples, self.batch, seed=self.seed, original=self.original_mixes, augment=self.augment
+        )
         return remixer if not self.workers and world() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> Run:
@@ -227,7 +234,7 @@ class Recipe:
         model = BSMamba2(self.model_config)
         validation = Validation(held_out[0], self.samples, count=self.validation_windows)
         settings = {
-            **{name: getattr(self, name) for name in ("preset", "seed", "segment", "batch", "original_mixes")},
+            **{name: getattr(self, name) for name in _RECORDED},
             "examples": "by number" if self.workers or world() > 1 else "in order",
             "windows": [len(found) for found in training],
             "validation": len(validation.windows),
@@ -269,27 +276,34 @@ def shared_songs(count: int, **how: Any) -> list[Song]:
     if os.name == "nt" or max(gather(processes)) == 1:
         return songs(count, **how)
     first = rank() - local  # of this machine's
-    made = songs(count, first=local, every=processes, **how)
     folder = Path(gather(tempfile.mkdtemp(prefix="bsmamba2-") if local == 0 else "")[first])
+    told, parts = [], []
     try:
-        with (folder / str(local)).open("wb") as file:
-            for song in made:
-                file.write(song.stems.numpy().data)
-        told = [(song.stems.shape, dataclasses.replace(song, stems=torch.empty(0))) for song in made]
-        del made
-        parts = []
+        for start in range(local, count, _AT_A_TIME * processes):
+            made = songs(min(count, start + _AT_A_TIME * processes), first=start, every=processes, **how)
+            with _room_needed(folder), (folder / str(local)).open("ab") as file:
+                for song in made:
+                    file.write(song.stems.numpy().data)
+            told += [(song.stems.shape, dataclasses.replace(song, stems=torch.empty(0))) for song in made]
         for number, part in enumerate(gather(told)[first : first + processes]):
             sizes = [shape.numel() for shape, _ in part]
-            memory = torch.from_file(str(folder / str(number)), size=sum(sizes)) if part else torch.empty(0)
+            with _room_needed(folder):
+                memory = torch.from_file(str(folder / str(number)), size=sum(sizes)) if part else torch.empty(0)
             pieces = zip(memory.split(sizes), part, strict=True)
             parts.append([dataclasses.replace(song, stems=piece.view(shape)) for piece, (shape, song) in pieces])
         gather(None)  # all have mapped them
-    except OSError as error:
-        error.add_note(f"while songs were written to {folder}; TMPDIR names another place")
-        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # a network's file system may keep what is mapped a while longer
     return [parts[number % processes][number // processes] for number in range(count)]
+
+
+@contextmanager
+def _room_needed(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.add_note(f"while songs were written to {folder}; TMPDIR names another place")
+        raise
 
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

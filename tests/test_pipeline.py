@@ -237,6 +237,17 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
     )
     assert learned["model"] == pytest.approx(sum(scores) / len(scores), abs=0.01)
     assert learned["began with"] > learned["model"] + 3  # what ships is better than a run of two steps
+    plain, *changed = card["by_change"]
+    found = [
+        score(load_checkpoint(made), song)
+        for song in songs(2, seed=card["seed_of_the_scored_songs"] + 4_000, variety=0.5)
+        if song.sung
+    ]
+    assert (plain["change"], plain["songs"]) == ("none", len(found))
+    for name in ("model", "oracle"):
+        assert plain[name] == pytest.approx(sum(getattr(one, name) for one in found) / len(found), abs=0.01)
+    assert len({row["change"] for row in changed}) == 7
+    assert all(abs(row["began with"] - plain["began with"]) > 0.01 for row in changed)  # each does something
     kept = made.read_bytes()
     again = papermill(tmp_path, "ship", {**few, "before": [str(tmp_path / "run" / "small.json")]}, **parameters)
     assert again.returncode != 0
@@ -258,17 +269,20 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
     list(run.steps(recipe.batches(windows[0])))
     with pytest.raises(RunError, match="init="):
         dataclasses.replace(recipe, init="").start(*windows)
-    mixed = dataclasses.replace(recipe, original_mixes=1.0)
-    assert mixed.batches(windows[0]).original == 1.0
+    mixed = dataclasses.replace(recipe, original_mixes=1.0, augment=0.5)
+    supply = mixed.batches(windows[0])
+    assert (supply.original, supply.augment) == (1.0, 0.5)
     with pytest.raises(RunError, match="original_mixes="):
         mixed.start(*windows)
     (state,) = (tmp_path / "run").glob("state-*.pt")
     older = torch.load(state, weights_only=True)  # without the names that came later, and the variety not written down
-    unnamed = {"original_mixes", "soundfont_share", "clean_share", "variety"}
+    unnamed = {"original_mixes", "soundfont_share", "clean_share", "augment", "variety"}
     settings = {name: value for name, value in json.loads(older["settings"]).items() if name not in unnamed}
     torch.save({**older, "settings": json.dumps(settings)}, state)
     with pytest.raises(RunError, match=r"original_mixes=0\.0, now 0\.5"):
         dataclasses.replace(recipe, original_mixes=0.5).start(*windows)
+    with pytest.raises(RunError, match=r"augment=0\.0, now 0\.5"):
+        dataclasses.replace(recipe, augment=0.5).start(*windows)
     with pytest.raises(RunError, match=r"clean_share=0\.0, now 0\.5"):
         dataclasses.replace(recipe, clean_share=0.5).start(*windows)
     with pytest.raises(RunError, match=r"soundfont_share=1\.0, now 0\.5"):

@@ -342,6 +342,7 @@ def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"faulty": "ignore"}, "faulty='ignore'"),
         ({"loss_windows": ["a"]}, "loss_windows"),
         ({"seed": -1}, "seed=-1"),
+        ({"augment": -0.5}, "augment=-0.5 must lie in"),
         ({"original_mixes": 1.5}, "original_mixes=1.5 must lie in"),
         ({"soundfont_share": -0.5}, "soundfont_share=-0.5 must lie in"),
         ({"clean_share": 1.1}, "clean_share=1.1 must lie in"),

@@ -244,7 +244,7 @@ def test_stems_are_absent_as_often_as_asked_and_gains_are_independent() -> None:
 def test_as_many_examples_as_asked_are_of_one_song_and_place(pool: list[Song]) -> None:
     def places(original: float) -> list[tuple[list[tuple[str, int]], list[float]]]:
         remixer, generator = Remixer(pool, 4000, 1, original=original), torch.Generator().manual_seed(0)
-        drawn = [remixer.draw(generator) for _ in range(400)]
+        drawn = [remixer.draw(generator)[0] for _ in range(400)]
         return [([(track.name, start) for track, start, _ in one], [gain for *_, gain in one]) for one in drawn]
 
     shares = {share: places(share) for share in (0.0, 0.3, 1.0)}

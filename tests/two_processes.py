@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from conftest import TINY
 
+import bsmamba2.recipe
 import bsmamba2.songs
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Loader, Remixer, Validation, find_windows
@@ -42,7 +43,8 @@ def main(folder: Path, batch: int) -> None:
 
 def fingerprint(count: int) -> dict[str, Any]:
     """Of the songs that a recipe gives to every process: name, sung, and a hash of the stems; and how many it made."""
-    with patch.object(bsmamba2.songs, "synthesise", wraps=bsmamba2.songs.synthesise) as synthesise:
+    two_at_a_time = patch.object(bsmamba2.recipe, "_AT_A_TIME", 2)
+    with patch.object(bsmamba2.songs, "synthesise", wraps=bsmamba2.songs.synthesise) as synthesise, two_at_a_time:
         made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
     told = [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
     return {"songs": told, "made": synthesise.call_count}
