@@ -174,6 +174,19 @@ def test_as_many_examples_as_asked_are_changed_and_none_by_default(pool: list[So
         Remixer(pool, 4_000, 1, augment=-0.1)
 
 
+def test_a_supply_without_changes_draws_no_number_for_them(pool: list[Song]) -> None:
+    """Or runs from before there were any would go on with other examples."""
+    remixer, generator = Remixer(pool, 4_000, 1, seed=9), torch.Generator().manual_seed(9)
+    for _, _, (name,) in islice(remixer, 6):
+        heard = []
+        for stem, windows in enumerate(remixer.windows):
+            track, start = windows[int(torch.randint(len(windows), (), generator=generator))]
+            absent, _ = torch.rand(2, generator=generator)
+            if absent >= 0.1:
+                heard.append(f"{track.label(stem)} at {start / 8_000:.2f} s")
+        assert name == " + ".join(heard)
+
+
 def test_what_is_not_changed_is_the_example_that_it_was(pool: list[Song]) -> None:
     """By number, an example's places and gains do not depend on the share of changed ones."""
     plain = list(islice(Loader(Remixer(pool, 4_000, 1, seed=2)), 40))
