@@ -85,6 +85,7 @@ class Recipe:
     optimiser: str = _parameter("adamw", "adamw, as published; or muon, which may take fewer steps")
     lr: float = _parameter(2e-3, "learning rate; published: 5e-4")
     schedule: str = _parameter("cosine", "constant, as published; cosine, for short runs; trapezoid, for open ends")
+    cooldown: float = _parameter(0.2, "share of a trapezoid's steps over which the rate falls to zero, at their end")
     weight_decay: float = _parameter(0.01, "how far weights are drawn to zero")
     clip: float = _parameter(3.0, "largest norm of the gradient")
     ema_decay: float = _parameter(0.98, "of the moving average of the weights, per step; published: 0.999")

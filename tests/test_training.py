@@ -565,7 +565,7 @@ def test_states_from_before_there_was_a_choice_of_optimisers_and_losses_are_take
     state = copy.deepcopy(trainer.state())
     (state["optimiser"],) = state.pop("optimisers")
     fields = dataclasses.asdict(config)
-    state["train_config"] = json.dumps({k: v for k, v in fields.items() if k not in ("optimiser", "loss")})
+    state["train_config"] = json.dumps({k: v for k, v in fields.items() if k not in ("optimiser", "loss", "cooldown")})
     old = Trainer(copy.deepcopy(tiny), config)
     old.load_state(state)
     assert list(old.run(clips(4))) == list(trainer.run(clips(4)))
@@ -601,6 +601,18 @@ def test_a_trapezoid_may_go_on() -> None:
     assert rates[800:] == pytest.approx([number / 200 for number in range(200, 0, -1)])
     longer = dataclasses.replace(config, steps=2000)
     assert {learning_rate(number, longer) for number in range(100, 1601)} == {1.0}  # more steps: the fall comes later
+    slower = dataclasses.replace(config, cooldown=0.42)
+    rates = [learning_rate(number, slower) for number in range(1, 1001)]
+    assert set(rates[100:581]) == {1.0}
+    assert rates[580:] == pytest.approx([number / 420 for number in range(420, 0, -1)])
+
+
+def test_a_cooldown_of_a_fifth_is_what_runs_had_before_it_had_a_name() -> None:
+    for steps in range(1, 2_000):
+        config = TrainConfig(steps=steps, lr=1.0, schedule="trapezoid")
+        number = steps - steps // 7
+        before = min(1.0, number / 100, (steps + 1 - number) / max(1, steps // 5))
+        assert learning_rate(number, config) == before
 
 
 @pytest.mark.parametrize(
@@ -611,6 +623,9 @@ def test_a_trapezoid_may_go_on() -> None:
         ({"lr": "1e-3"}, "lr='1e-3'"),
         ({"lr": math.nan}, "lr=nan"),
         ({"schedule": "linear"}, "schedule='linear'"),
+        ({"cooldown": 0.0}, "cooldown=0.0 must lie in (0, 1]"),
+        ({"cooldown": True}, "cooldown=True"),
+        ({"cooldown": 1.1}, "cooldown=1.1"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"accumulate": 0}, "accumulate=0"),
         ({"precision": "float16"}, "precision='float16'"),
