@@ -108,13 +108,13 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
         if self.optimiser == "muon" and not hasattr(torch.optim, "Muon"):
             raise ValueError(f"optimiser='muon' takes torch 2.9 or newer, not {torch.__version__}: take adamw")
-        for name in ("lr", "weight_decay", "clip", "ema_decay"):
+        for name in ("lr", "cooldown", "weight_decay", "clip", "ema_decay"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number, not negative")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay!r} must lie in [0, 1)")
-        if isinstance(self.cooldown, bool) or not isinstance(self.cooldown, int | float) or not 0 < self.cooldown <= 1:
+        if not 0 < self.cooldown <= 1:
             raise ValueError(f"cooldown={self.cooldown!r} must lie in (0, 1]")
         for name in ("checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
