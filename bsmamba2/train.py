@@ -30,7 +30,7 @@ from . import loops
 from .config import ModelConfig
 from .losses import WINDOWS, bsmamba2_loss, snr_loss
 from .model import BSMamba2
-from .processes import gather, total, world
+from .processes import gather, step_muon, total, world
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
 OPTIMISERS = ("adamw", "muon")
@@ -205,8 +205,10 @@ class Trainer:
             names = [name for _, inside in bad for name in inside]
             told = f"; in the batch: {', '.join(names)}" if names else ""
             raise FloatingPointError(f"step {number}: loss {loss.item()}, gradient norm {gradient.item()}{told}")
-        for optimiser in self.optimisers:
-            optimiser.step()
+        adamw, *muon = self.optimisers
+        adamw.step()
+        for one in muon:
+            step_muon(one)
         self.average.update_parameters(self.model)
         self.number = number
         return Step(number, loss.item(), gradient.item(), lr)

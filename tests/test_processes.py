@@ -12,7 +12,7 @@ import pytest
 import torch
 import two_processes
 
-from bsmamba2.processes import from_first, gather, rank, together, total, world
+from bsmamba2.processes import deal, from_first, gather, rank, together, total, world
 
 PROGRAM = Path(two_processes.__file__)
 
@@ -65,10 +65,29 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch_and_resume_bit_fo
     for report in reports:
         (told,) = set(report["trouble"])
         assert told.count("song") == told.count("heard by the last") > 0
+    # Muon's matrices are turned once each, shared out; weights and momenta are torch's own, whole in each process.
+    for report in reports:
+        for process in report["muon"]:
+            assert (process["same"], process["same momenta"], process["gradients"]) == (True, True, True)
+            assert process["weights"] == reports[0]["muon"][0]["weights"]
+    (whole,), halves = (report["muon"] for report in reports)
+    assert whole["mine"] == [whole["matrices"]] * 3
+    assert [sum(both) for both in zip(*(half["mine"] for half in halves), strict=True)] == [whole["matrices"]] * 3
+    assert min(min(half["mine"]) for half in halves) > 0
     # And stopped on the way, they end with the same bits.
     for report in reports:
         assert report["rest"]["steps"] == report["whole"]["steps"][2:]
         assert report["rest"]["weights"] == report["whole"]["weights"]
+
+
+def test_jobs_are_dealt_out_evenly() -> None:
+    costs = torch.rand(50, generator=torch.Generator().manual_seed(1)).tolist()
+    for hands in (1, 2, 7):
+        parts = deal(costs, hands)
+        assert sorted(job for part in parts for job in part) == list(range(50))  # each once
+        loads = [sum(costs[i] for i in part) for part in parts]
+        assert max(loads) - min(loads) <= max(costs)
+    assert deal([1.0, 5.0], 3) == [[1], [0], []]
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -18,11 +19,11 @@ import bsmamba2.recipe
 import bsmamba2.songs
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Loader, Remixer, Validation, find_windows
-from bsmamba2.processes import gather, rank, together, world
+from bsmamba2.processes import gather, rank, step_muon, together, world
 from bsmamba2.recipe import shared_songs
 from bsmamba2.runs import Run
 from bsmamba2.songs import songs
-from bsmamba2.train import TrainConfig, Trainer
+from bsmamba2.train import TrainConfig, Trainer, optimisers
 
 SAMPLES = 4000
 
@@ -35,9 +36,12 @@ def main(folder: Path, batch: int) -> None:
         rest = train(folder / "halves", batch)
         shared = gather([fingerprint(count) for count in (5, 1)])
         trouble = gather(poisoned(batch))
+        muon = gather(turned())
         if rank() == 0:
             (folder / "report.json").write_text(
-                json.dumps({"world": world(), "whole": whole, "rest": rest, "shared": shared, "trouble": trouble})
+                json.dumps(
+                    {"world": world(), "whole": whole, "rest": rest, "shared": shared, "trouble": trouble, "muon": muon}
+                )
             )
 
 
@@ -48,6 +52,42 @@ def fingerprint(count: int) -> dict[str, Any]:
         made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
     told = [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
     return {"songs": told, "made": synthesise.call_count}
+
+
+def turned() -> dict[str, Any]:
+    """Three steps of Muon shared out, and of torch's own: how many matrices each process took, and what came of it."""
+    torch.manual_seed(1)
+    alone = BSMamba2(TINY)
+    shared = copy.deepcopy(alone)
+    theirs, ours = (optimisers(model, TrainConfig(steps=3, optimiser="muon", lr=1e-2))[1] for model in (alone, shared))
+    mine: list[int] = []
+    ours.register_step_pre_hook(
+        lambda muon, *_: mine.append(sum(p.grad is not None for p in muon.param_groups[0]["params"]))
+    )
+    parameters = list(zip(alone.parameters(), shared.parameters(), strict=True))
+    matrices = theirs.param_groups[0]["params"]
+    for _ in range(3):
+        for one, other in parameters:
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        matrices[3].grad = ours.param_groups[0]["params"][3].grad = None  # to be passed over
+        theirs.step()
+        step_muon(ours)
+    momenta, other_momenta = (
+        {number: state["momentum_buffer"] for number, state in muon.state_dict()["state"].items()}
+        for muon in (theirs, ours)
+    )
+    return {
+        "matrices": len(matrices) - 1,
+        "mine": mine,
+        "gradients": all(
+            other.grad is None if one.grad is None else torch.equal(other.grad, one.grad) for one, other in parameters
+        ),
+        "same": all(torch.equal(one, other) for one, other in parameters),
+        "same momenta": momenta.keys() == other_momenta.keys()
+        and all(torch.equal(one, other_momenta[number]) for number, one in momenta.items()),
+        "weights": [float(p.detach().double().sum()) for p in shared.parameters()],
+    }
 
 
 def poisoned(batch: int) -> str:
