@@ -64,8 +64,8 @@ class TrainConfig:
         loss_hop: samples between the frames of the published loss; its own 147 costs three times what 441 does.
         loss_windows: of the published loss, in samples; (2048, 1024, 512) is the earlier, cheaper form.
         accumulate: batches whose gradients are averaged into one step; the published run has 6.
-        precision: `float32`, or `bfloat16`: matrix products under autocast, as published; weights, STFT,
-            masks and loss stay float32.
+        precision: `float32`, or `bfloat16`: matrix products under autocast, as published; weights, STFT
+            and loss stay float32, and masks are widened to it.
         checkpointing: keep only what goes into each layer and compute the layer again in the backward
             pass: a third more time, memory of one layer instead of all.
         compile: on a CPU, mixers run in the native kernel (`bsmamba2.native`), elsewhere the layers go through
