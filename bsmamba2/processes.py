@@ -132,7 +132,9 @@ def step_muon(muon: torch.optim.Optimizer) -> None:
         for one, gradient in kept:
             one.grad = gradient
         for source, part in enumerate(parts):
-            flat = torch.cat([one.flatten() for one in part] or [torch.zeros(0, device=matrices[0].device)])
+            if not part:  # more processes than matrices
+                continue
+            flat = torch.cat([one.flatten() for one in part])
             distributed.broadcast(flat, source)
             if source != rank():
                 for one, weights in zip(part, flat.split([one.numel() for one in part]), strict=True):
