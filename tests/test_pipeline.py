@@ -247,7 +247,7 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
     for name in ("model", "oracle"):
         assert plain[name] == pytest.approx(sum(getattr(one, name) for one in found) / len(found), abs=0.01)
     assert len({row["change"] for row in changed}) == 7
-    assert all(abs(row["began with"] - plain["began with"]) > 0.01 for row in changed)  # each does something
+    assert all(row["began with"] != plain["began with"] for row in changed)  # each does something, however little
     kept = made.read_bytes()
     again = papermill(tmp_path, "ship", {**few, "before": [str(tmp_path / "run" / "small.json")]}, **parameters)
     assert again.returncode != 0
