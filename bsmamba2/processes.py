@@ -101,46 +101,6 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def step_muon(muon: torch.optim.Optimizer) -> None:
-    """One step of `torch.optim.Muon` whose matrices are shared out: each process turns its own, and gives them to all.
-
-    To turn a matrix (the iteration of Newton and Schulz) is nearly all of the work, so `n` processes do it in about
-    1/n of the time. The momenta cost little, and every process keeps all of them: whichever one writes the state
-    has it whole, and any number of processes goes on from it. What comes out is what `muon.step()` gives,
-    which is all that is done where there is one process.
-
-    Args:
-        muon: of parameters whose gradients are the same in all processes.
-    """
-    if world() == 1:
-        muon.step()
-        return
-    matrices = [one for group in muon.param_groups for one in group["params"] if one.grad is not None]
-    parts = [[matrices[i] for i in part] for part in deal([_turning(one.shape) for one in matrices], world())]
-    mine = {id(one) for one in parts[rank()]}
-    kept = []
-    with torch.no_grad():
-        for group in muon.param_groups:
-            for one in (one for one in group["params"] if one.grad is not None and id(one) not in mine):
-                state = muon.state[one]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(one.grad)
-                state["momentum_buffer"].lerp_(one.grad, 1 - group["momentum"])
-                kept.append((one, one.grad))
-                one.grad = None  # which Muon passes over
-        muon.step()
-        for one, gradient in kept:
-            one.grad = gradient
-        for source, part in enumerate(parts):
-            if not part:  # more processes than matrices
-                continue
-            flat = torch.cat([one.flatten() for one in part])
-            distributed.broadcast(flat, source)
-            if source != rank():
-                for one, weights in zip(part, flat.split([one.numel() for one in part]), strict=True):
-                    one.copy_(weights.view_as(one))
-
-
 def deal(costs: list[float], hands: int) -> list[list[int]]:
     """Which of the jobs each hand takes, to end at about the same time: the dearest first, to whoever has least."""
     parts: list[list[int]] = [[] for _ in range(hands)]
@@ -150,12 +110,6 @@ def deal(costs: list[float], hands: int) -> list[list[int]]:
         parts[least].append(i)
         loads[least] += costs[i]
     return parts
-
-
-def _turning(shape: torch.Size) -> float:
-    """Multiplications of one round of Newton and Schulz, and what it costs to begin with a matrix at all."""
-    short, long = sorted(shape)
-    return short * short * (2 * long + short) + 1e5
 
 
 def _best() -> str:

@@ -92,7 +92,7 @@ class Recipe:
     loss: str = _parameter("published", "published; or snr, the error's energy in dB, whose fall the scores reward")
     loss_hop: int = _parameter(441, "samples between frames of the published loss; its own: 147, thrice the work")
     loss_windows: tuple[int, ...] = _parameter(WINDOWS, "of the published loss; cheaper: 2048 1024 512")
-    precision: str = _parameter("float32", "float32, or bfloat16 as published, for GPUs")
+    precision: str = _parameter("float32", "float32, or bfloat16 as published, for what has such products")
     checkpointing: bool = _parameter(False, "compute layers twice to need less memory")
     compile: bool = _parameter(False, "try the native kernel on a CPU, torch.compile elsewhere")
     workers: int = _parameter(

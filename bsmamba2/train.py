@@ -30,7 +30,8 @@ from . import loops
 from .config import ModelConfig
 from .losses import WINDOWS, bsmamba2_loss, snr_loss
 from .model import BSMamba2
-from .processes import gather, step_muon, total, world
+from .muon import Muon
+from .processes import gather, total, world
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
 OPTIMISERS = ("adamw", "muon")
@@ -46,7 +47,7 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps.
         optimiser: `adamw`, as published; or `muon`, which may need fewer steps: the weights of Linears go by K.
-            Jordan's Muon (2024; torch's own, from torch 2.9 on), the first and last Linears too, the rest by AdamW.
+            Jordan's Muon (2024; `muon.py`), the first and last Linears too, the rest by AdamW.
         lr: learning rate; the published one is 5e-4. Muon's steps are scaled to the size of AdamW's, as by
             J. Liu et al. (arXiv:2502.16982).
         schedule: `constant` as published. For short runs `cosine`: a warm-up over the first twentieth of the
@@ -106,8 +107,6 @@ class TrainConfig:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
-        if self.optimiser == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimiser='muon' takes torch 2.9 or newer, not {torch.__version__}: take adamw")
         for name in ("lr", "cooldown", "weight_decay", "clip", "ema_decay"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -205,10 +204,8 @@ class Trainer:
             names = [name for _, inside in bad for name in inside]
             told = f"; in the batch: {', '.join(names)}" if names else ""
             raise FloatingPointError(f"step {number}: loss {loss.item()}, gradient norm {gradient.item()}{told}")
-        adamw, *muon = self.optimisers
-        adamw.step()
-        for one in muon:
-            step_muon(one)
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.average.update_parameters(self.model)
         self.number = number
         return Step(number, loss.item(), gradient.item(), lr)
@@ -323,9 +320,7 @@ def optimisers(model: BSMamba2, config: TrainConfig) -> list[torch.optim.Optimiz
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     chosen: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, fused=fused)]
     if matrices:
-        scaled = "match_rms_adamw"
-        muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn=scaled)
-        chosen.append(muon)
+        chosen.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
     return chosen
 
 

@@ -65,7 +65,7 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch_and_resume_bit_fo
     for report in reports:
         (told,) = set(report["trouble"])
         assert told.count("song") == told.count("heard by the last") > 0
-    # Muon's matrices are turned once each, shared out; weights and momenta are torch's own, whole in each process.
+    # Muon's matrices are turned once each, shared out; weights and momenta are those of one process, whole in each.
     for report in reports:
         for process in report["muon"]:
             assert (process["same"], process["same momenta"], process["gradients"]) == (True, True, True)
