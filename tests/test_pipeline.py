@@ -253,9 +253,12 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
     assert all(0.01 < ratio < 2 for ratio in far.values()), far
     assert list(far.values()) == sorted(far.values()), far
     kept = made.read_bytes()
-    again = papermill(tmp_path, "ship", {**few, "before": [str(tmp_path / "run" / "small.json")]}, **parameters)
-    assert again.returncode != 0
-    assert "counts" in again.stderr
+    lonely = tmp_path / "lonely.json"  # a card without its weights
+    lonely.write_text(json.dumps(old))
+    for before, told in ((tmp_path / "run" / "small.json", "counts"), (lonely, "lonely.safetensors: the weights")):
+        again = papermill(tmp_path, "ship", {**few, "before": [str(before)]}, **parameters)
+        assert again.returncode != 0
+        assert told in again.stderr
     assert made.read_bytes() == kept
     assert json.loads((tmp_path / "run" / "small.json").read_text()) == card
 
