@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from . import kernels
 from .checkpoints import read_checkpoint
 from .config import PRESETS, ModelConfig
 from .data import Loader, Remixer, Validation, Windows, find_windows
@@ -230,7 +231,15 @@ class Recipe:
         Raises:
             ValueError: when `init` is no checkpoint, or of another size; `FileNotFoundError` when it is not there.
                 A run that has begun goes on without it.
+
+        Warns:
+            RuntimeWarning: when `precision` is bfloat16 and the processor has no such products.
         """
+        place = device or torch.device("cpu")
+        longer = kernels.slower_than_float32(place, torch.bfloat16) if self.precision == "bfloat16" else 0.0
+        if longer > 2 and rank() == 0:
+            told = f"bfloat16 takes {longer:.0f} times as long in a linear layer on this processor"
+            warnings.warn(f"{told}: take precision: float32", RuntimeWarning, stacklevel=2)
         torch.manual_seed(self.seed)
         model = BSMamba2(self.model_config)
         validation = Validation(held_out[0], self.samples, count=self.validation_windows)
@@ -254,7 +263,7 @@ class Recipe:
             settings["init"] = fingerprint(self.init)
         return Run(
             folder,
-            Trainer(model.to(device or "cpu"), self.train_config),
+            Trainer(model.to(place), self.train_config),
             settings=settings,
             defaults={name: _default(name) for name in LATER},
             validate=validation,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import soundfile
 import torch
 from notebook_cells import check_parameters
 
-from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
+from bsmamba2 import BSMamba2, ModelConfig, kernels, load_checkpoint, save_checkpoint
 from bsmamba2.__main__ import main
 from bsmamba2.bands import generate_bands
 from bsmamba2.checkpoints import SHIPPED
@@ -261,6 +262,19 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
         assert told in again.stderr
     assert made.read_bytes() == kept
     assert json.loads((tmp_path / "run" / "small.json").read_text()) == card
+
+
+@pytest.mark.parametrize(("longer", "warns"), [(13.0, True), (0.5, False)])
+def test_a_precision_that_the_processor_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, longer: float, warns: bool
+) -> None:
+    monkeypatch.setattr(kernels, "slower_than_float32", lambda device, dtype: longer)
+    for precision in ("float32", "bfloat16"):
+        recipe = Recipe.from_mapping({**SHORT, "precision": precision, "output_dir": str(tmp_path / precision)})
+        windows = recipe.windows()
+        told = pytest.warns(RuntimeWarning, match="13 times as long .* take precision: float32")
+        with told if warns and precision == "bfloat16" else nullcontext():
+            recipe.start(*windows)
 
 
 def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
