@@ -470,9 +470,8 @@ def load_model(chosen: argparse.Namespace) -> BSMamba2:
         raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
     if path.is_file() and (known := checkpoints.identify(path)):
         say(f"{path}: {known}")
-    longer = kernels.slower_than_float32(device, DTYPES[chosen.dtype])
-    if longer > 2:
-        say(f"--dtype {chosen.dtype}: takes {longer:.0f} times as long as float32, the default, on this processor")
+    if slow := kernels.told_if_slow(device, DTYPES[chosen.dtype]):
+        say(f"--dtype {chosen.dtype}: {slow}")
     return checkpoints.load_checkpoint(path).to(device)
 
 

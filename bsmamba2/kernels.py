@@ -85,6 +85,12 @@ def slower_than_float32(device: torch.device, dtype: torch.dtype) -> float:
     return times[dtype] / times[torch.float32]
 
 
+def told_if_slow(device: torch.device, dtype: torch.dtype) -> str:
+    """What to say of a type that takes more than twice as long as float32 (`slower_than_float32`); else nothing."""
+    longer = slower_than_float32(device, dtype)
+    return f"takes {longer:.0f} times as long as float32, the default, on this processor" if longer > 2 else ""
+
+
 def choose(scan: ssd.Scan | str) -> ssd.Scan:
     """The function of a name; a function is returned as it is.
 

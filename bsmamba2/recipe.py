@@ -236,10 +236,9 @@ class Recipe:
             RuntimeWarning: when `precision` is bfloat16 and the processor has no such products.
         """
         place = device or torch.device("cpu")
-        longer = kernels.slower_than_float32(place, torch.bfloat16) if self.precision == "bfloat16" else 0.0
-        if longer > 2 and rank() == 0:
-            told = f"bfloat16 takes {longer:.0f} times as long in a linear layer on this processor"
-            warnings.warn(f"{told}: take precision: float32", RuntimeWarning, stacklevel=2)
+        narrow = self.precision == "bfloat16" and rank() == 0
+        if narrow and (slow := kernels.told_if_slow(place, torch.bfloat16)):
+            warnings.warn(f"bfloat16 {slow}: take precision: float32", RuntimeWarning, stacklevel=2)
         torch.manual_seed(self.seed)
         model = BSMamba2(self.model_config)
         validation = Validation(held_out[0], self.samples, count=self.validation_windows)

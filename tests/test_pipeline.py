@@ -248,8 +248,12 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
     for name in ("model", "oracle"):
         assert plain[name] == pytest.approx(sum(getattr(one, name) for one in found) / len(found), abs=0.01)
     assert len({row["change"] for row in changed}) == 7
-    assert all(row["began with"] != plain["began with"] for row in changed)  # each is heard by what ships, if little
-    far = {row["change"]: row["far"] for row in card["by_change"]}  # and large in itself, whatever the model ignores
+    moved = {row["change"]: abs(row["began with"] - plain["began with"]) for row in changed}
+    learned_to_ignore = {"nothing above 16 kHz", "every stem an MP3"}
+    assert learned_to_ignore < moved.keys()
+    assert min(moved.values()) > 0, moved  # each does something,
+    assert all(far > 0.01 for change, far in moved.items() if change not in learned_to_ignore), moved  # and most much
+    far = {row["change"]: row["far"] for row in card["by_change"]}  # whatever the model ignores
     assert far.pop("none") == 0
     assert all(0.01 < ratio < 2 for ratio in far.values()), far
     assert list(far.values()) == sorted(far.values()), far
