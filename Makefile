@@ -16,7 +16,7 @@ ENV := .venv/complete
 KERNELS := .venv/kernels
 MAMBA_SSM := mamba-ssm==2.3.2.post1
 
-MODULE := $(wildcard bsmamba2/*.py bsmamba2/cpp/*)
+MODULE := $(shell find bsmamba2 -name "*.py" -o -path "*/cpp/*" -type f)
 CHAPTERS := $(sort $(wildcard book/*.ipynb))
 LABS := $(sort $(wildcard book/labs/*.ipynb))
 PARAMS := notebooks/params/train_small.yaml

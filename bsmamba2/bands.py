@@ -21,22 +21,22 @@ def published_bands() -> tuple[int, ...]:
     return (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)
 
 
-def generate_bands(count: int, bins: int = 1025, *, narrowest: int = 2, knee: float = 100.0) -> tuple[int, ...]:
+def generate_bands(count: int, bins: int = 1025, *, min_bins: int = 2, width_ratio: float = 100.0) -> tuple[int, ...]:
     """A table of `count` bands that are narrow at the bottom and wide at the top.
 
     The rule is that of the mel scale, linear below a knee and logarithmic above it. Edge number i lies at
 
         edge_i = bins · (exp(u·i/count) − 1) / (exp(u) − 1),    u = ln(knee),
 
-    rounded to a whole bin, but never less than `narrowest` bins above the edge before it; the last
-    edge is `bins` itself. The widest band is then about `knee` times as wide as the first would be
+    rounded to a whole bin, but never less than `min_bins` bins above the edge before it; the last
+    edge is `bins` itself. The widest band is then about `width_ratio` times as wide as the first would be
     without the lower limit.
 
     Args:
         count: how many bands.
         bins: frequency bins to cover.
-        narrowest: the least number of bins in a band.
-        knee: ratio of widths between top and bottom, above 1.
+        min_bins: the least number of bins in a band.
+        width_ratio: ratio of widths between top and bottom, above 1.
 
     Returns:
         Bins in each band, low to high; they sum to `bins`.
@@ -44,15 +44,15 @@ def generate_bands(count: int, bins: int = 1025, *, narrowest: int = 2, knee: fl
     Raises:
         ValueError: when the bands do not fit into the bins.
     """
-    if count < 1 or narrowest < 1 or count * narrowest > bins:
-        raise ValueError(f"{count} bands of at least {narrowest} bins do not fit into {bins} bins")
-    if not knee > 1:
-        raise ValueError(f"knee={knee!r} must be above 1")
+    if count < 1 or min_bins < 1 or count * min_bins > bins:
+        raise ValueError(f"{count} bands of at least {min_bins} bins do not fit into {bins} bins")
+    if not width_ratio > 1:
+        raise ValueError(f"width_ratio={width_ratio!r} must be above 1")
     edges = [0]
     for i in range(1, count):
-        edge = round(bins * math.expm1(math.log(knee) * i / count) / (knee - 1))
-        room = bins - narrowest * (count - i)
-        edges.append(min(max(edge, edges[-1] + narrowest), room))
+        edge = round(bins * math.expm1(math.log(width_ratio) * i / count) / (width_ratio - 1))
+        room = bins - min_bins * (count - i)
+        edges.append(min(max(edge, edges[-1] + min_bins), room))
     edges.append(bins)
     return tuple(high - low for low, high in itertools.pairwise(edges))
 

@@ -39,9 +39,9 @@ from .model import BSMamba2
 
 Layout = Literal["bsmamba2", "published", "lightning"]
 Weights = Literal["auto", "ema", "raw"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-KNOWN = {  # sha256: bytes, where from
+KNOWN_FILES = {  # sha256: bytes, where from
     "b1fcf93fdd6f7bc79e5410b1330b3d0fd5a6ca6ea23a94730c684629c71cd5ca": (
         770_628_060,
         "the authors' BSMamba2 vocals (Lightning checkpoint, README of EuiYeonKim/BSMamba2)",
@@ -86,7 +86,7 @@ TENSORS = (  # every tensor of the model: our name, the published one, shape
 )
 
 
-SHIPPED = Path(__file__).parent / "weights" / "small.safetensors"
+BUNDLED_CHECKPOINT = Path(__file__).parent / "weights" / "small.safetensors"
 """The checkpoint inside the package: what the commands take when none is named."""
 
 
@@ -182,7 +182,7 @@ def read_checkpoint(
                 if stored is not None
                 else infer_config({_rename(name, _PUBLISHED): tuple(t.shape) for name, t in tensors.items()})
             )
-        if config.layers + len(config.bands) * len(config.stems) > len(tensors):
+        if config.depth + len(config.freqs_per_bands) * len(config.stems) > len(tensors):
             raise ValueError(f"{len(tensors)} tensors are too few for {config}")
         expected = _blank(config).state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -277,10 +277,10 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def identify(path: str | os.PathLike[str]) -> str | None:
+def describe_known_file(path: str | os.PathLike[str]) -> str | None:
     """What a published file is, by its SHA-256, or None; hashed only when its size is that of a known one."""
     path = Path(path)
-    for digest, (size, name) in KNOWN.items():
+    for digest, (size, name) in KNOWN_FILES.items():
         if path.stat().st_size == size:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == digest:
@@ -288,18 +288,18 @@ def identify(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def shipped() -> Path:
+def bundled_checkpoint() -> Path:
     """The checkpoint that comes with the package.
 
     Raises:
         CheckpointError: when this copy of the package has none.
     """
-    if not SHIPPED.is_file():
+    if not BUNDLED_CHECKPOINT.is_file():
         raise CheckpointError(
-            f"no checkpoint comes with this copy of bsmamba2 ({SHIPPED} is missing): name one with --checkpoint, "
+            f"no checkpoint comes with this copy of bsmamba2 ({BUNDLED_CHECKPOINT} is missing): name one with --checkpoint, "
             f"or run `make train` and name book/results/first_run/checkpoint.safetensors"
         )
-    return SHIPPED
+    return BUNDLED_CHECKPOINT
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -353,10 +353,10 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
     else:
         raise ValueError(f"bands of {sum(widths)} features in all fit no n_fft that is a power of two")
     stems = ("vocals",) if count("s") == 1 else tuple(f"stem_{s}" for s in range(count("s")))
-    hop = ModelConfig.hop if n_fft >= 2 * ModelConfig.hop else n_fft // 4
+    hop_length = ModelConfig.hop_length if n_fft >= 2 * ModelConfig.hop_length else n_fft // 4
     return ModelConfig(
-        dim=d, layers=count("i"), bands=tuple(bins), stems=stems, channels=channels, n_fft=n_fft, hop=hop,
-        state=(x - e) // 2, head_width=e // max(h, 1), expand=e // max(d, 1), conv_width=size("v"),
+        dim=d, depth=count("i"), freqs_per_bands=tuple(bins), stems=stems, channels=channels, n_fft=n_fft, hop_length=hop_length,
+        d_state=(x - e) // 2, headdim=e // max(h, 1), expand=e // max(d, 1), d_conv=size("v"),
         mask_expand=size("m") // max(d, 1),
     )  # fmt: skip
 

@@ -27,62 +27,62 @@ class ModelConfig:
 
     Attributes:
         dim: features per band and frame, `d`.
-        layers: dual-path layers; each runs along time, then along bands.
-        bands: bins in each band, low to high; their sum must be `n_fft // 2 + 1`.
+        depth: dual-path layers; each runs along time, then along bands.
+        freqs_per_bands: bins in each band, low to high; their sum must be `n_fft // 2 + 1`.
         stems: names of the sources that the model gives, in order.
         channels: audio channels that are separated jointly, `c`.
         sample_rate: in hertz. The model itself never reads it; files are converted to it.
         n_fft: STFT window and transform length, in samples.
-        hop: samples between frames.
-        state: width of the state-space state, `n`.
-        head_width: channels that share one decay, `p`.
+        hop_length: samples between frames.
+        d_state: width of the state-space state, `n`.
+        headdim: channels that share one decay, `p`.
         expand: inner width of a Mamba-2 mixer as a multiple of `dim`.
-        conv_width: taps of the causal convolution.
+        d_conv: taps of the causal convolution.
         mask_expand: hidden width of a mask estimator as a multiple of `dim`.
     """
 
     dim: int = 256
-    layers: int = 6
-    bands: tuple[int, ...] = published_bands()
+    depth: int = 6
+    freqs_per_bands: tuple[int, ...] = published_bands()
     stems: tuple[str, ...] = ("vocals",)
     channels: int = 2
     sample_rate: int = 44_100
     n_fft: int = 2048
-    hop: int = 441
-    state: int = 128
-    head_width: int = 64
+    hop_length: int = 441
+    d_state: int = 128
+    headdim: int = 64
     expand: int = 4
-    conv_width: int = 4
+    d_conv: int = 4
     mask_expand: int = 4
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("bands", "stems"):
+            if field.name in ("freqs_per_bands", "stems"):
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
                     raise ValueError(f"{field.name}={value!r} must be a sequence")
                 object.__setattr__(self, field.name, tuple(value))
             elif not _is_positive_integer(value):
                 raise ValueError(f"{field.name}={value!r} must be a positive whole number")
-        if not self.bands or not all(_is_positive_integer(width) for width in self.bands):
-            raise ValueError(f"bands={self.bands!r} must be positive whole numbers of bins")
-        if sum(self.bands) != self.bins:
+        if not self.freqs_per_bands or not all(_is_positive_integer(width) for width in self.freqs_per_bands):
+            raise ValueError(f"freqs_per_bands={self.freqs_per_bands!r} must be positive whole numbers of bins")
+        if sum(self.freqs_per_bands) != self.bins:
             raise ValueError(
-                f"bands cover {sum(self.bands)} bins, but n_fft={self.n_fft} gives {self.bins}: "
+                f"freqs_per_bands cover {sum(self.freqs_per_bands)} bins, but n_fft={self.n_fft} gives {self.bins}: "
                 f"make their sum n_fft // 2 + 1"
             )
         if not self.stems or not all(isinstance(stem, str) and stem for stem in self.stems):
             raise ValueError(f"stems={self.stems!r} must be names, at least one")
         if len(set(self.stems)) != len(self.stems):
             raise ValueError(f"stems={self.stems!r} names a stem twice")
-        if self.n_fft % 2 or self.hop > self.n_fft // 2:
+        if self.n_fft % 2 or self.hop_length > self.n_fft // 2:
             raise ValueError(
-                f"n_fft={self.n_fft} must be even and hop={self.hop} at most half of it, "
+                f"n_fft={self.n_fft} must be even and hop_length={self.hop_length} at most half of it, "
                 f"or the inverse STFT cannot rebuild the signal"
             )
-        if self.inner % self.head_width:
+        if self.inner % self.headdim:
             raise ValueError(
-                f"expand * dim = {self.inner} is not a multiple of head_width={self.head_width}: "
+                f"expand * dim = {self.inner} is not a multiple of headdim={self.headdim}: "
                 f"heads must fill the inner width exactly"
             )
 
@@ -99,7 +99,7 @@ class ModelConfig:
     @property
     def heads(self) -> int:
         """Heads of a mixer, `h`."""
-        return self.inner // self.head_width
+        return self.inner // self.headdim
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -136,15 +136,15 @@ def _is_positive_integer(value: object) -> bool:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "compact": {"dim": 192, "layers": 4, "bands": generate_bands(48)},
+    "compact": {"dim": 192, "depth": 4, "freqs_per_bands": generate_bands(48)},
     # Chosen for a laptop: half the published frames and about half the bands, narrow mixers.
     "small": {
         "dim": 64,
-        "layers": 2,
-        "bands": generate_bands(32),
-        "hop": 882,
-        "state": 32,
+        "depth": 2,
+        "freqs_per_bands": generate_bands(32),
+        "hop_length": 882,
+        "d_state": 32,
         "expand": 2,
-        "head_width": 32,
+        "headdim": 32,
     },
 }

@@ -2,7 +2,7 @@
 
 songs → salient windows per stem → random windows → (changes) → gain, silence → mixture and target
 
-Songs lie in memory (`bsmamba2.songs`) or in files (`bsmamba2.tracks`).
+Songs lie in memory (`bsmamba2.synth.songs`) or in files (`bsmamba2.training.datasets`).
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556.
 Axis letters: see `bsmamba2.config`.
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import Change
 from .metrics import usdr
 from .model import BSMamba2
-from .processes import gather, rank, world
-from .songs import Song
+from .synth.songs import Song
+from .training.augmentation import Augmentation
+from .training.distributed import all_gather_object, rank, world_size
 
 Example = tuple[Tensor, Tensor, str]
 """Mixture and target, each (c, samples) float32, and where they are from."""
@@ -102,7 +102,7 @@ def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
 class Remixer:
     """An endless, seeded supply of training batches from a list of songs.
 
-    For every example and each stem independently (but for `original` and `augment`): a window drawn uniformly from all
+    For every example and each stem independently (but for `original` and `augment_prob`): a window drawn uniformly from all
     salient windows of that stem in all songs, replaced by zeros with probability `silence`, times a gain uniform in
     `gains`. The mixture is the sum; the target is the first stem as it stands in that sum.
 
@@ -116,11 +116,11 @@ class Remixer:
         original: probability that an example's stems are all of the song and place that were drawn for the target,
             so in one key and time; silence and gains stay each stem's own. Differs from the published model, which
             has none of these: 0.
-        augment: probability that an example's stems are changed in speed, spectrum, sides and more (`augment.Change`)
+        augment_prob: probability that an example's stems are changed in speed, spectrum, sides and more (`augment_prob.Augmentation`)
             before their gain. Differs from the published model, which changes none: 0.
 
     Raises:
-        ValueError: when a stem has no salient window in any song, or `original` or `augment` is no probability.
+        ValueError: when a stem has no salient window in any song, or `original` or `augment_prob` is no probability.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class Remixer:
         silence: float = 0.1,
         gains: tuple[float, float] = (0.5, 1.5),
         original: float = 0.0,
-        augment: float = 0.0,
+        augment_prob: float = 0.0,
     ) -> None:
         if not songs:
             raise ValueError("there is no song to draw from")
-        for name, share in (("original", original), ("augment", augment)):
+        for name, share in (("original", original), ("augment_prob", augment_prob)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share!r} must lie in [0, 1]")
-        self.original, self.augment = original, augment
+        self.original, self.augment_prob = original, augment_prob
         self.samples, self.batch, self.seed, self.silence, self.gains = samples, batch, seed, silence, gains
         known = isinstance(songs[0], Sequence)
         self.windows = cast(Windows, songs) if known else find_windows(cast(Sequence[Track], songs), samples)
@@ -159,7 +159,7 @@ class Remixer:
         for _ in range(count * self.batch):
             self.draw(self.generator)
 
-    def draw(self, generator: torch.Generator) -> tuple[list[tuple[Track, int, float]], Change | None]:
+    def draw(self, generator: torch.Generator) -> tuple[list[tuple[Track, int, float]], Augmentation | None]:
         """What one example is made of: for every stem a track, a first sample, and a gain, zero for silence.
 
         And how its stems are changed, if they are.
@@ -174,10 +174,10 @@ class Remixer:
         if original:
             track, start, _ = drawn[0]
             drawn = [(track, start, gain) for *_, gain in drawn]
-        if not self.augment or float(torch.rand((), generator=generator)) >= self.augment:
+        if not self.augment_prob or float(torch.rand((), generator=generator)) >= self.augment_prob:
             return drawn, None
         seed = int(torch.randint(2**62, (), generator=generator))
-        return drawn, Change(seed, len(drawn), together=original)
+        return drawn, Augmentation(seed, len(drawn), together=original)
 
     def example(self, generator: torch.Generator) -> Example:
         """One mixture, its target, and where its stems are from."""
@@ -265,7 +265,7 @@ class _Shares:
 
     def __iter__(self) -> Iterator[list[int]]:
         for number in itertools.count(self.first):
-            start = (number * world() + rank()) * self.batch
+            start = (number * world_size() + rank()) * self.batch
             yield list(range(start, start + self.batch))
 
 
@@ -281,8 +281,10 @@ def whole_windows(windows: Sequence[tuple[Track, int]], samples: int, count: int
     for track, start in pick(windows, count):
         stems = torch.stack([track.read(stem, start, samples) for stem in range(len(track.stems))])
         place, rate = start / track.sample_rate, track.sample_rate
-        sung = ((0.0, samples / rate),)
-        found.append(Song(f"{track.name} at {place:.1f} s", stems, rate, sung, "see the data set", track.label(0)))
+        vocal_segments = ((0.0, samples / rate),)
+        found.append(
+            Song(f"{track.name} at {place:.1f} s", stems, rate, vocal_segments, "see the data set", track.label(0))
+        )
     return found
 
 
@@ -312,11 +314,11 @@ class Validation:
         device = next(model.parameters()).device
         found = 0.0
         with torch.inference_mode():
-            for track, start in self.windows[rank() :: world()]:
+            for track, start in self.windows[rank() :: world_size()]:
                 stems = torch.stack([track.read(stem, start, self.samples) for stem in range(len(track.stems))])
                 estimate = model(stems.sum(0, keepdim=True).to(device))[0, 0].cpu()
                 found += usdr(stems[0], estimate)
-        return sum(gather(found)) / len(self.windows)
+        return sum(all_gather_object(found)) / len(self.windows)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .mamba2 import BLOCK, PIECE, Mamba2, Memory, RMSNorm, Room, block_by_block, product_type, rms_norm
+from .mamba2 import BLOCK, PIECE, Mamba2, Memory, RMSNorm, Room, block_by_block, matmul_dtype, rms_norm
 
 SequenceLayer = Callable[[], nn.Module]
 """Makes a layer (b, length, d) → (b, length, d); one that sees only the past, for a bidirectional block."""
@@ -114,7 +114,7 @@ class BidirectionalBlock(nn.Module):
         Modules inside are not called: hooks on them hear nothing.
         """
         ways = [cast("Mamba2", way.mixer) for way in (self.forwards, self.backwards)]
-        dtype = product_type(x)
+        dtype = matmul_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             gains = [way.norm.weight for way in (self.forwards, self.backwards)]
             into = [(way.in_proj.weight.float() * gain).to(dtype) for way, gain in zip(ways, gains, strict=True)]

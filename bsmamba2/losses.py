@@ -23,7 +23,12 @@ WINDOWS = (4096, 2048, 1024, 512, 256)
 
 
 def bsmamba2_loss(
-    estimate: Tensor, target: Tensor, *, windows: Sequence[int] = WINDOWS, hop: int = 147, time_weight: float = 10.0
+    estimate: Tensor,
+    target: Tensor,
+    *,
+    windows: Sequence[int] = WINDOWS,
+    hop_length: int = 147,
+    time_weight: float = 10.0,
 ) -> Tensor:
     """The published loss: the mean modulus of the difference, and `spectral_loss` for every window, summed.
 
@@ -31,7 +36,7 @@ def bsmamba2_loss(
         estimate: ŝ, (..., samples); longer than half the longest window.
         target: s, of the same shape.
         windows: STFT windows, in samples. (2048, 1024, 512) is the earlier, cheaper form.
-        hop: samples between frames.
+        hop_length: samples between frames.
         time_weight: factor of the sample-by-sample term.
 
     Returns:
@@ -41,7 +46,7 @@ def bsmamba2_loss(
         ValueError: when the shapes differ, or the signals are too short for the longest window.
     """
     difference = _difference(estimate, target)
-    spectral = sum(spectral_loss(difference, window, hop) for window in windows)
+    spectral = sum(spectral_loss(difference, window, hop_length) for window in windows)
     return time_weight * difference.abs().mean() + spectral
 
 
@@ -82,7 +87,7 @@ def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, most: float =
     return 10 * (torch.log10(error + 10 ** (-most / 10) * whole + 1e-7) - torch.log10(whole + 1e-7)).mean()
 
 
-def spectral_loss(difference: Tensor, window: int, hop: int = 147) -> Tensor:
+def spectral_loss(difference: Tensor, window: int, hop_length: int = 147) -> Tensor:
     """mean|STFT_w(ŝ − s)|: the modulus of the complex difference, so that phase counts.
 
     The STFT is linear: the transform of the difference is the difference of the transforms.
@@ -91,7 +96,7 @@ def spectral_loss(difference: Tensor, window: int, hop: int = 147) -> Tensor:
     Args:
         difference: ŝ − s, (..., samples).
         window: w, in samples.
-        hop: samples between frames.
+        hop_length: samples between frames.
 
     Raises:
         ValueError: when the signal is too short for its edges to be reflected.
@@ -100,7 +105,7 @@ def spectral_loss(difference: Tensor, window: int, hop: int = 147) -> Tensor:
         least = max(window, 2048) // 2 + 1
         raise ValueError(f"{difference.shape[-1]} samples are too few for window={window}: give at least {least}")
     signals = difference.reshape(-1, difference.shape[-1])
-    mean: Tensor = _MeanModulus.apply(signals, window, hop)
+    mean: Tensor = _MeanModulus.apply(signals, window, hop_length)
     return mean
 
 
@@ -112,11 +117,11 @@ class _MeanModulus(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, signals: Tensor, window: int, hop: int) -> Tensor:
+    def forward(ctx: Any, signals: Tensor, window: int, hop_length: int) -> Tensor:
         # On a CPU one signal at a time: its spectrum stays in cache, and the whole takes less than half as long.
         parts = signals.split(1) if signals.device.type == "cpu" else (signals,)
         wanted = ctx.needs_input_grad[0]
-        means, gradients = zip(*(_mean_modulus(part, window, hop, wanted) for part in parts), strict=True)
+        means, gradients = zip(*(_mean_modulus(part, window, hop_length, wanted) for part in parts), strict=True)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients) / len(parts))
         return torch.stack(means).mean()
@@ -128,15 +133,15 @@ class _MeanModulus(torch.autograd.Function):
         return gradient * gradients[0], None, None
 
 
-def _mean_modulus(signals: Tensor, window: int, hop: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
+def _mean_modulus(signals: Tensor, window: int, hop_length: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """Mean of |STFT| over signals (s, samples), frames and bins; where wanted its gradient, (s, samples)."""
     samples, n_fft = signals.shape[-1], max(window, 2048)
-    edge, frames = n_fft // 2, samples // hop + 1
+    edge, frames = n_fft // 2, samples // hop_length + 1
     hann = torch.hann_window(window, dtype=signals.dtype, device=signals.device)
     padded = functional.pad(signals, (edge, edge), mode="reflect")
     # The window stands in the middle of n_fft samples. Here it comes first: that shifts phases, not moduli.
     first = (n_fft - window) // 2
-    cut = padded[:, first:].unfold(-1, window, hop)[:, :frames] * hann
+    cut = padded[:, first:].unfold(-1, window, hop_length)[:, :frames] * hann
     spectrum = torch.fft.rfft(cut, n_fft)
     modulus = spectrum.abs()
     mean = modulus.mean()
@@ -146,10 +151,10 @@ def _mean_modulus(signals: Tensor, window: int, hop: int, wanted: bool) -> tuple
     spectrum[..., 1:-1] *= 0.5  # `irfft` counts every bin but the first and last twice
     back = torch.fft.irfft(spectrum, n_fft, norm="forward")[..., :window] * (hann / modulus.numel())
 
-    # Overlap and add, hop by hop: a frame's i-th stretch of `hop` samples lies i hops after its beginning.
-    stretches = -(-window // hop)
-    back = functional.pad(back, (0, stretches * hop - window)).unflatten(-1, (stretches, hop))
-    added = back.new_zeros(len(signals), frames + stretches - 1, hop)
+    # Overlap and add, hop by hop: a frame's i-th stretch of `hop_length` samples lies i hops after its beginning.
+    stretches = -(-window // hop_length)
+    back = functional.pad(back, (0, stretches * hop_length - window)).unflatten(-1, (stretches, hop_length))
+    added = back.new_zeros(len(signals), frames + stretches - 1, hop_length)
     for i in range(stretches):
         added[:, i : i + frames] += back[:, :, i]
     whole = functional.pad(added.flatten(1), (first, max(0, samples + 2 * edge - first - added[0].numel())))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import kernels, loops, native, ssd
-from .loops import loop
+from . import ssd
+from .kernels import cpu, loops, triton
+from .kernels.loops import loop
 
 EPS = 1e-5  # of every RMS norm in the published model
 PIECE = 128
@@ -49,8 +50,8 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """The same as a function: (..., dim), a weight (dim,) or none → (..., dim)."""
-    if loops.wanted() and native.normalises(x):
-        return native.rms_norm(x, weight, EPS)
+    if loops.wanted() and cpu.normalises(x):
+        return cpu.rms_norm(x, weight, EPS)
     return _rms_norm(x, weight)
 
 
@@ -65,7 +66,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def product_type(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """The type in which matrices are multiplied with x: its own, or that of autocast, which leaves float64 as it is."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -149,10 +150,10 @@ class Mamba2(nn.Module):
 
     Args:
         dim: d.
-        state: n.
-        head_width: p.
+        d_state: n.
+        headdim: p.
         expand: inner width h·p as a multiple of d.
-        conv_width: taps of the causal convolution.
+        d_conv: taps of the causal convolution.
         scan: any function with the signature in `bsmamba2.ssd`.
 
     Raises:
@@ -163,24 +164,24 @@ class Mamba2(nn.Module):
         self,
         dim: int,
         *,
-        state: int = 128,
-        head_width: int = 64,
+        d_state: int = 128,
+        headdim: int = 64,
         expand: int = 4,
-        conv_width: int = 4,
+        d_conv: int = 4,
         scan: ssd.Scan = ssd.chunked,
     ) -> None:
         super().__init__()
         inner = expand * dim
-        if inner % head_width:
-            raise ValueError(f"expand * dim = {inner} is not a multiple of head_width={head_width}")
-        heads = inner // head_width
-        self.head_width = head_width
-        self.past = conv_width - 1
+        if inner % headdim:
+            raise ValueError(f"expand * dim = {inner} is not a multiple of headdim={headdim}")
+        heads = inner // headdim
+        self.headdim = headdim
+        self.past = d_conv - 1
         self.scan = scan
-        self.widths = (inner, inner + 2 * state, heads)  # z, xBC, dt
-        self.inner_widths = (inner, state, state)  # x, B, C
+        self.widths = (inner, inner + 2 * d_state, heads)  # z, xBC, dt
+        self.inner_widths = (inner, d_state, d_state)  # x, B, C
         self.in_proj = nn.Linear(dim, sum(self.widths), bias=False)
-        self.conv1d = nn.Conv1d(inner + 2 * state, inner + 2 * state, conv_width, groups=inner + 2 * state)
+        self.conv1d = nn.Conv1d(inner + 2 * d_state, inner + 2 * d_state, d_conv, groups=inner + 2 * d_state)
         self.dt_bias = nn.Parameter(initial_dt_bias(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
@@ -197,7 +198,7 @@ class Mamba2(nn.Module):
 
     def native_forward(self, x: Tensor) -> Tensor:
         """`forward` with the native kernel, without gradients."""
-        dtype = product_type(x)
+        dtype = matmul_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             into, out, room = self.in_proj.weight.to(dtype), self.output().to(dtype), Room(x, self, dtype)
 
@@ -236,12 +237,12 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.in_proj(x.transpose(0, 1).contiguous()).split(self.widths, dim=-1)
         if keep:
             after = self.last_frames(before, xBC)
-        xBC = kernels.convolution(xBC, self.conv1d.weight, self.conv1d.bias, before, otherwise=causal_conv_silu)
+        xBC = triton.convolution(xBC, self.conv1d.weight, self.conv1d.bias, before, otherwise=causal_conv_silu)
         u, B, C = (part.transpose(0, 1) for part in xBC.split(self.inner_widths, dim=-1))
         wide = _wide(dt)
         dt = functional.softplus(dt.to(wide) + self.dt_bias.to(wide)).transpose(0, 1)
         A = -self.A_log.to(wide).exp()
-        u = u.unflatten(-1, (-1, self.head_width))
+        u = u.unflatten(-1, (-1, self.headdim))
         y = self.scan(u, dt, A, B, C, self.D, initial_state=state, return_state=keep)
         if keep:
             y, state = y
@@ -258,14 +259,14 @@ class Mamba2(nn.Module):
 
     def kernel(self, x: Tensor) -> bool:
         """Whether the native kernel does what lies between the projections of x, instead of the steps one by one."""
-        if self.scan is native.checked:
-            native.require(product_type(x))
+        if self.scan is cpu.checked:
+            cpu.require(matmul_dtype(x))
             return True
-        if self.scan is not kernels.auto or x.device.type != "cpu":
+        if self.scan is not triton.auto or x.device.type != "cpu":
             return False
-        dtype = product_type(x)
-        fits = not native.misfits(x.device, dtype, self.head_width, self.inner_widths[1])
-        return fits and kernels.scan_for(x.device, dtype) is native.scan
+        dtype = matmul_dtype(x)
+        fits = not cpu.misfits(x.device, dtype, self.headdim, self.inner_widths[1])
+        return fits and triton.scan_for(x.device, dtype) is cpu.scan
 
     def native_step(self, x: Tensor, memory: Memory | None, keep: bool) -> tuple[Tensor, Memory | None]:
         """`step` with the native kernel."""
@@ -287,7 +288,7 @@ class Mamba2(nn.Module):
         """`native.mix` of what `in_proj` gives, with the numbers of this mixer; `options` are that function's."""
         decay = -self.A_log.exp()
         conv = self.conv1d
-        return native.mix(projected, self.dt_bias, decay, self.D, conv.weight, conv.bias, eps=EPS, **options)
+        return cpu.mix(projected, self.dt_bias, decay, self.D, conv.weight, conv.bias, eps=EPS, **options)
 
     def project_and_mix(self, x: Tensor, matrix: Tensor, room: Room | None, *, backwards: bool = False) -> Tensor:
         """`mix` of `matrix` x: (b, t, d), (·, d) → (b, t, h·p), in the room if there is one."""

@@ -167,7 +167,7 @@ def bleed(
     sample_rate: int = 44_100,
     *,
     n_fft: int = 4096,
-    hop: int = 1024,
+    hop_length: int = 1024,
     bands: int = 512,
 ) -> Bleed:
     """How much the estimate has too much and too little of, on mel bands in dB.
@@ -185,7 +185,7 @@ def bleed(
         estimate: ŝ, of the same shape.
         sample_rate: in hertz.
         n_fft: window and transform, in samples.
-        hop: samples between frames.
+        hop_length: samples between frames.
         bands: mel bands from 0 Hz to half the sample rate.
 
     Returns:
@@ -201,7 +201,7 @@ def bleed(
 
     def level(signal: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(signal.cpu().double(), (n_fft // 2, n_fft // 2))
-        frames = padded.unfold(-1, n_fft, hop)  # (c, t, n_fft), a view: a few at a time become memory
+        frames = padded.unfold(-1, n_fft, hop_length)  # (c, t, n_fft), a view: a few at a time become memory
         parts = [torch.fft.rfft(part * window).abs() @ mel.T for part in frames.split(512, dim=1)]
         decibels = 20 * torch.log10(torch.cat(parts, dim=1).clamp(min=1e-10))  # (c, t, bands)
         return decibels.clamp(min=float(decibels.max()) - 80)

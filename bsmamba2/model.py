@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels, loops, ssd
+from . import ssd
 from .bands import BandSplit, UnitNorm
 from .config import ModelConfig
 from .dual_path import DualPath, SequenceLayer
+from .kernels import loops, triton
 from .mamba2 import Mamba2, Memory
 from .masks import MaskEstimator
 from .spectrogram import istft, stft
 
-Memories = list[list[Memory]]
+StreamingState = list[list[Memory]]
 """What a model must know of the past of a song: for each layer, for each block of sequences (`DualPath.step`)."""
 
 
@@ -33,13 +34,13 @@ class BSMamba2(nn.Module):
     Args:
         config: the architecture; `ModelConfig()` is the published one.
         scan: "auto" (by the device of the input), "recurrent", "matrix", "chunked", "native" or "fused",
-            see `bsmamba2.kernels`; or any function with the signature in `bsmamba2.ssd`.
+            see `bsmamba2.kernels.triton`; or any function with the signature in `bsmamba2.ssd`.
         sequence_layer: makes the layer that reads a sequence in one direction, (b, length, d) to the
             same; a Mamba-2 mixer of the configuration's size when absent. This is the seam for
             ablations: pass one that makes an LSTM or attention.
 
     Attributes:
-        checkpointing: while gradients are recorded, keep only the input of each dual-path layer and compute
+        gradient_checkpointing: while gradients are recorded, keep only the input of each dual-path layer and compute
             the layer again in the backward pass: less memory, more time, the same gradients.
 
     Raises:
@@ -56,21 +57,21 @@ class BSMamba2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.gradient_checkpointing = False
         mixer = partial(
             Mamba2,
             config.dim,
-            state=config.state,
-            head_width=config.head_width,
+            d_state=config.d_state,
+            headdim=config.headdim,
             expand=config.expand,
-            conv_width=config.conv_width,
-            scan=kernels.choose(scan),
+            d_conv=config.d_conv,
+            scan=triton.choose(scan),
         )
-        self.band_split = BandSplit(config.bands, config.channels, config.dim)
-        self.layers = nn.ModuleList(DualPath(config.dim, sequence_layer or mixer) for _ in range(config.layers))
+        self.band_split = BandSplit(config.freqs_per_bands, config.channels, config.dim)
+        self.layers = nn.ModuleList(DualPath(config.dim, sequence_layer or mixer) for _ in range(config.depth))
         self.final_norm = UnitNorm(config.dim)
         self.mask_estimators = nn.ModuleList(
-            MaskEstimator(config.bands, config.channels, config.dim, config.mask_expand) for _ in config.stems
+            MaskEstimator(config.freqs_per_bands, config.channels, config.dim, config.mask_expand) for _ in config.stems
         )
 
     def forward(self, mixture: Tensor) -> Tensor:
@@ -87,10 +88,10 @@ class BSMamba2(nn.Module):
         """
         if mixture.dim() != 3 or mixture.shape[1] != self.config.channels:
             raise ValueError(f"mixture {tuple(mixture.shape)} must be (b, c={self.config.channels}, samples)")
-        n_fft, hop = self.config.n_fft, self.config.hop
-        spectrogram = stft(mixture, n_fft, hop)
+        n_fft, hop_length = self.config.n_fft, self.config.hop_length
+        spectrogram = stft(mixture, n_fft, hop_length)
         stems = self.apply_to_spectrogram(spectrogram)
-        return istft(stems, mixture.shape[-1], n_fft, hop)
+        return istft(stems, mixture.shape[-1], n_fft, hop_length)
 
     def apply_to_spectrogram(self, spectrogram: Tensor) -> Tensor:
         """Separate a spectrogram: complex (b, c, f, t) → complex (b, stem, c, f, t).
@@ -106,13 +107,15 @@ class BSMamba2(nn.Module):
     def masks(self, spectrogram: Tensor) -> Tensor:
         """The complex masks of a spectrogram: (b, c, f, t) → (b, stem, c, f, t)."""
         x = self.band_split(spectrogram)  # (b, t, k, d)
-        recompute = self.checkpointing and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = checkpoint(_within, loops.asked(), layer, x, use_reentrant=False) if recompute else layer(x)
         x = self.final_norm(x)
         return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1)
 
-    def next_masks(self, spectrogram: Tensor, memories: Memories | None, frames: int) -> tuple[Tensor, Memories]:
+    def stream_masks(
+        self, spectrogram: Tensor, memories: StreamingState | None, frames: int
+    ) -> tuple[Tensor, StreamingState]:
         """The masks of a piece of a song, going on from the piece before.
 
         Along time, the forward direction knows all of the past by its memory, the backward one only the look-ahead. The

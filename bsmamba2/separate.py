@@ -40,10 +40,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import audio
-from .audio import AudioError
-from .model import BSMamba2, Memories
-from .resample import resample_blocks
+from .audio import files
+from .audio.files import AudioError
+from .audio.resample import resample_blocks
+from .model import BSMamba2, StreamingState
 from .spectrogram import istft_blocks, stft_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +64,7 @@ def separate(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Separate a song that fits in memory; see `separate_blocks` for one that does not.
+    """Separate a song that fits in memory; see `separate_stream` for one that does not.
 
     Args:
         model: its configuration gives the sample rate and channels; it computes where its weights are.
@@ -87,7 +87,7 @@ def separate(
     if mixture.dim() != 2 or mixture.shape[0] != config.channels or not mixture.shape[1]:
         raise ValueError(f"mixture {tuple(mixture.shape)} must be (c={config.channels}, samples), not empty")
     pieces = []
-    for piece in separate_blocks(
+    for piece in separate_stream(
         model, [mixture[None]], segment=segment, overlap=overlap, look_ahead=look_ahead, batch=batch, dtype=dtype
     ):
         pieces.append(piece[0])
@@ -96,7 +96,7 @@ def separate(
     return torch.cat(pieces, dim=-1).to(mixture.device)
 
 
-def separate_blocks(
+def separate_stream(
     model: BSMamba2,
     blocks: Iterable[Tensor],
     *,
@@ -139,13 +139,13 @@ def separate_blocks(
     if look_ahead is not None:
         if not 0 <= look_ahead <= 3600:
             raise ValueError(f"look_ahead={look_ahead!r} must be seconds, at least 0 and at most 3600")
-        ahead = round(look_ahead * config.sample_rate / config.hop)
-        yield from _carried(model, blocks, round(length / config.hop), ahead, batch, dtype)
+        ahead = round(look_ahead * config.sample_rate / config.hop_length)
+        yield from _carried(model, blocks, round(length / config.hop_length), ahead, batch, dtype)
         return
     step = max(1, round(length * (1 - overlap)))
     weight = torch.ones(length, dtype=torch.float64)
     if overlap:
-        step = between_frames(step, length, config.hop)
+        step = stagger_step(step, length, config.hop_length)
         ramp = torch.arange(1, length + 1, dtype=torch.float64)
         weight = torch.minimum(ramp, ramp.flip(0))
     weighted, total = torch.zeros(0), torch.zeros(0)
@@ -190,7 +190,7 @@ def separate_blocks(
         yield (weighted[..., :rest] / total[:rest]).float()
 
 
-def between_frames(step: int, length: int, hop: int) -> int:
+def stagger_step(step: int, length: int, hop_length: int) -> int:
     """The next larger step, if a segment has room for it, that puts frames of overlapping segments between each other.
 
     An estimate depends a little on where in the song its frames begin. Segments that start whole hops apart all make
@@ -199,10 +199,10 @@ def between_frames(step: int, length: int, hop: int) -> int:
     Args:
         step: samples from segment to segment.
         length: of a segment, in samples.
-        hop: samples between frames.
+        hop_length: samples between frames.
     """
-    apart = hop // max(2, round(length / step))
-    later = step + (apart - step) % hop
+    apart = hop_length // max(2, round(length / step))
+    later = step + (apart - step) % hop_length
     return later if later < length else step
 
 
@@ -224,7 +224,7 @@ def _carried(
     model: BSMamba2, blocks: Iterable[Tensor], frames: int, ahead: int, batch: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Pieces of `frames` frames, each with `ahead` more behind it: (b, c, samples) → (b, stem, c, samples) blocks."""
-    n_fft, hop = model.config.n_fft, model.config.hop
+    n_fft, hop_length = model.config.n_fft, model.config.hop_length
     received = given = 0
 
     def samples() -> Iterator[Tensor]:
@@ -233,15 +233,15 @@ def _carried(
         for block in blocks:
             _check_mixture(block)
             received += block.shape[-1]
-            yield from block.cpu().double().split(frames * hop, dim=-1)
+            yield from block.cpu().double().split(frames * hop_length, dim=-1)
         if 0 < received <= n_fft // 2:
             yield torch.zeros(*block.shape[:-1], n_fft // 2 + 1 - received, dtype=torch.float64)
 
     def stems() -> Iterator[Tensor]:
         """Their spectra, masked: complex (b, stem, c, f, t)."""
         waiting: Tensor | None = None  # from the first frame of the next piece on
-        memories: list[Memories] = []  # for each `batch` of songs
-        for spectrogram in stft_blocks(samples(), n_fft, hop):
+        memories: list[StreamingState] = []  # for each `batch` of songs
+        for spectrogram in stft_blocks(samples(), n_fft, hop_length):
             waiting = spectrogram if waiting is None else torch.cat((waiting, spectrogram), dim=-1)
             while waiting.shape[-1] > frames + ahead:
                 masks, memories = _masks(model, waiting[..., : frames + ahead], memories, frames, batch, dtype)
@@ -250,7 +250,7 @@ def _carried(
         if waiting is not None:  # the end of the song is in sight: the rest is one piece
             yield _masks(model, waiting, memories, waiting.shape[-1], batch, dtype)[0] * waiting[:, None]
 
-    for block in istft_blocks(stems(), n_fft, hop):
+    for block in istft_blocks(stems(), n_fft, hop_length):
         block = block[..., : received - given].float()  # the last may have zeros behind the song
         _check_stems(block, dtype)
         given += block.shape[-1]
@@ -258,13 +258,15 @@ def _carried(
 
 
 def _masks(
-    model: BSMamba2, spectrogram: Tensor, memories: list[Memories], frames: int, batch: int, dtype: torch.dtype
-) -> tuple[Tensor, list[Memories]]:
-    """`model.next_masks` for `batch` songs at a time, each batch with its own memories; none at the start."""
+    model: BSMamba2, spectrogram: Tensor, memories: list[StreamingState], frames: int, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, list[StreamingState]]:
+    """`model.stream_masks` for `batch` songs at a time, each batch with its own memories; none at the start."""
     songs = spectrogram.to(torch.complex64).split(batch)
-    before: list[Memories | None] = [*memories] or [None] * len(songs)
+    before: list[StreamingState | None] = [*memories] or [None] * len(songs)
     with _computing(model, dtype) as device:
-        found = [model.next_masks(some.to(device), memory, frames) for some, memory in zip(songs, before, strict=True)]
+        found = [
+            model.stream_masks(some.to(device), memory, frames) for some, memory in zip(songs, before, strict=True)
+        ]
         return torch.cat([masks.cpu() for masks, _ in found]), [after for _, after in found]
 
 
@@ -362,10 +364,10 @@ def separate_file(
         )
     names = (*config.stems, "rest")
     base = Path(base)
-    with audio.Reader(song) as file:
-        if format not in audio.FORMATS:
-            raise ValueError(f"format={format!r} is not one of {', '.join(audio.FORMATS)}")
-        suffix = audio.FORMATS[format].suffix
+    with files.AudioReader(song) as file:
+        if format not in files.FORMATS:
+            raise ValueError(f"format={format!r} is not one of {', '.join(files.FORMATS)}")
+        suffix = files.FORMATS[format].suffix
         paths = {name: base.with_name(f"{base.name}.{name}{suffix}") for name in names}
         for path in paths.values():
             try:
@@ -383,11 +385,11 @@ def separate_file(
         mixture = _Memory(file.blocks())
         songs = (split_channels(block, config.channels) for block in mixture)
         there = resample_blocks(songs, file.rate, config.sample_rate)
-        stems = separate_blocks(
+        stems = separate_stream(
             model, there, segment=segment, overlap=overlap, look_ahead=look_ahead, batch=batch, dtype=dtype
         )
         back = resample_blocks(stems, config.sample_rate, file.rate)
-        with audio.Results(paths, file.rate, file.channels, format, frames=file.frames) as results:
+        with files.StemWriter(paths, file.rate, file.channels, format, frames=file.frames) as results:
             for block in back:
                 original = mixture.take(block.shape[-1])  # shorter at the end: a rate's rounding
                 if not original.shape[-1]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .loops import loop
+from .kernels.loops import loop
 
 CHUNK, LONG_CHUNK = 64, 128
 """Frames in a chunk of `chunked` when none are named: with gradients, and without."""

@@ -3,7 +3,7 @@
 batches → model → loss → gradients, summed and clipped → AdamW, or Muon and AdamW → moving average of the weights
 
 The same loop runs in one process and, under `torchrun`, in many: each then takes its own batches, and
-DistributedDataParallel averages the gradients. What keeps a run on disk is in `bsmamba2.runs`.
+DistributedDataParallel averages the gradients. What keeps a run on disk is in `bsmamba2.training.run_dir`.
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556 for the defaults.
 Axis letters: see `bsmamba2.config`.
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import loops
 from .config import ModelConfig
+from .kernels import loops
 from .losses import WINDOWS, bsmamba2_loss, snr_loss
 from .model import BSMamba2
-from .muon import Muon
-from .processes import gather, total, world
+from .training.distributed import all_gather_object, total, world_size
+from .training.muon import Muon
 
-SCHEDULES = ("constant", "cosine", "trapezoid")
+SCHEDULES = ("constant", "cosine", "wsd")
 OPTIMISERS = ("adamw", "muon")
 LOSSES = ("published", "snr")
 Batch = Sequence[Any]
@@ -54,22 +54,22 @@ class TrainConfig:
             steps, then a half cosine to zero. For runs whose end is not known yet `trapezoid`: a warm-up over
             100 steps, constant, and a straight line to zero over the last steps; such a run goes on with another
             number of steps.
-        cooldown: of a trapezoid, the share of the steps over which the rate falls. A. Hägele et al. (arXiv:2405.18392)
+        decay_ratio: of a trapezoid, the share of the steps over which the rate falls. A. Hägele et al. (arXiv:2405.18392)
             found such a fall to do at least as well as a cosine made for that length.
         weight_decay: not applied to `A_log`, `D` and `dt_bias`.
             Differs from the published model: its code decays these three as well.
-        clip: largest norm of the gradient. 3 seldom touches that of the published loss. That of `snr` is longer: nearly
+        max_grad_norm: largest norm of the gradient. 3 seldom touches that of the published loss. That of `snr` is longer: nearly
             every step is scaled down to it.
         ema_decay: of the moving average of the weights, per step.
         loss: `published`; or `snr`, the error's energy in dB (`losses.snr_loss`), whose fall the scores reward.
         loss_hop: samples between the frames of the published loss; its own 147 costs three times what 441 does.
         loss_windows: of the published loss, in samples; (2048, 1024, 512) is the earlier, cheaper form.
-        accumulate: batches whose gradients are averaged into one step; the published run has 6.
+        grad_accum_steps: batches whose gradients are averaged into one step; the published run has 6.
         precision: `float32`, or `bfloat16`: matrix products under autocast, as published; weights, STFT
             and loss stay float32, and masks are widened to it.
-        checkpointing: keep only what goes into each layer and compute the layer again in the backward
+        gradient_checkpointing: keep only what goes into each layer and compute the layer again in the backward
             pass: a third more time, memory of one layer instead of all.
-        compile: on a CPU, mixers run in the native kernel (`bsmamba2.native`), elsewhere the layers go through
+        compile: on a CPU, mixers run in the native kernel (`bsmamba2.kernels.cpu`), elsewhere the layers go through
             `torch.compile`; where that fails, one warning and go on without.
     """
 
@@ -77,22 +77,22 @@ class TrainConfig:
     optimiser: str = "adamw"
     lr: float = 5e-4
     schedule: str = "constant"
-    cooldown: float = 0.2
+    decay_ratio: float = 0.2
     weight_decay: float = 0.01
-    clip: float = 3.0
+    max_grad_norm: float = 3.0
     ema_decay: float = 0.999
     loss: str = "published"
     loss_hop: int = 147
     loss_windows: tuple[int, ...] = WINDOWS
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     precision: str = "float32"
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_windows, list):  # as JSON and YAML have it
             object.__setattr__(self, "loss_windows", tuple(self.loss_windows))
-        for name in ("steps", "loss_hop", "accumulate"):
+        for name in ("steps", "loss_hop", "grad_accum_steps"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive whole number")
         windows = self.loss_windows
@@ -107,15 +107,15 @@ class TrainConfig:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(choices)}")
-        for name in ("lr", "cooldown", "weight_decay", "clip", "ema_decay"):
+        for name in ("lr", "decay_ratio", "weight_decay", "max_grad_norm", "ema_decay"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number, not negative")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay!r} must lie in [0, 1)")
-        if not 0 < self.cooldown <= 1:
-            raise ValueError(f"cooldown={self.cooldown!r} must lie in (0, 1]")
-        for name in ("checkpointing", "compile"):
+        if not 0 < self.decay_ratio <= 1:
+            raise ValueError(f"decay_ratio={self.decay_ratio!r} must lie in (0, 1]")
+        for name in ("gradient_checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
 
@@ -152,8 +152,10 @@ class Trainer:
             raise ValueError(f"the training target is one stem, but the model gives {model.config.stems}")
         self.model, self.config, self.number = model, config, 0
         self.device = next(model.parameters()).device
-        model.checkpointing = config.checkpointing
-        self.together = DistributedDataParallel(model) if world() > 1 else None  # all have the first one's weights now
+        model.gradient_checkpointing = config.gradient_checkpointing
+        self.together = (
+            DistributedDataParallel(model) if world_size() > 1 else None
+        )  # all have the first one's weights now
         self.optimisers = optimisers(model, config)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.untried = config.compile and self.device.type != "cpu"
@@ -169,7 +171,7 @@ class Trainer:
         """Train until `steps` are done; yields after every step, so that a caller can draw, print or stop.
 
         Args:
-            batches: `accumulate` of them for every step, from the first step on: where some steps are done
+            batches: `grad_accum_steps` of them for every step, from the first step on: where some steps are done
                 already, their batches are passed over, by `batches.skip(count)` if there is one.
 
         Raises:
@@ -178,28 +180,28 @@ class Trainer:
             ValueError: when the batches run out.
         """
         self.model.train()
-        supply = _after(batches, self.number * self.config.accumulate)
+        supply = _after(batches, self.number * self.config.grad_accum_steps)
         while self.number < self.config.steps:
-            group = list(islice(supply, self.config.accumulate))
-            if len(group) < self.config.accumulate:
+            group = list(islice(supply, self.config.grad_accum_steps))
+            if len(group) < self.config.grad_accum_steps:
                 raise ValueError(f"the batches ran out after {self.number} of {self.config.steps} steps")
             yield self.step(group)
 
     def step(self, batches: Sequence[Batch]) -> Step:
-        """One optimiser step from `accumulate` batches of one size; raises as `run` does."""
+        """One optimiser step from `grad_accum_steps` batches of one size; raises as `run` does."""
         number = self.number + 1
         lr = learning_rate(number, self.config)
         for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
             group["lr"] = lr
         losses = self.backward(batches)
-        gradient = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        loss = total(losses.mean()) / world()
+        gradient = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        loss = total(losses.mean()) / world_size()
         if not (loss.isfinite() and gradient.isfinite()):
             here = [
                 (one.isfinite().item(), list(batch[2]) if len(batch) > 2 else [])
                 for batch, one in zip(batches, losses, strict=True)
             ]
-            everywhere = [batch for process in gather(here) for batch in process]
+            everywhere = [batch for process in all_gather_object(here) for batch in process]
             bad = [batch for batch in everywhere if not batch[0]] or everywhere
             names = [name for _, inside in bad for name in inside]
             told = f"; in the batch: {', '.join(names)}" if names else ""
@@ -230,7 +232,7 @@ class Trainer:
         target = target.to(self.device, non_blocking=True)
         if self.config.loss == "snr":
             return snr_loss(estimate, target, mixture.to(self.device, non_blocking=True))
-        return bsmamba2_loss(estimate, target, windows=self.config.loss_windows, hop=self.config.loss_hop)
+        return bsmamba2_loss(estimate, target, windows=self.config.loss_windows, hop_length=self.config.loss_hop)
 
     def alone(self) -> AbstractContextManager[None]:
         """A context in which processes keep their gradients to themselves."""
@@ -301,8 +303,8 @@ def learning_rate(number: int, config: TrainConfig) -> float:
     """The rate of step `number`, from 1."""
     if config.schedule == "constant":
         return config.lr
-    if config.schedule == "trapezoid":
-        left = (config.steps + 1 - number) / max(1, int(config.steps * config.cooldown))
+    if config.schedule == "wsd":
+        left = (config.steps + 1 - number) / max(1, int(config.steps * config.decay_ratio))
         return config.lr * min(1.0, number / 100, left)
     warm = max(1, config.steps // 20)
     if number <= warm:

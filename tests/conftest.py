@@ -15,7 +15,15 @@ from bsmamba2.checkpoints import from_published
 FIXTURE = Path(__file__).parent / "data" / "published_model_small.safetensors"
 
 TINY = ModelConfig(
-    dim=16, layers=1, bands=(4, 8, 21, 32), n_fft=128, hop=32, sample_rate=8000, state=8, head_width=8, expand=2
+    dim=16,
+    depth=1,
+    freqs_per_bands=(4, 8, 21, 32),
+    n_fft=128,
+    hop_length=32,
+    sample_rate=8000,
+    d_state=8,
+    headdim=8,
+    expand=2,
 )
 
 
@@ -28,7 +36,9 @@ def published() -> dict[str, Tensor]:
 @pytest.fixture
 def published_model(published: dict[str, Tensor]) -> BSMamba2:
     """Our model with the published weights, for each test its own: some change its scan, or a weight."""
-    config = ModelConfig(dim=32, layers=2, bands=(2, 2, 4, 12, 13), n_fft=64, hop=16, stems=("first", "second"))
+    config = ModelConfig(
+        dim=32, depth=2, freqs_per_bands=(2, 2, 4, 12, 13), n_fft=64, hop_length=16, stems=("first", "second")
+    )
     model = BSMamba2(config).eval()
     weights = {name.removeprefix("weights."): part for name, part in published.items() if name.startswith("weights.")}
     model.load_state_dict(from_published(weights))

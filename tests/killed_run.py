@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from bsmamba2 import BSMamba2
 from bsmamba2.metrics import usdr
-from bsmamba2.runs import Run
 from bsmamba2.train import TrainConfig, Trainer
+from bsmamba2.training.run_dir import Run
 
 STEPS = 24
 
@@ -45,7 +45,7 @@ def validate(model: BSMamba2) -> float:
 
 def train(folder: Path) -> None:
     torch.manual_seed(0)
-    config = TrainConfig(steps=STEPS, accumulate=2, lr=1e-2, ema_decay=0.5, loss_windows=(256,), loss_hop=441)
+    config = TrainConfig(steps=STEPS, grad_accum_steps=2, lr=1e-2, ema_decay=0.5, loss_windows=(256,), loss_hop=441)
     model = BSMamba2(TINY)
     # Something that draws random numbers in every step: it must go on with the same ones.
     model.band_split.register_forward_hook(lambda part, _, x: functional.dropout(x, 0.1, part.training))

@@ -11,11 +11,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from bsmamba2.augment import SEMITONES, Change
 from bsmamba2.data import Loader, Remixer
-from bsmamba2.songs import STEMS, Song
-from bsmamba2.songs import songs as synthesise_songs
-from bsmamba2.tracks import FileTrack
+from bsmamba2.synth.songs import STEMS, Song
+from bsmamba2.synth.songs import songs as synthesise_songs
+from bsmamba2.training.augmentation import SEMITONES, Augmentation
+from bsmamba2.training.datasets import FileTrack
 
 RATE, SAMPLES = 44_100, 44_100
 SEEDS = range(200)
@@ -49,7 +49,7 @@ def above(sound: Tensor, hertz: float) -> float:
 def test_a_stem_is_played_at_the_speed_that_was_drawn() -> None:
     speeds = []
     for seed in SEEDS:
-        change = Change(seed, 2)
+        change = Augmentation(seed, 2)
         pieces = [sine(1_000, length) for length in change.lengths(SAMPLES)]
         out = change(pieces, SAMPLES, RATE)
         for speed, stem in zip(change.speeds, out, strict=True):
@@ -64,14 +64,14 @@ def test_a_stem_is_played_at_the_speed_that_was_drawn() -> None:
 
 
 def test_stems_of_one_place_share_a_speed_and_others_do_not() -> None:
-    assert all(len(set(Change(seed, 4, together=True).speeds)) == 1 for seed in SEEDS)
-    assert sum(len(set(Change(seed, 4).speeds)) > 1 for seed in SEEDS) > 0.85 * len(SEEDS)
+    assert all(len(set(Augmentation(seed, 4, together=True).speeds)) == 1 for seed in SEEDS)
+    assert sum(len(set(Augmentation(seed, 4).speeds)) > 1 for seed in SEEDS) > 0.85 * len(SEEDS)
 
 
 def test_a_stem_keeps_its_level_and_a_low_pass_takes_treble_from_all_or_none() -> None:
     cut = 0
     for seed in SEEDS:
-        change = Change(seed, 3)
+        change = Augmentation(seed, 3)
         pieces = [(n + 1) * noise(n, length) for n, length in enumerate(change.lengths(SAMPLES))]
         out = change(pieces, SAMPLES, RATE)
         # A piece that is slowed down has no treble itself, so one at its own speed or faster tells.
@@ -94,7 +94,7 @@ def test_the_target_alone_becomes_rough() -> None:
 
     found = [0, 0]
     for seed in SEEDS:
-        change = Change(seed, 2)
+        change = Augmentation(seed, 2)
         out = change([sine(3_000, length) for length in change.lengths(SAMPLES)], SAMPLES, RATE)
         found = [count + trembles(stem) for count, stem in zip(found, out, strict=True)]
     assert found[1] == 0
@@ -105,7 +105,7 @@ def test_the_target_alone_gets_a_double_that_is_late_by_5_to_25_milliseconds() -
     """What is in the middle stays the same sound on both sides, wherever it is moved, unless a double is added."""
     found, late = [0, 0], []
     for seed in SEEDS:
-        change = Change(seed, 2)
+        change = Augmentation(seed, 2)
         pieces = [noise(n, length, channels=1).repeat(2, 1) for n, length in enumerate(change.lengths(SAMPLES))]
         for number, stem in enumerate(change(pieces, SAMPLES, RATE)):
             if torch.corrcoef(stem)[0, 1] < 0.94:
@@ -123,10 +123,10 @@ def test_each_kind_of_change_comes_as_often_as_the_docstring_says() -> None:
     """Seen from outside, on the stem that is no target: colour, saturation and exchanged sides."""
     coloured, driven, exchanged = 0, 0, 0
     for seed in SEEDS:
-        change = Change(seed, 2)
+        change = Augmentation(seed, 2)
         length = change.lengths(SAMPLES)[1]
 
-        def changed(piece: Tensor, change: Change = change) -> Tensor:
+        def changed(piece: Tensor, change: Augmentation = change) -> Tensor:
             return change([piece, piece], SAMPLES, RATE)[1]
 
         power = torch.fft.rfft(changed(noise(1, length))).abs().square().sum(0)
@@ -144,7 +144,7 @@ def test_each_kind_of_change_comes_as_often_as_the_docstring_says() -> None:
 
 def test_a_silent_stem_stays_silent_and_leaves_the_others_as_they_are() -> None:
     for seed in islice(SEEDS, 20):
-        change = Change(seed, 3)
+        change = Augmentation(seed, 3)
         pieces = [noise(n, length) for n, length in enumerate(change.lengths(SAMPLES))]
         whole = change(pieces, SAMPLES, RATE)
         pieces[1] = torch.zeros_like(pieces[1])
@@ -156,7 +156,7 @@ def test_a_silent_stem_stays_silent_and_leaves_the_others_as_they_are() -> None:
 
 def test_one_channel_has_no_sides() -> None:
     for seed in islice(SEEDS, 20):
-        change = Change(seed, 2)
+        change = Augmentation(seed, 2)
         out = change([noise(n, length, channels=1) for n, length in enumerate(change.lengths(SAMPLES))], SAMPLES, RATE)
         assert [stem.shape for stem in out] == [(1, SAMPLES)] * 2
         assert all(stem.isfinite().all() for stem in out)
@@ -168,10 +168,10 @@ def test_as_many_examples_as_asked_are_changed_and_none_by_default(pool: list[So
         return sum(name.endswith(", changed") for name in names) / len(names)
 
     assert changed() == 0
-    assert changed(augment=0.3) == pytest.approx(0.3, abs=0.1)
-    assert changed(augment=1.0) == 1
-    with pytest.raises(ValueError, match=r"augment=-0\.1 must lie in \[0, 1\]"):
-        Remixer(pool, 4_000, 1, augment=-0.1)
+    assert changed(augment_prob=0.3) == pytest.approx(0.3, abs=0.1)
+    assert changed(augment_prob=1.0) == 1
+    with pytest.raises(ValueError, match=r"augment_prob=-0\.1 must lie in \[0, 1\]"):
+        Remixer(pool, 4_000, 1, augment_prob=-0.1)
 
 
 def test_a_supply_without_changes_draws_no_number_for_them(pool: list[Song]) -> None:
@@ -190,7 +190,7 @@ def test_a_supply_without_changes_draws_no_number_for_them(pool: list[Song]) -> 
 def test_what_is_not_changed_is_the_example_that_it_was(pool: list[Song]) -> None:
     """By number, an example's places and gains do not depend on the share of changed ones."""
     plain = list(islice(Loader(Remixer(pool, 4_000, 1, seed=2)), 40))
-    some = list(islice(Loader(Remixer(pool, 4_000, 1, seed=2, augment=0.5)), 40))
+    some = list(islice(Loader(Remixer(pool, 4_000, 1, seed=2, augment_prob=0.5)), 40))
     kept = 0
     for (mixture, target, names), (other, others, named) in zip(plain, some, strict=True):
         assert named[0].removesuffix(", changed") == names[0]
@@ -205,7 +205,7 @@ def test_skipping_changed_examples_draws_the_same_and_reads_nothing(
     pool: list[Song], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def remixer() -> Remixer:
-        return Remixer(pool, 4_000, 2, seed=4, augment=0.6, original=0.5)
+        return Remixer(pool, 4_000, 2, seed=4, augment_prob=0.6, original=0.5)
 
     batches, skipped = list(islice(remixer(), 6)), remixer()
 
@@ -227,11 +227,11 @@ def test_a_changed_target_is_what_the_mixture_holds(pool: list[Song]) -> None:
     for song in pool:
         stems = song.stems.clone()
         stems[1:] = 0
-        lonely.append(Song(song.name, stems, song.sample_rate, song.sung, song.licence, song.source))
+        lonely.append(Song(song.name, stems, song.sample_rate, song.vocal_segments, song.licence, song.source))
     windows = Remixer(pool, 4_000, 1).windows
     by_name = {song.name: song for song in lonely}
     silent = [[(by_name[track.name], start) for track, start in found] for found in windows]
-    for mixture, target, _ in islice(Remixer(silent, 4_000, 1, augment=1.0, silence=0.0), 30):
+    for mixture, target, _ in islice(Remixer(silent, 4_000, 1, augment_prob=1.0, silence=0.0), 30):
         torch.testing.assert_close(mixture, target)
 
 
@@ -257,8 +257,8 @@ def test_files_are_read_within_their_ends_and_give_what_memory_gives(
     by_name = {track.name: track for track in tracks}
     filed = [[(by_name[track.name], start) for track, start in found] for found in windows]
     monkeypatch.setattr(FileTrack, "read", within)
-    of_files = islice(Remixer(filed, samples, 1, augment=1.0, seed=3), 20)
-    of_songs = islice(Remixer(pool, samples, 1, augment=1.0, seed=3), 20)
+    of_files = islice(Remixer(filed, samples, 1, augment_prob=1.0, seed=3), 20)
+    of_songs = islice(Remixer(pool, samples, 1, augment_prob=1.0, seed=3), 20)
     for (mixture, target, _), (other, others, _) in zip(of_files, of_songs, strict=True):
         assert mixture.shape == target.shape == (1, 2, samples)
         assert torch.equal(mixture, other)
@@ -272,7 +272,7 @@ def test_changed_examples_do_not_depend_on_workers_or_threads() -> None:
     pool = synthesise_songs(2, seed=6, seconds=1.5)
 
     def examples(workers: int) -> list[tuple[Tensor, Tensor, list[str]]]:
-        return list(islice(Loader(Remixer(pool, 44_100, 1, seed=2, augment=1.0), workers=workers), 8))
+        return list(islice(Loader(Remixer(pool, 44_100, 1, seed=2, augment_prob=1.0), workers=workers), 8))
 
     threads = torch.get_num_threads()
     try:

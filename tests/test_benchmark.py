@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bsmamba2 import benchmark, ssd
-from bsmamba2.benchmark import BACKWARD, FORWARD, Case, NotRun, Row, Settings, Trial
+from bsmamba2 import ssd
+from bsmamba2.experiments import benchmark
+from bsmamba2.experiments.benchmark import BACKWARD, FORWARD, Case, Row, Settings, Skipped, Trial
 
 SMALL = Settings(lengths=(0.25,), dtypes=("float32",), repeats=2, preset="small", sequences=2, peers=(), limit=60.0)
 
@@ -61,18 +62,18 @@ def test_operations_are_those_that_torch_counts(
     assert benchmark.operations(case, SMALL) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-@pytest.mark.parametrize("way", benchmark.WAYS)
+@pytest.mark.parametrize("way", benchmark.STREAM_MODES)
 def test_a_song_is_separated_whole_in_every_way(way: str) -> None:
     # The job itself asserts that as many samples come out as went in; 10.5 s are two pieces and two segments.
     tiny = dataclasses.replace(SMALL, lengths=(10.5,), parts=("separation",))
     case = Case("separation", "", 10.5, "float32", FORWARD, way)
-    assert [one.contestant for one in next(benchmark.groups(tiny))] == list(benchmark.WAYS)
+    assert [one.candidate for one in next(benchmark.groups(tiny))] == list(benchmark.STREAM_MODES)
     assert benchmark.prepare(case, tiny)() is None
 
 
 def row(**fields: Any) -> Row:
     values: dict[str, Any] = {
-        "part": "model", "axis": "", "seconds": 8.0, "dtype": "float32", "mode": BACKWARD, "contestant": "chunked",
+        "part": "model", "axis": "", "seconds": 8.0, "dtype": "float32", "mode": BACKWARD, "candidate": "chunked",
         "times": (1.0, 2.0, 4.0), "peaks": (100.0, 50.0, 20.0), "flops": 50.0, "units": 800.0, "memory": 5, "before": 3,
         "difference": 0.0,
     }  # fmt: skip
@@ -111,7 +112,7 @@ def test_growth_is_against_a_quarter_of_the_length() -> None:
     assert line["lengths"] == "32 s against 8 s"
     assert line["time"] == pytest.approx(4.5)
     assert line["memory"] == pytest.approx(10)
-    compiled = [dataclasses.replace(one, contestant="chunked, compiled") for one in rows]  # has run before "before"
+    compiled = [dataclasses.replace(one, candidate="chunked, compiled") for one in rows]  # has run before "before"
     (line,) = benchmark.growth_table(compiled)
     assert line["time"] == pytest.approx(4.5)
     assert line["memory"] is None
@@ -127,7 +128,7 @@ def test_reading_is_held_against_the_step_of_that_length() -> None:
 
 def test_the_claim_stands_beside_the_nearest_pair() -> None:
     rows = [
-        row(part="scan", contestant="recurrent", times=(30.0,) * 3),
+        row(part="scan", candidate="recurrent", times=(30.0,) * 3),
         row(part="scan"),
         row(part="scan", seconds=32.0),
     ]
@@ -141,7 +142,7 @@ def test_the_claim_stands_beside_the_nearest_pair() -> None:
 
 
 def test_what_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.PEERS, "no_such_peer", ("pip install no-such-peer", "nothing"))
+    monkeypatch.setitem(benchmark.BASELINES, "no_such_peer", ("pip install no-such-peer", "nothing"))
     why = benchmark.obstacle(Case("model", "", 1.0, "float32", FORWARD, "no_such_peer"), SMALL)
     assert why == "not installed: pip install no-such-peer"
 
@@ -163,9 +164,9 @@ def test_what_failed_at_one_length_is_not_tried_at_the_next(monkeypatch: pytest.
 
     def measure(cases: Any, settings: Settings) -> Any:
         for case in cases:
-            tried.append((case.seconds, case.contestant))
-            if case.contestant == "matrix" and case.seconds >= 2:
-                yield NotRun(**vars(case), why="more than 1 s")
+            tried.append((case.seconds, case.candidate))
+            if case.candidate == "matrix" and case.seconds >= 2:
+                yield Skipped(**vars(case), why="more than 1 s")
 
     monkeypatch.setattr(benchmark, "measure", measure)
     settings = Settings(lengths=(1, 2, 4, 8), parts=("scan",), dtypes=("float32",), modes=(FORWARD,))

@@ -48,7 +48,7 @@ NO_CHAPTER = {
 # Files whose chapter is still to be written; a file that has its chapter must leave it.
 LATER: set[str] = {"benchmark.py"}
 
-# What bsmamba2.show offers that is no picture, and so needs no alternative text.
+# What bsmamba2.teaching.plotting offers that is no picture, and so needs no alternative text.
 NOT_PICTURES = {"source", "audio", "explorable", "thumbnail", "sound", "progress", "decibels", "table"}
 
 
@@ -278,8 +278,10 @@ def check_exercises(notebook: Notebook) -> list[str]:
             after = part[i + 1 : i + 3]
             if after and "yours" in tags(after[0]):
                 own, *after = after
-                if not any(name.startswith("bsmamba2.exercises.") for name, _ in calls(notebook, [own])):
-                    said.append(f"Exercise {number} lets the reader write, and nothing of bsmamba2.exercises checks it")
+                if not any(name.startswith("bsmamba2.teaching.exercises.") for name, _ in calls(notebook, [own])):
+                    said.append(
+                        f"Exercise {number} lets the reader write, and nothing of bsmamba2.teaching.exercises checks it"
+                    )
             answer = after[0] if after else None
             if len(found) > 1:
                 said.append(f"Exercise {number} shares its cell with another: its answer cannot follow it")
@@ -308,7 +310,7 @@ def check_module(notebook: Notebook, files: set[str], exports: dict[str, str]) -
     known = imports([parse(cell) for _, cell in cells(notebook, "code")])
     shown = set()
     for name, call in calls(notebook, section(notebook, "Read it")):
-        if name != "bsmamba2.show.source":
+        if name != "bsmamba2.teaching.plotting.source":
             continue
         for argument in call.args:
             head, _, rest = dotted(argument).partition(".")
@@ -330,7 +332,7 @@ def check_pictures(notebook: Notebook) -> list[str]:
         names = {name for name, _ in calls(notebook, [cell])}
         draws = any(
             name.startswith("matplotlib.pyplot.")
-            or (name.startswith("bsmamba2.show.") and name.split(".")[2] not in NOT_PICTURES)
+            or (name.startswith("bsmamba2.teaching.plotting.") and name.split(".")[2] not in NOT_PICTURES)
             for name in names
         )
         alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
@@ -677,7 +679,7 @@ def test_a_planted_fault_is_reported(name: str) -> None:
         "import bsmamba2.bands as parts\nfrom bsmamba2 import show\nshow.source(parts.BandSplit)",
         "from bsmamba2.bands import BandSplit\nfrom bsmamba2 import show\nshow.source(BandSplit.forward)",
         "from bsmamba2 import BandSplit, show\nshow.source(BandSplit)",
-        "from bsmamba2.bands import BandSplit\nfrom bsmamba2.show import source\nsource(BandSplit)",
+        "from bsmamba2.bands import BandSplit\nfrom bsmamba2.teaching.plotting import source\nsource(BandSplit)",
     ],
 )
 def test_the_file_shown_is_found_through_any_import(source: str) -> None:

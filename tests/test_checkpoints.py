@@ -25,8 +25,8 @@ from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2 import checkpoints as module
 from bsmamba2.checkpoints import (
     CheckpointError,
+    describe_known_file,
     from_published,
-    identify,
     infer_config,
     read_checkpoint,
     to_published,
@@ -35,8 +35,8 @@ from bsmamba2.checkpoints import (
 FIXTURE = Path(__file__).parent / "data" / "published_model_small.safetensors"
 LAYOUTS = ("bsmamba2", "published", "lightning")
 TINY = ModelConfig(
-    dim=16, layers=2, bands=(2, 3, 4, 8), stems=("vocals", "rest"), n_fft=32, hop=8,
-    state=8, head_width=16, expand=2, mask_expand=2,
+    dim=16, depth=2, freqs_per_bands=(2, 3, 4, 8), stems=("vocals", "rest"), n_fft=32, hop_length=8,
+    d_state=8, headdim=16, expand=2, mask_expand=2,
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_published_file_computes_what_the_published_model_does(layout, fixture, 
     assert loaded.layout == ("published" if layout == "safetensors" else layout)
     assert loaded.weights == "raw"
     assert loaded.config == ModelConfig(
-        dim=32, layers=2, bands=(2, 2, 4, 12, 13), stems=("stem_0", "stem_1"), n_fft=64, hop=16
+        dim=32, depth=2, freqs_per_bands=(2, 2, 4, 12, 13), stems=("stem_0", "stem_1"), n_fft=64, hop_length=16
     )
     model = load_checkpoint(path)
     assert not model.training
@@ -164,8 +164,8 @@ def test_names_of_the_paper_preset():
     [
         {"channels": 1},
         {"stems": ("vocals",)},
-        {"layers": 1, "state": 4, "expand": 4, "conv_width": 3, "head_width": 8, "mask_expand": 3},
-        {"bands": (65, 400, 560), "n_fft": 2048, "hop": 441, "channels": 1},
+        {"layers": 1, "state": 4, "expand": 4, "d_conv": 3, "headdim": 8, "mask_expand": 3},
+        {"bands": (65, 400, 560), "n_fft": 2048, "hop_length": 441, "channels": 1},
     ],
 )
 def test_configuration_from_the_tensors(changes, tmp_path):
@@ -179,7 +179,7 @@ def test_configuration_from_the_tensors(changes, tmp_path):
 def test_given_configuration_wins_and_an_odd_size_needs_it(model, tmp_path):
     save_checkpoint(model, tmp_path / "a.ckpt", layout="published")
     assert load_checkpoint(tmp_path / "a.ckpt", config=TINY).config == TINY
-    odd = BSMamba2(ModelConfig(dim=16, layers=1, bands=(20, 29), n_fft=96, hop=24, head_width=16))
+    odd = BSMamba2(ModelConfig(dim=16, depth=1, freqs_per_bands=(20, 29), n_fft=96, hop_length=24, headdim=16))
     save_checkpoint(odd, tmp_path / "b.ckpt", layout="published")
     with pytest.raises(CheckpointError, match=r"b\.ckpt.*power of two.*config="):
         load_checkpoint(tmp_path / "b.ckpt")
@@ -207,7 +207,7 @@ def test_round_trip_is_bit_exact(layout, model, tmp_path):
 
 
 def test_configuration_and_metadata_survive(tmp_path):
-    model = BSMamba2(dataclasses.replace(TINY, sample_rate=48_000, hop=7, stems=("voix", "声")))
+    model = BSMamba2(dataclasses.replace(TINY, sample_rate=48_000, hop_length=7, stems=("voix", "声")))
     save_checkpoint(model, tmp_path / "model", metadata={"steps": "12", "trained on": "synthetic songs"})
     loaded = read_checkpoint(tmp_path / "model")
     assert loaded.config == model.config
@@ -371,14 +371,14 @@ def test_bare_pickle_never_runs(tmp_path):
 
 
 def test_every_fault_of_a_single_tensor_is_named():
-    config = dataclasses.replace(TINY, layers=1, bands=(5, 12), stems=("vocals",))  # the fewest to outvote one
+    config = dataclasses.replace(TINY, depth=1, freqs_per_bands=(5, 12), stems=("vocals",))  # the fewest to outvote one
     whole = to_published(BSMamba2(config).state_dict())
     check(whole)
     for name, tensor in whole.items():
         rest = {other: x for other, x in whole.items() if other != name}
         wrong = torch.zeros((*tensor.shape[:-1], tensor.shape[-1] + 2))
         misshapen = f"1 tensors of the wrong shape: {name}: "
-        for faulty, words in (
+        for on_bad_file, words in (
             (rest, f"1 tensors missing: {name}."),
             (whole | {name: wrong}, f"{misshapen}{tuple(wrong.shape)}, expected {tuple(tensor.shape)}."),
             (whole | {name: tensor[None]}, f"{misshapen}(1, "),
@@ -386,7 +386,7 @@ def test_every_fault_of_a_single_tensor_is_named():
             (whole | {f"x.{name}": tensor}, f"1 tensors unexpected: x.{name}."),
         ):
             with pytest.raises(CheckpointError) as raised:
-                check(faulty)
+                check(on_bad_file)
             assert words in str(raised.value)
 
 
@@ -541,7 +541,7 @@ def test_folders_missing_files_and_pipes(tmp_path):
 @pytest.fixture(scope="module")
 def whole_files(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
-    config = ModelConfig(dim=8, layers=1, bands=(2, 3), n_fft=8, hop=2, state=2, head_width=8, expand=1)
+    config = ModelConfig(dim=8, depth=1, freqs_per_bands=(2, 3), n_fft=8, hop_length=2, d_state=2, headdim=8, expand=1)
     for layout in LAYOUTS:
         save_checkpoint(BSMamba2(config), folder / layout, layout=layout)
     torch.save(to_published(BSMamba2(config).state_dict()), folder / "legacy", _use_new_zipfile_serialization=False)
@@ -676,13 +676,13 @@ def test_what_cannot_be_saved(model, tmp_path):
 def test_identify(tmp_path, monkeypatch):
     path = tmp_path / "m"
     path.write_bytes(b"abc")
-    assert identify(path) is None
-    assert sorted(size for size, _ in module.KNOWN.values()) == [192_610_602, 770_628_060]
+    assert describe_known_file(path) is None
+    assert sorted(size for size, _ in module.KNOWN_FILES.values()) == [192_610_602, 770_628_060]
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    monkeypatch.setattr(module, "KNOWN", {digest: (3, "three letters")})
-    assert identify(path) == "three letters; no licence is stated for the weights"
+    monkeypatch.setattr(module, "KNOWN_FILES", {digest: (3, "three letters")})
+    assert describe_known_file(path) == "three letters; no licence is stated for the weights"
     path.write_bytes(b"abd")
-    assert identify(path) is None
+    assert describe_known_file(path) is None
     monkeypatch.setattr(module.hashlib, "file_digest", None)  # another size: not even hashed
     path.write_bytes(b"abcd")
-    assert identify(path) is None
+    assert describe_known_file(path) is None

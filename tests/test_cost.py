@@ -13,13 +13,21 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from bsmamba2 import BSMamba2, ModelConfig
-from bsmamba2.__main__ import main
-from bsmamba2.cost import backward_flops, forward_flops, training_cost
+from bsmamba2.cli.main import main
+from bsmamba2.experiments.cost import backward_flops, forward_flops, training_cost
 from bsmamba2.losses import bsmamba2_loss
 
 # Several chunks along time, wide enough that products and features are what counts, as in the presets.
 CONFIG = ModelConfig(
-    dim=64, layers=3, bands=(8,) * 12 + (33,), n_fft=256, hop=64, sample_rate=8000, state=32, head_width=16, expand=2
+    dim=64,
+    depth=3,
+    freqs_per_bands=(8,) * 12 + (33,),
+    n_fft=256,
+    hop_length=64,
+    sample_rate=8000,
+    d_state=32,
+    headdim=16,
+    expand=2,
 )
 SAMPLES = 12_000
 
@@ -28,14 +36,14 @@ SAMPLES = 12_000
     "config",
     [
         CONFIG,
-        dataclasses.replace(CONFIG, stems=("a", "b"), layers=1, mask_expand=2, channels=1),
-        dataclasses.replace(CONFIG, layers=1, expand=4, state=16),
-        ModelConfig.preset("small", layers=1),
+        dataclasses.replace(CONFIG, stems=("a", "b"), depth=1, mask_expand=2, channels=1),
+        dataclasses.replace(CONFIG, depth=1, expand=4, d_state=16),
+        ModelConfig.preset("small", depth=1),
     ],
 )
 def test_operations_are_those_that_torch_counts(config: ModelConfig) -> None:
     model = BSMamba2(config)
-    frames = SAMPLES // config.hop + 1
+    frames = SAMPLES // config.hop_length + 1
     with FlopCounterMode(display=False) as forward:
         estimate = model(torch.randn(1, config.channels, SAMPLES))
     assert sum(forward_flops(config, frames).values()) == pytest.approx(forward.get_total_flops(), rel=0.03)
@@ -72,25 +80,32 @@ class Memory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_memory_is_what_training_uses(dtype: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_memory_is_what_training_uses(dtype: str, gradient_checkpointing: bool) -> None:
     batch = 2
     torch.manual_seed(0)
     model = BSMamba2(CONFIG)
-    model.checkpointing = checkpointing
+    model.gradient_checkpointing = gradient_checkpointing
     mixture = torch.randn(batch, 2, SAMPLES)
     estimated = training_cost(
-        CONFIG, batch=batch, seconds=SAMPLES / 8000, dtype=dtype, checkpointing=checkpointing, loss_hop=441
+        CONFIG,
+        batch=batch,
+        seconds=SAMPLES / 8000,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        loss_hop=441,
     )
     with Memory() as memory:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             estimate = model(mixture)[:, 0]
-        bsmamba2_loss(estimate, mixture, hop=441).backward()
+        bsmamba2_loss(estimate, mixture, hop_length=441).backward()
     assert estimated.activations == pytest.approx(memory.most, rel=0.10)
 
 
 def test_parameters_and_presets() -> None:
-    paper = training_cost(ModelConfig.preset("paper"), batch=5, seconds=8, dtype="bfloat16", checkpointing=True)
+    paper = training_cost(
+        ModelConfig.preset("paper"), batch=5, seconds=8, dtype="bfloat16", gradient_checkpointing=True
+    )
     assert paper.parameters == 48_098_188
     assert paper.state == 20 * paper.parameters
     whole = training_cost(ModelConfig.preset("paper"), batch=5, seconds=8, dtype="bfloat16")

@@ -15,10 +15,11 @@ import torch
 from conftest import TINY
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, ModelConfig, evaluate, metrics, save_checkpoint
-from bsmamba2.__main__ import main
+from bsmamba2 import BSMamba2, ModelConfig, metrics, save_checkpoint
 from bsmamba2.bands import generate_bands
-from bsmamba2.evaluate import (
+from bsmamba2.cli.main import main
+from bsmamba2.evaluation import evaluate
+from bsmamba2.evaluation.evaluate import (
     Evaluation,
     Failure,
     Row,
@@ -27,15 +28,15 @@ from bsmamba2.evaluate import (
     average,
     by_occupancy,
     evaluate_track,
-    fingerprint,
+    load_tracks,
     row_key,
     run,
-    tracks_in,
+    sha256_file,
     tracks_of,
 )
-from bsmamba2.protocol import MUSDB, PROTOCOLS, Protocol, compare
+from bsmamba2.evaluation.protocols import MUSDB, PROTOCOLS, Protocol, compare
 from bsmamba2.separate import separate
-from bsmamba2.songs import synthesise
+from bsmamba2.synth.songs import synthesise
 
 RATE = TINY.sample_rate
 QUICK = Protocol(name="quick", segment=0.5)
@@ -252,17 +253,17 @@ def test_a_track_that_fails_is_told_and_the_others_are_done(tmp_path: Path) -> N
 def test_a_folder_of_tracks_in_three_ways(tmp_path: Path) -> None:
     root = musdb(tmp_path / "musdb")
     for place in (root, root / "test"):
-        tracks = tracks_in(place)
+        tracks = load_tracks(place)
         assert [one.name for one in tracks.tracks] == ["A - One", "B – Zwei"]
         assert tracks.name == "2 tracks in test"
-    (one,) = tracks_in(root / "test" / "A - One").tracks
+    (one,) = load_tracks(root / "test" / "A - One").tracks
     mixture, vocals, rate = one.load()
     assert rate == RATE
     assert torch.equal(mixture, signals(0)[0])
     assert torch.equal(vocals, signals(0)[1])
     before = one.identity
     (root / "test" / "A - One" / "mixture.wav").unlink()
-    (without,) = tracks_in(root / "test" / "A - One").tracks
+    (without,) = load_tracks(root / "test" / "A - One").tracks
     torch.testing.assert_close(without.load()[0], mixture)
     assert without.identity != before
 
@@ -273,16 +274,16 @@ def test_only_fifty_whole_tracks_in_a_folder_called_test_are_musdb(tmp_path: Pat
         (root / "test" / f"{i}").mkdir()
         for stem in ("mixture", "vocals", "drums", "bass", "other"):
             (root / "test" / f"{i}" / f"{stem}.wav").touch()
-    assert tracks_in(root).name == MUSDB
+    assert load_tracks(root).name == MUSDB
     (root / "test" / "7" / "bass.wav").unlink()
-    assert tracks_in(root).name == "50 tracks in test"
+    assert load_tracks(root).name == "50 tracks in test"
 
 
 def test_folders_without_tracks_and_songs_with_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
-        tracks_in(tmp_path / "nowhere")
+        load_tracks(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no track"):
-        tracks_in(tmp_path)
+        load_tracks(tmp_path)
     song = synthesise(0, seconds=0.5, sample_rate=8000)
     with pytest.raises(ValueError, match="2 songs with 1 names"):
         tracks_of([song, song])
@@ -381,7 +382,7 @@ def test_command_on_a_folder(checkpoint: Path, tmp_path: Path, capfd: pytest.Cap
     assert [(one["track"], one["segment"]) for one in content["rows"]] == [
         (name, segment) for segment in (8.0, 0.5, 1.0) for name in ("A - One", "B – Zwei")
     ]
-    assert content["checkpoint"]["sha256"] == fingerprint(checkpoint)
+    assert content["checkpoint"]["sha256"] == sha256_file(checkpoint)
     assert {path.name for path in output.iterdir()} == {
         "rows", "evaluation.json", "rows.csv", "by_segment.png", "by_occupancy.png",
     }  # fmt: skip
@@ -409,7 +410,7 @@ def test_command_names_a_bad_track_once_and_does_the_others(
 
 def test_command_on_the_bundled_songs(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = ModelConfig.preset("small", dim=16, layers=1, bands=generate_bands(8), state=8, head_width=8)
+    config = ModelConfig.preset("small", dim=16, depth=1, freqs_per_bands=generate_bands(8), d_state=8, headdim=8)
     save_checkpoint(BSMamba2(config), tmp_path / "model.safetensors")
     arguments = ["--checkpoint", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "out")]
     assert main(["evaluate", *arguments, "--songs", "1", "--seconds", "1", "--segments", ""]) == 0

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bsmamba2 import dual_path, exercises, ssd
+from bsmamba2 import dual_path, ssd
 from bsmamba2.mamba2 import Mamba2
 from bsmamba2.separate import separate
 from bsmamba2.spectrogram import istft, stft
+from bsmamba2.teaching import exercises
 
 
-def told(verdict: exercises.Verdict, expected: str) -> None:
+def told(verdict: exercises.CheckResult, expected: str) -> None:
     assert not verdict
     assert repr(verdict).startswith("not yet: ")
     assert re.search(expected, verdict.message), verdict
@@ -137,7 +138,7 @@ def test_mistakes_with_the_scan_from_both_sides(name: str) -> None:
 @pytest.fixture(scope="module")
 def mixer() -> Mamba2:
     torch.manual_seed(0)
-    return Mamba2(16, state=8, head_width=16)
+    return Mamba2(16, d_state=8, headdim=16)
 
 
 def streaming(
@@ -150,7 +151,7 @@ def streaming(
         out = functional.silu((recent * mixer.conv1d.weight[:, 0].T).sum(1) + mixer.conv1d.bias)
         x, B, C = out.split(mixer.inner_widths, dim=-1)
         dt, A = functional.softplus(dt + mixer.dt_bias), -mixer.A_log.exp()
-        x = x.reshape(len(x), 1, -1, mixer.head_width)
+        x = x.reshape(len(x), 1, -1, mixer.headdim)
         y, after = ssd.recurrent(
             x, dt[:, None], A, B[:, None], C[:, None], mixer.D,
             initial_state=torch.zeros_like(state) if forget else state, return_state=True,
@@ -267,11 +268,11 @@ def double(x: float) -> float:
     return 2 * x
 
 
-def judged(caught: Callable[[Any], object]) -> exercises.Verdict:
-    return exercises.judge(
+def judged(caught: Callable[[Any], object]) -> exercises.CheckResult:
+    return exercises.grade(
         caught,
         right={"product": double, "sum": lambda x: x + x + 1e-12},
-        faulty={"square": lambda x: x * x},
+        on_bad_file={"square": lambda x: x * x},
         hint="Try another number than 2.",
     )
 

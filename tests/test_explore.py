@@ -10,10 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from bsmamba2 import explore, metrics, show
+from bsmamba2 import metrics
 from bsmamba2.bands import generate_bands, published_bands
-from bsmamba2.evaluate import oracle
-from bsmamba2.songs import synthesise
+from bsmamba2.evaluation.evaluate import oracle
+from bsmamba2.synth.songs import synthesise
+from bsmamba2.teaching import demos, plotting
 
 SONG = partial(synthesise, 7, seconds=1.5, occupancy=0.7)
 
@@ -22,7 +23,7 @@ SONG = partial(synthesise, 7, seconds=1.5, occupancy=0.7)
 
 
 def test_band_edges_span_the_spectrum() -> None:
-    edges = explore.band_edges(published_bands())
+    edges = demos.band_edges(published_bands())
     assert len(edges) == 63
     assert edges[0] == 0
     assert edges[1] == pytest.approx(2 * 44_100 / 2048)
@@ -33,19 +34,19 @@ def test_band_edges_span_the_spectrum() -> None:
 
 @pytest.mark.parametrize(("hertz", "bins"), [(0, 2), (100, 2), (1_000, 2), (1_100, 4), (10_000, 48), (22_050, 129)])
 def test_band_width_at_a_frequency(hertz: float, bins: int) -> None:
-    assert explore.band_width_at(published_bands(), hertz) == pytest.approx(bins * 44_100 / 2048)
+    assert demos.band_width_at(published_bands(), hertz) == pytest.approx(bins * 44_100 / 2048)
 
 
 @pytest.mark.parametrize("hertz", [-1, 30_000])
 def test_no_band_covers_such_a_frequency(hertz: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in the bands"):
-        explore.band_width_at(published_bands(), hertz)
+        demos.band_width_at(published_bands(), hertz)
 
 
 def test_narrower_bands_lose_less_and_the_oracle_loses_least() -> None:
     song = SONG()
     scores = [
-        metrics.usdr(song.vocals, explore.one_gain_a_band(song, generate_bands(count))) for count in (1, 8, 48, 300)
+        metrics.usdr(song.vocals, demos.oracle_band_gain(song, generate_bands(count))) for count in (1, 8, 48, 300)
     ]
     assert scores == sorted(scores)
     assert scores[0] > 0
@@ -56,8 +57,8 @@ def test_one_gain_a_band_is_the_best_gain() -> None:
     """A song whose vocals are half of everything: every gain is 1/2."""
     song = SONG()
     stems = torch.stack([song.vocals, song.vocals, torch.zeros_like(song.vocals), torch.zeros_like(song.vocals)])
-    half = type(song)(song.name, stems, song.sample_rate, song.sung, song.licence, song.source)
-    torch.testing.assert_close(explore.one_gain_a_band(half, generate_bands(5)), song.vocals, rtol=1e-4, atol=1e-5)
+    half = type(song)(song.name, stems, song.sample_rate, song.vocal_segments, song.licence, song.source)
+    torch.testing.assert_close(demos.oracle_band_gain(half, generate_bands(5)), song.vocals, rtol=1e-4, atol=1e-5)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------
@@ -66,15 +67,15 @@ def test_one_gain_a_band_is_the_best_gain() -> None:
 @pytest.mark.parametrize("chunk", [8, 24, 96])
 def test_counted_work_is_that_of_the_formula(chunk: int) -> None:
     b, t, h, p, n = 2, 96, 4, 8, 16
-    (run,) = explore.chunk_runs([chunk], explore.scan_inputs(b, t, heads=h, head_width=p, state=n), rounds=1)
+    (run,) = demos.chunk_runs([chunk], demos.scan_inputs(b, t, heads=h, headdim=p, state=n), rounds=1)
     assert run.scores == b * 2 * t * chunk * (n + h * p)
     assert run.states == b * 2 * (t - chunk) * 2 * n * h * p  # the first chunk reads none, the last makes none
     assert run.seconds > 0
 
 
 def test_runs_come_in_the_order_asked_for_and_are_reproducible_but_for_time() -> None:
-    inputs = explore.scan_inputs(1, 60, heads=2, head_width=4, state=8)
-    first, again = explore.chunk_runs([30, 7], inputs, rounds=1), explore.chunk_runs([30, 7], inputs, rounds=2)
+    inputs = demos.scan_inputs(1, 60, heads=2, headdim=4, state=8)
+    first, again = demos.chunk_runs([30, 7], inputs, rounds=1), demos.chunk_runs([30, 7], inputs, rounds=2)
     assert [run.chunk for run in first] == [30, 7]
     assert [(run.scores, run.states, run.memory) for run in first] == [
         (run.scores, run.states, run.memory) for run in again
@@ -84,12 +85,12 @@ def test_runs_come_in_the_order_asked_for_and_are_reproducible_but_for_time() ->
 @pytest.mark.parametrize(("chunks", "rounds", "told"), [([0], 1, "chunk=0"), ([8], 0, "rounds=0")])
 def test_bad_runs(chunks: list[int], rounds: int, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        explore.chunk_runs(chunks, explore.scan_inputs(1, 16), rounds=rounds)
+        demos.chunk_runs(chunks, demos.scan_inputs(1, 16), rounds=rounds)
 
 
 def test_largest_memory_counts_what_lives_together() -> None:
     given = torch.ones(1000)
-    with explore.largest_memory() as most:
+    with demos.largest_memory() as most:
         for _ in range(5):
             one = given * 2  # 4,000 bytes; the one before dies when this is stored
         view = one[:10].view(2, 5)  # shares the storage
@@ -102,7 +103,7 @@ def test_largest_memory_counts_what_lives_together() -> None:
 
 
 def test_memory_fades_as_the_closed_form() -> None:
-    shown = explore.memory_over_a_rest(0.1, 0.01, -3.0)
+    shown = demos.memory_over_a_rest(0.1, 0.01, -3.0)
     assert shown.state[:4].eq(0).all()
     assert float(shown.state[4]) == pytest.approx(1)
     sound, rest = 11 + 16, 32  # frames of either between frame 4 and the last, which is frame 63
@@ -114,8 +115,8 @@ def test_memory_fades_as_the_closed_form() -> None:
 def test_memory_is_linear_in_what_is_written() -> None:
     dt = torch.rand(20, generator=torch.Generator().manual_seed(0)) + 0.01
     one, other = torch.arange(20.0), torch.ones(20)
-    summed = explore.memory(one + other, dt, -1).state
-    torch.testing.assert_close(summed, explore.memory(one, dt, -1).state + explore.memory(other, dt, -1).state)
+    summed = demos.memory(one + other, dt, -1).state
+    torch.testing.assert_close(summed, demos.memory(one, dt, -1).state + demos.memory(other, dt, -1).state)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_memory_is_linear_in_what_is_written() -> None:
 )
 def test_bad_memory(written: torch.Tensor, dt: torch.Tensor, A: float, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        explore.memory(written, dt, A)
+        demos.memory(written, dt, A)
 
 
 # --- occupancy and ablation -------------------------------------------------------------------------------
@@ -137,8 +138,8 @@ def test_bad_memory(written: torch.Tensor, dt: torch.Tensor, A: float, told: str
 
 def test_occupancy_follows_the_slider() -> None:
     torch.manual_seed(0)
-    model = explore.ablated_model()
-    none, some, all_ = (explore.at_occupancy(model, share, seconds=2.0) for share in (0.0, 0.5, 1.0))
+    model = demos.ablated_model()
+    none, some, all_ = (demos.at_occupancy(model, share, seconds=2.0) for share in (0.0, 0.5, 1.0))
     assert [result.song.occupancy for result in (none, all_)] == [0, 1]
     assert some.song.occupancy == pytest.approx(0.5, abs=0.05)
     assert none.song.vocals.abs().max() == 0
@@ -150,7 +151,7 @@ def test_occupancy_follows_the_slider() -> None:
 
 def test_ablated_models_lack_what_was_taken_away() -> None:
     whole, forwards, lstm = (
-        explore.ablated_model(*names) for names in (("Mamba-2", "both"), ("Mamba-2", "forwards only"), ("LSTM", "both"))
+        demos.ablated_model(*names) for names in (("Mamba-2", "both"), ("Mamba-2", "forwards only"), ("LSTM", "both"))
     )
     sizes = [sum(part.numel() for part in model.parameters()) for model in (whole, forwards, lstm)]
     assert sizes[1] < sizes[0]
@@ -169,16 +170,16 @@ def test_ablated_models_lack_what_was_taken_away() -> None:
 
 @pytest.mark.slow
 def test_ablation_repeats_and_differs_by_its_loss() -> None:
-    runs = [explore.ablate(loss=loss, steps=2) for loss in explore.LOSSES]
-    assert [(run.loss, run.steps) for run in runs] == [(loss, 2) for loss in explore.LOSSES]
+    runs = [demos.ablate(loss=loss, steps=2) for loss in demos.LOSSES]
+    assert [(run.loss, run.steps) for run in runs] == [(loss, 2) for loss in demos.LOSSES]
     assert len({run.usdr for run in runs}) == 3
-    assert explore.ablate(steps=2).usdr == runs[0].usdr
+    assert demos.ablate(steps=2).usdr == runs[0].usdr
 
 
 @pytest.mark.parametrize("field", ["sequence_layer", "directions", "loss"])
 def test_an_unknown_ablation_is_refused(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}='none' must be '"):
-        explore.ablate(**{field: "none"})
+        demos.ablate(**{field: "none"})
 
 
 # --- what a page gets -------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_an_unknown_ablation_is_refused(field: str) -> None:
 
 def test_explorable_carries_its_settings_and_starts_in_the_middle() -> None:
     settings = [{"told": f"{a} & {b} </script>"} for a in "xyz" for b in "uv"]
-    shown = show.explorable("curves", "one", {"A <b>": list("xyz"), "B": list("uv")}, settings, panels=[]).data
+    shown = plotting.explorable("curves", "one", {"A <b>": list("xyz"), "B": list("uv")}, settings, panels=[]).data
     data = re.findall(r'<script type="application/json">(.*?)</script>', shown)
     assert len(data) == 1
     assert json.loads(data[0]) == {"common": {"panels": []}, "settings": settings}
@@ -199,4 +200,4 @@ def test_explorable_carries_its_settings_and_starts_in_the_middle() -> None:
 
 def test_explorable_wants_every_setting() -> None:
     with pytest.raises(ValueError, match="6 combinations of positions, and there are 5 settings"):
-        show.explorable("curves", "one", {"A": list("xyz"), "B": list("uv")}, [{"told": ""}] * 5)
+        plotting.explorable("curves", "one", {"A": list("xyz"), "B": list("uv")}, [{"told": ""}] * 5)

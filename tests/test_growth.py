@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, mamba2, save_checkpoint
 from bsmamba2.checkpoints import Checkpoint, read_checkpoint
-from bsmamba2.growth import begin_with
 from bsmamba2.train import TrainConfig, Trainer
+from bsmamba2.training.growth import begin_with
 
 LARGER = {
     "layers": {"layers": 3},
@@ -72,7 +72,8 @@ def test_all_that_is_new_learns(small: Checkpoint, larger: dict[str, int]) -> No
 
 
 @pytest.mark.parametrize(
-    "other", [{"dim": 8}, {"layers": 1, "dim": 32, "mask_expand": 1}, {"state": 16}, {"head_width": 16}, {"hop": 16}]
+    "other",
+    [{"dim": 8}, {"layers": 1, "dim": 32, "mask_expand": 1}, {"state": 16}, {"headdim": 16}, {"hop_length": 16}],
 )
 def test_what_is_smaller_or_differs_is_refused_and_nothing_changes(small: Checkpoint, other: dict[str, int]) -> None:
     config = ModelConfig(**{**dataclasses.asdict(TINY), **other})

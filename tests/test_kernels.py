@@ -24,8 +24,9 @@ from test_ssd import everything, problem
 from torch import Tensor
 from torch.nn import functional
 
-from bsmamba2 import BSMamba2, kernels, load_checkpoint, save_checkpoint, ssd, trials
-from bsmamba2.__main__ import main
+from bsmamba2 import BSMamba2, load_checkpoint, save_checkpoint, ssd
+from bsmamba2.cli.main import main
+from bsmamba2.kernels import self_test, triton
 
 CPU = torch.device("cpu")
 PACKAGES = ("mamba_ssm", "causal_conv1d")
@@ -103,9 +104,9 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
         return "9.9" if name.replace("-", "_") in PACKAGES else hidden(name)
 
     def forget() -> None:
-        for cached in (kernels.triton_ops, kernels.scan_fault, kernels.conv_fault):
+        for cached in (triton.triton_ops, triton.scan_fault, triton.conv_fault):
             cached.cache_clear()
-        trials._said.clear()
+        self_test._said.clear()
         for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
             del sys.modules[name]
         importlib.invalidate_caches()
@@ -140,7 +141,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU counts as the device that the kernels are for."""
-    monkeypatch.setattr(kernels, "GPU", "cpu")
+    monkeypatch.setattr(triton, "GPU", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
@@ -157,7 +158,7 @@ def inputs(t: int = 20, **sizes: int) -> list[Tensor]:
 
 
 def scan_calls() -> list:
-    return kernels.triton_ops().calls
+    return triton.triton_ops().calls
 
 
 # --- the adapter ------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_the_adapter_has_the_signature_and_the_results_of_the_scan(plant: Plant,
     assert scan_calls() == [((2, t, 2, 3), chunk, torch.float32)]
 
 
-SAME = ((kernels.fused, torch.float32), (ssd.recurrent, torch.float64))
+SAME = ((triton.fused, torch.float32), (ssd.recurrent, torch.float64))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -182,9 +183,9 @@ def test_types_are_those_of_the_scan(plant: Plant) -> None:
     plant(scan=scan_code())
     x, dt, A, B, C, D = inputs()
     x = x.bfloat16()
-    y, state = kernels.fused(x, dt.bfloat16(), A.double(), B, C, D.bfloat16(), return_state=True)
+    y, state = triton.fused(x, dt.bfloat16(), A.double(), B, C, D.bfloat16(), return_state=True)
     assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
-    assert not isinstance(kernels.fused(x, dt, A, B, C), tuple)
+    assert not isinstance(triton.fused(x, dt, A, B, C), tuple)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -193,7 +194,7 @@ def test_types_are_those_of_the_scan(plant: Plant) -> None:
 )
 def test_a_large_batch_goes_in_pieces(plant: Plant, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     plant(scan=scan_code())
-    monkeypatch.setattr(kernels, limit, value)
+    monkeypatch.setattr(triton, limit, value)
     parts = problem(300, b=9)
     found, expected = (everything(scan, parts, dtype) for scan, dtype in SAME)
     for name, part in found.items():
@@ -211,12 +212,12 @@ def test_what_32_bits_cannot_address_is_copied_or_refused(plant: Plant, monkeypa
     x, dt, A, B, C, D = inputs(40, b=1)
     wide = torch.zeros(1, 40, 2, 3000)
     wide[..., :3] = x
-    monkeypatch.setattr(kernels, "MOST_ELEMENTS", 200_000)
-    assert relative(kernels.fused(wide[..., :3], dt, A, B, C, D), ssd.recurrent(x, dt, A, B, C, D)) < 1e-5
+    monkeypatch.setattr(triton, "MOST_ELEMENTS", 200_000)
+    assert relative(triton.fused(wide[..., :3], dt, A, B, C, D), ssd.recurrent(x, dt, A, B, C, D)) < 1e-5
     assert scan_calls() == [True]
-    monkeypatch.setattr(kernels, "MOST_ELEMENTS", 100)
+    monkeypatch.setattr(triton, "MOST_ELEMENTS", 100)
     with pytest.raises(ValueError, match="t=40 frames are too many"):
-        kernels.fused(x, dt, A, B, C, D)
+        triton.fused(x, dt, A, B, C, D)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -227,37 +228,37 @@ def test_a_wrong_shape_or_device_is_named(plant: Plant, position: int) -> None:
     parts = inputs()
     parts[position] = parts[position][:, 0] if position == 0 else parts[position][..., :-1]
     with pytest.raises(ValueError, match=f"^{'C' if names[position] == 'B' else names[position]} "):
-        kernels.fused(*parts)
+        triton.fused(*parts)
     if position:
         parts = inputs()
         parts[position] = parts[position].to("meta")
         with pytest.raises(ValueError, match=f"^{names[position]} is on meta and x on cpu"):
-            kernels.fused(*parts)
+            triton.fused(*parts)
     with pytest.raises(ValueError, match=r"^initial_state "):
-        kernels.fused(*inputs(), initial_state=torch.zeros(1))
+        triton.fused(*inputs(), initial_state=torch.zeros(1))
 
 
 def test_where_the_tensor_is_decides(plant: Plant) -> None:
     plant(scan=scan_code(), conv=conv_code())
     parts = inputs()
-    assert torch.equal(kernels.auto(*parts), ssd.chunked(*parts))
+    assert torch.equal(triton.auto(*parts), ssd.chunked(*parts))
     assert not scan_calls()
-    with pytest.raises(kernels.BackendError, match=r"on cpu, the kernel runs on CUDA. To mend this: .*scan='auto'"):
-        kernels.fused(*parts)
-    with pytest.raises(kernels.BackendError, match="on cpu"):
-        kernels.checked(*parts)
-    with pytest.raises(kernels.BackendError, match="on cpu"):
-        kernels.conv_silu(torch.zeros(1, 4, 8), torch.zeros(8, 1, 4), None)
+    with pytest.raises(triton.BackendError, match=r"on cpu, the kernel runs on CUDA. To mend this: .*scan='auto'"):
+        triton.fused(*parts)
+    with pytest.raises(triton.BackendError, match="on cpu"):
+        triton.checked(*parts)
+    with pytest.raises(triton.BackendError, match="on cpu"):
+        triton.conv_silu(torch.zeros(1, 4, 8), torch.zeros(8, 1, 4), None)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_type_that_the_kernel_does_not_take(plant: Plant) -> None:
     plant(scan=scan_code())
     parts = [part.double() for part in inputs()]
-    with pytest.raises(kernels.BackendError, match=r"float64.*To mend this: float32"):
-        kernels.fused(*parts)
+    with pytest.raises(triton.BackendError, match=r"float64.*To mend this: float32"):
+        triton.fused(*parts)
     with pytest.warns(RuntimeWarning, match="float64"):
-        assert kernels.auto(*parts).dtype == torch.float64
+        assert triton.auto(*parts).dtype == torch.float64
 
 
 # --- the trial --------------------------------------------------------------------------------------------
@@ -270,8 +271,8 @@ def test_a_kernel_that_works_is_tried_once_and_used(plant: Plant, dtype: torch.d
     parts = inputs()
     parts[0] = parts[0].to(dtype)
     for _ in range(3):
-        kernels.auto(*parts)
-        kernels.checked(*parts)
+        triton.auto(*parts)
+        triton.checked(*parts)
     tried, used = scan_calls()[:2], scan_calls()[2:]
     assert [call[1] for call in tried] == [64, 256]
     assert all(call[0] != tuple(parts[0].shape) for call in tried)
@@ -288,7 +289,7 @@ def test_the_trial_leaves_no_trace(plant: Plant, mode: Callable) -> None:
     expected = torch.rand(3)
     torch.manual_seed(0)
     with mode(), torch.autocast("cpu", torch.bfloat16):
-        kernels.auto(*parts)
+        triton.auto(*parts)
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.rand(3), expected)
 
@@ -299,15 +300,15 @@ def test_a_kernel_that_fails_or_lies_is_not_used(plant: Plant, fault: str, said:
     plant(scan=scan_code(fault))
     parts = inputs()
     with pytest.warns(RuntimeWarning, match=said) as warned:
-        found = kernels.auto(*parts)
+        found = triton.auto(*parts)
     assert len(warned) == 1
     assert "runs the chunked form" in str(warned[0].message)
     assert torch.equal(found, ssd.chunked(*parts))
-    assert torch.equal(kernels.auto(*parts), found)  # a second warning would be an error here
+    assert torch.equal(triton.auto(*parts), found)  # a second warning would be an error here
     assert len(scan_calls()) == (2 if "wrong numbers" in said else 1)
-    with pytest.raises(kernels.BackendError, match=f"{said}(.|\n)*To mend this: "):
-        kernels.checked(*parts)
-    row = {row.name: row for row in kernels.backends(CPU)}["fused"]
+    with pytest.raises(triton.BackendError, match=f"{said}(.|\n)*To mend this: "):
+        triton.checked(*parts)
+    row = {row.name: row for row in triton.backends(CPU)}["fused"]
     assert not row.usable
     assert row.mend
 
@@ -316,13 +317,13 @@ def test_a_kernel_that_fails_or_lies_is_not_used(plant: Plant, fault: str, said:
 @pytest.mark.parametrize(
     ("fault", "said"), [(NO_MEMORY, "20.00 GiB"), (NO_MEMORY_IN_TRITON, "out of memory")], ids=["torch", "Triton"]
 )
-@pytest.mark.parametrize("scan", [kernels.auto, kernels.checked])
+@pytest.mark.parametrize("scan", [triton.auto, triton.checked])
 def test_no_memory_is_no_missing_kernel(plant: Plant, scan: ssd.Scan, fault: str, said: str) -> None:
     parts = inputs()
     plant(scan=scan_code(f"if len(calls) == 1: {fault}"))  # in the trial: told, and tried again
     with pytest.raises(RuntimeError, match=said) as raised:
         scan(*parts)
-    assert not isinstance(raised.value, kernels.BackendError)
+    assert not isinstance(raised.value, triton.BackendError)
     assert relative(scan(*parts), ssd.recurrent(*parts)) < 1e-5
     assert len(scan_calls()) == 1 + 2 + 1
     plant(scan=scan_code(f"if len(calls) == 3: {fault}"))  # in use
@@ -331,7 +332,7 @@ def test_no_memory_is_no_missing_kernel(plant: Plant, scan: ssd.Scan, fault: str
     assert len(scan_calls()) == 3
     plant(scan=scan_code(fault))
     with pytest.raises(RuntimeError, match=said):
-        kernels.backends(CPU)
+        triton.backends(CPU)
 
 
 # --- packages ---------------------------------------------------------------------------------------------
@@ -342,18 +343,18 @@ def test_no_memory_is_no_missing_kernel(plant: Plant, scan: ssd.Scan, fault: str
 @pytest.mark.parametrize("conv", [None, conv_code()], ids=["no causal-conv1d", "causal-conv1d"])
 def test_each_package_without_the_other(plant: Plant, scan: str | None, conv: str | None) -> None:
     plant(scan=scan, conv=conv)
-    rows = {row.name: row for row in kernels.backends(CPU)}
+    rows = {row.name: row for row in triton.backends(CPU)}
     assert (rows["fused"].usable, rows["conv"].usable) == (scan is not None, conv is not None)
     assert rows["fused"].version == ("–" if scan is None else "mamba-ssm 9.9")
     assert rows["conv"].version == ("–" if conv is None else "causal-conv1d 9.9")
-    for name, code, install in (("fused", scan, kernels.INSTALL_MAMBA), ("conv", conv, kernels.INSTALL_CONV)):
+    for name, code, install in (("fused", scan, triton.INSTALL_MAMBA), ("conv", conv, triton.INSTALL_CONV)):
         assert rows[name].mend == (install if code is None else "")
         assert ("is not installed" in rows[name].why) == (code is None)
     assert rows["auto"].why == f"takes {'chunked' if scan is None else 'fused'} on cpu"
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        result = kernels.auto(*inputs())
-        kernels.convolution(torch.zeros(4, 1, 8), torch.zeros(8, 1, 4), None, otherwise=plain)
+        result = triton.auto(*inputs())
+        triton.convolution(torch.zeros(4, 1, 8), torch.zeros(8, 1, 4), None, otherwise=plain)
     assert len(warned) == (scan is None)  # slower than it could be: said once
     assert relative(result, ssd.recurrent(*inputs())) < 1e-5
 
@@ -375,29 +376,29 @@ def test_each_package_without_the_other(plant: Plant, scan: str | None, conv: st
 )
 def test_a_package_that_does_not_import_says_why(plant: Plant, code: str, said: str, mend: str) -> None:
     plant(scan=code, conv=code)
-    for load in (kernels.scan_kernel, kernels.conv_kernel):
-        with pytest.raises(kernels.BackendError, match=said) as raised:
+    for load in (triton.scan_kernel, triton.conv_kernel):
+        with pytest.raises(triton.BackendError, match=said) as raised:
             load()
         assert re.search(mend, raised.value.mend)
-    unusable = {row.name for row in kernels.backends(CPU) if not row.usable}
+    unusable = {row.name for row in triton.backends(CPU) if not row.usable}
     assert unusable - {"native"} == {"fused", "conv"}
 
 
 def test_the_package_is_entered_past_its_init(plant: Plant) -> None:
     plant(scan=scan_code())
-    assert kernels.scan_kernel().__module__ == "mamba_ssm.ops.triton.ssd_combined"
+    assert triton.scan_kernel().__module__ == "mamba_ssm.ops.triton.ssd_combined"
     assert "mamba_ssm" not in sys.modules
     with pytest.raises(ImportError, match="selective_scan_cuda"):  # as it would have been without us
         importlib.import_module("mamba_ssm")
     plant(scan=scan_code(), init="from mamba_ssm.ops.triton import ssd_combined")
-    kernel = kernels.scan_kernel()
+    kernel = triton.scan_kernel()
     assert importlib.import_module("mamba_ssm").ssd_combined.mamba_chunk_scan_combined is kernel
 
 
 def test_a_package_that_is_imported_already_is_taken(plant: Plant) -> None:
     plant(scan=scan_code(), init="")
     package = importlib.import_module("mamba_ssm")
-    assert kernels.scan_kernel()
+    assert triton.scan_kernel()
     assert sys.modules["mamba_ssm"] is package
 
 
@@ -437,7 +438,7 @@ def test_the_convolution_is_what_it_is_by_definition(plant: Plant, layout: str) 
         x = x[:1]
     given = [x, weight, None if layout == "no bias" else bias, before if layout == "frames before" else None]
     parts = [part.requires_grad_() for part in given if part is not None]
-    found = kernels.convolution(*given, otherwise=pytest.fail)
+    found = triton.convolution(*given, otherwise=pytest.fail)
     expected = plain(*given)
     assert relative(found.detach(), expected.detach()) < 1e-6
     dy = torch.randn(x.shape)
@@ -451,15 +452,15 @@ def test_the_convolution_is_what_it_is_by_definition(plant: Plant, layout: str) 
 def test_sizes_that_the_convolution_does_not_take(plant: Plant, width: int, taps: int) -> None:
     plant(conv=conv_code())
     parts = conv_inputs(width, taps)
-    assert torch.equal(kernels.convolution(*parts, otherwise=plain), plain(*parts))
-    with pytest.raises(kernels.BackendError, match=f"{taps} taps and width {width}"):
-        kernels.conv_silu(*parts)
+    assert torch.equal(triton.convolution(*parts, otherwise=plain), plain(*parts))
+    with pytest.raises(triton.BackendError, match=f"{taps} taps and width {width}"):
+        triton.conv_silu(*parts)
 
 
 def test_the_convolution_goes_by_the_device(plant: Plant) -> None:
     plant(conv=conv_code())
     parts = conv_inputs()
-    assert torch.equal(kernels.convolution(*parts, otherwise=plain), plain(*parts))
+    assert torch.equal(triton.convolution(*parts, otherwise=plain), plain(*parts))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -470,31 +471,31 @@ def test_a_convolution_that_fails_or_lies_is_not_used(plant: Plant, fault: str, 
     plant(conv=conv_code(fault))
     parts = conv_inputs()
     with pytest.warns(RuntimeWarning, match=said) as warned:
-        found = kernels.convolution(*parts, otherwise=plain)
+        found = triton.convolution(*parts, otherwise=plain)
     assert len(warned) == 1
     assert torch.equal(found, plain(*parts))
-    assert torch.equal(kernels.convolution(*parts, otherwise=plain), found)
+    assert torch.equal(triton.convolution(*parts, otherwise=plain), found)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_no_memory_is_no_missing_convolution(plant: Plant) -> None:
     plant(conv=conv_code(NO_MEMORY))
     with pytest.raises(torch.OutOfMemoryError):
-        kernels.convolution(*conv_inputs(), otherwise=plain)
+        triton.convolution(*conv_inputs(), otherwise=plain)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------
 
 
 def test_a_scan_by_name() -> None:
-    assert [kernels.choose(name) for name in ("recurrent", "matrix", "chunked")] == [
+    assert [triton.choose(name) for name in ("recurrent", "matrix", "chunked")] == [
         ssd.recurrent,
         ssd.matrix,
         ssd.chunked,
     ]
-    assert kernels.choose("auto") is kernels.auto
+    assert triton.choose("auto") is triton.auto
     own = lambda *parts, **options: ssd.matrix(*parts, **options)  # noqa: E731
-    assert kernels.choose(own) is own
+    assert triton.choose(own) is own
     with pytest.raises(
         ValueError, match="scan='fast' must be one of 'auto', 'recurrent', 'matrix', 'chunked', 'native', 'fused'"
     ):
@@ -504,32 +505,32 @@ def test_a_scan_by_name() -> None:
 def test_an_explicit_choice_that_is_not_available_names_the_mend(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(kernels.BackendError) as raised:
+    with pytest.raises(triton.BackendError) as raised:
         BSMamba2(TINY, scan="fused")
     assert "mamba-ssm is not installed" in str(raised.value)
-    assert kernels.INSTALL_MAMBA in raised.value.mend
+    assert triton.INSTALL_MAMBA in raised.value.mend
     assert "a driver for CUDA 13.0" in raised.value.mend
     plant(scan=scan_code())
-    with pytest.raises(kernels.BackendError, match=r"sees no GPU. To mend this: an NVIDIA GPU"):
+    with pytest.raises(triton.BackendError, match=r"sees no GPU. To mend this: an NVIDIA GPU"):
         BSMamba2(TINY, scan="fused")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(kernels.BackendError, match=r"is built without CUDA. To mend this: a torch with CUDA"):
+    with pytest.raises(triton.BackendError, match=r"is built without CUDA. To mend this: a torch with CUDA"):
         BSMamba2(TINY, scan="fused")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert kernels.choose("fused") is kernels.checked
+    assert triton.choose("fused") is triton.checked
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("saved_under", kernels.SCANS)
+@pytest.mark.parametrize("saved_under", triton.SCANS)
 def test_a_checkpoint_gives_the_same_under_every_scan(plant: Plant, tmp_path: Path, saved_under: str) -> None:
     plant(scan=scan_code(), conv=conv_code())
     torch.manual_seed(0)
-    model = BSMamba2(dataclasses.replace(TINY, state=32, head_width=32), scan=saved_under).eval()  # as native takes
+    model = BSMamba2(dataclasses.replace(TINY, d_state=32, headdim=32), scan=saved_under).eval()  # as native takes
     save_checkpoint(model, tmp_path / "model.safetensors")
     audio = torch.randn(1, 2, 700)
     with torch.no_grad():
         expected = model(audio)
-        for name in (*kernels.SCANS, ssd.matrix):
+        for name in (*triton.SCANS, ssd.matrix):
             found = load_checkpoint(tmp_path / "model.safetensors", scan=name)(audio)
             assert relative(found, expected) < 1e-5, name
     assert scan_calls()  # "fused" and "auto" went through the planted kernel
@@ -544,7 +545,7 @@ def test_the_command_prints_every_backend(plant: Plant, capsys: pytest.CaptureFi
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["backend", "usable", "version", "why"]
     names = [line.split()[0] for line in lines if not line.startswith(" ")]
-    assert names == [*kernels.SCANS, "conv"]
+    assert names == [*triton.SCANS, "conv"]
     column = header.index("usable")
     usable = {line.split()[0]: line[column:].split()[0] for line in lines if not line.startswith(" ")}
     assert {usable[name] for name in ("auto", "recurrent", "matrix", "chunked")} == {"yes"}
@@ -553,7 +554,7 @@ def test_the_command_prints_every_backend(plant: Plant, capsys: pytest.CaptureFi
     if not torch.cuda.is_available():
         assert "einops_that_is_absent" in fused[0]
         assert fused[1].startswith("  to use it: ")
-        assert kernels.INSTALL_MAMBA in fused[1]
+        assert triton.INSTALL_MAMBA in fused[1]
         assert "NVIDIA GPU" in fused[1]
         assert "causal-conv1d 9.9" in fused[2]
         assert "NVIDIA GPU" in fused[3]
@@ -562,26 +563,26 @@ def test_the_command_prints_every_backend(plant: Plant, capsys: pytest.CaptureFi
 def test_a_type_that_the_processor_lacks_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert kernels.slower_than_float32(CPU, torch.float32) == 0
-    assert kernels.slower_than_float32(torch.device("meta"), torch.bfloat16) == 0
-    assert kernels.slower_than_float32(CPU, torch.float64) > 0
+    assert triton.slower_than_float32(CPU, torch.float32) == 0
+    assert triton.slower_than_float32(torch.device("meta"), torch.bfloat16) == 0
+    assert triton.slower_than_float32(CPU, torch.float64) > 0
     clock = itertools.count()
     # Every reading of the clock one later than the last, but a narrow product takes twelve more.
-    monkeypatch.setattr(kernels.time, "perf_counter", lambda: next(clock))
-    linear = kernels.functional.linear
+    monkeypatch.setattr(triton.time, "perf_counter", lambda: next(clock))
+    linear = triton.functional.linear
 
     def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         for _ in range(12 * (x.dtype == torch.bfloat16)):
             next(clock)
         return linear(x, weight)
 
-    monkeypatch.setattr(kernels.functional, "linear", slow)
-    assert kernels.slower_than_float32(CPU, torch.bfloat16) == 13
+    monkeypatch.setattr(triton.functional, "linear", slow)
+    assert triton.slower_than_float32(CPU, torch.bfloat16) == 13
     monkeypatch.undo()
     soundfile.write(tmp_path / "song.wav", torch.zeros(4410, 2).numpy(), 44_100)
     save_checkpoint(BSMamba2(TINY), tmp_path / "tiny.safetensors")
     for longer, expected in ((13.0, "13 times as long"), (0.5, "")):
-        monkeypatch.setattr(kernels, "slower_than_float32", lambda device, dtype, longer=longer: longer)
+        monkeypatch.setattr(triton, "slower_than_float32", lambda device, dtype, longer=longer: longer)
         command = ["separate", str(tmp_path / "song.wav"), "-o", str(tmp_path / f"{longer}"), "--dtype", "bfloat16"]
         command += ["--checkpoint", str(tmp_path / "tiny.safetensors")]
         assert main(command) == 0

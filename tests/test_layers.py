@@ -12,25 +12,24 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from bsmamba2 import BSMamba2, ModelConfig, layers, save_checkpoint
+from bsmamba2 import BSMamba2, ModelConfig, save_checkpoint
 from bsmamba2.checkpoints import CheckpointError
-from bsmamba2.silence import MODEL
+from bsmamba2.experiments import sequence_layers
+from bsmamba2.experiments.silence import MODEL
 
 CONFIGS = {"silence": MODEL, "tiny": TINY, "small": ModelConfig.preset("small"), "paper": ModelConfig()}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("name", layers.KINDS)
+@pytest.mark.parametrize("name", sequence_layers.KINDS)
 def test_layers_are_of_the_mixers_size(name: str, config: ModelConfig) -> None:
     # counted by hand from the mixer's own description, not by the module
-    inner, heads = config.expand * config.dim, config.expand * config.dim // config.head_width
-    wide = inner + 2 * config.state
-    mixer = (
-        config.dim * (inner + wide + heads) + wide * (config.conv_width + 1) + 3 * heads + inner + inner * config.dim
-    )
-    assert layers.budget(config) == mixer
+    inner, heads = config.expand * config.dim, config.expand * config.dim // config.headdim
+    wide = inner + 2 * config.d_state
+    mixer = config.dim * (inner + wide + heads) + wide * (config.d_conv + 1) + 3 * heads + inner + inner * config.dim
+    assert sequence_layers.budget(config) == mixer
     try:
-        made = layers.choose(name, config)
+        made = sequence_layers.choose(name, config)
     except ValueError:  # a width has no neighbour near enough: said, not passed over
         assert (name, config) in {("lstm", TINY)}
         return
@@ -41,15 +40,15 @@ def test_layers_are_of_the_mixers_size(name: str, config: ModelConfig) -> None:
 
 def test_a_budget_that_cannot_be_met_is_told() -> None:
     with pytest.raises(ValueError, match="no width brings this layer within 1%"):
-        layers.choose("lstm", dataclasses.replace(MODEL, dim=4, head_width=1, state=1, expand=1))
+        sequence_layers.choose("lstm", dataclasses.replace(MODEL, dim=4, headdim=1, d_state=1, expand=1))
     with pytest.raises(ValueError, match="'gru' is not one of mamba2, lstm, attention"):
-        layers.choose("gru", MODEL)
+        sequence_layers.choose("gru", MODEL)
 
 
-@pytest.mark.parametrize("name", layers.KINDS)
+@pytest.mark.parametrize("name", sequence_layers.KINDS)
 def test_shapes_gradients_and_sequences_apart(name: str) -> None:
     torch.manual_seed(0)
-    layer = layers.choose(name, MODEL)()
+    layer = sequence_layers.choose(name, MODEL)()
     x = torch.randn(3, 7, MODEL.dim, requires_grad=True)
     y = layer(x)
     assert y.shape == x.shape
@@ -61,7 +60,7 @@ def test_shapes_gradients_and_sequences_apart(name: str) -> None:
 @pytest.mark.parametrize(("name", "causal"), [("mamba2", True), ("lstm", True), ("attention", False)])
 def test_who_sees_what_comes_later(name: str, causal: bool) -> None:
     torch.manual_seed(0)
-    layer = layers.choose(name, MODEL)()
+    layer = sequence_layers.choose(name, MODEL)()
     x = torch.randn(1, 9, MODEL.dim)
     changed = x.clone()
     changed[:, 6] += 1
@@ -73,10 +72,10 @@ def test_who_sees_what_comes_later(name: str, causal: bool) -> None:
 # --- attention ------------------------------------------------------------------------------------------------
 
 
-def by_loops(layer: layers.Attention, x: Tensor) -> Tensor:
+def by_loops(layer: sequence_layers.Attention, x: Tensor) -> Tensor:
     """The attention of one sequence (length, d), frame by frame, with complex numbers for the rotation."""
     length, d = x.shape
-    p = layer.head_width
+    p = layer.headdim
     qkv = (x @ layer.in_proj.weight.T).reshape(length, 3, d // p, p).double()
     speed = [10_000.0 ** (-2 * i / p) for i in range(p // 2)]
 
@@ -100,9 +99,9 @@ def by_loops(layer: layers.Attention, x: Tensor) -> Tensor:
     return attended + nn.functional.gelu(inside @ first.weight.T + first.bias) @ second.weight.T + second.bias
 
 
-def attention() -> layers.Attention:
+def attention() -> sequence_layers.Attention:
     torch.manual_seed(1)
-    layer = layers.Attention(8, 5, head_width=4)
+    layer = sequence_layers.Attention(8, 5, headdim=4)
     with torch.no_grad():
         layer.norm.weight.uniform_(0.5, 2)
         layer.in_proj.weight.mul_(4)  # so that the softmax is far from uniform
@@ -123,7 +122,7 @@ def turned_alike(x: Tensor, first: int = 0) -> Tensor:
     return ROTATE(x[..., None, :], 3)[..., 0, :]
 
 
-ROTATE = layers.rotate
+ROTATE = sequence_layers.rotate
 
 
 @pytest.mark.parametrize("fault", [unturned, turned_alike])
@@ -137,7 +136,7 @@ def test_without_places_attention_is_blind_to_order(
 
     assert not blind()
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "rotate", fault)
+        patch.setattr(sequence_layers, "rotate", fault)
         assert blind()
         assert not torch.allclose(layer(x)[0], by_loops(layer, x[0]), atol=1e-5)
 
@@ -145,21 +144,21 @@ def test_without_places_attention_is_blind_to_order(
 def test_places_count_only_by_their_distance() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 5, 16, dtype=torch.float64).unbind(0)
-    here = layers.rotate(q) @ layers.rotate(k).T
-    far = layers.rotate(q, 1000) @ layers.rotate(k, 1000).T
+    here = sequence_layers.rotate(q) @ sequence_layers.rotate(k).T
+    far = sequence_layers.rotate(q, 1000) @ sequence_layers.rotate(k, 1000).T
     torch.testing.assert_close(here, far, rtol=0, atol=1e-2)  # angles are float32
-    same = layers.rotate(q[:1].expand(5, -1)) @ layers.rotate(k[:1].expand(5, -1)).T
+    same = sequence_layers.rotate(q[:1].expand(5, -1)) @ sequence_layers.rotate(k[:1].expand(5, -1)).T
     for distance in range(-4, 5):  # equal q and k: one value for each distance
         diagonal = same.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
     assert float(same[0].std()) > 0.1
-    torch.testing.assert_close(layers.rotate(q).norm(dim=-1), q.norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sequence_layers.rotate(q).norm(dim=-1), q.norm(dim=-1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("head_width", [0, 3, 5, 16])
-def test_heads_that_do_not_fit_are_refused(head_width: int) -> None:
-    with pytest.raises(ValueError, match=f"head_width={head_width} must be even and divide dim=8"):
-        layers.Attention(8, 4, head_width=head_width)
+@pytest.mark.parametrize("headdim", [0, 3, 5, 16])
+def test_heads_that_do_not_fit_are_refused(headdim: int) -> None:
+    with pytest.raises(ValueError, match=f"headdim={headdim} must be even and divide dim=8"):
+        sequence_layers.Attention(8, 4, headdim=headdim)
 
 
 # --- in the model ---------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def test_heads_that_do_not_fit_are_refused(head_width: int) -> None:
 @pytest.mark.parametrize("name", ["lstm", "attention"])
 def test_a_model_takes_it_and_no_checkpoint_hides_it(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = BSMamba2(MODEL, sequence_layer=layers.choose(name, MODEL)).eval()
+    model = BSMamba2(MODEL, sequence_layer=sequence_layers.choose(name, MODEL)).eval()
     with torch.inference_mode():
         assert model(torch.randn(1, 2, 4000)).shape == (1, 1, 2, 4000)
     with pytest.raises(CheckpointError, match="does not fit a BSMamba2"):

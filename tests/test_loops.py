@@ -12,8 +12,9 @@ import torch
 from conftest import relative
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, kernels, loops, native, ssd
-from bsmamba2.__main__ import main
+from bsmamba2 import BSMamba2, ssd
+from bsmamba2.cli.main import main
+from bsmamba2.kernels import cpu, loops, triton
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ def test_too_little_memory_is_not_the_compilers_fault(monkeypatch: pytest.Monkey
 def test_compiled_loops_give_the_same_numbers(
     published_model: BSMamba2, published: dict[str, Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "scan_for", lambda device, dtype: ssd.chunked)  # the native kernel needs no loops
-    monkeypatch.setattr(native, "normalises", lambda x: False)
+    monkeypatch.setattr(triton, "scan_for", lambda device, dtype: ssd.chunked)  # the native kernel needs no loops
+    monkeypatch.setattr(cpu, "normalises", lambda x: False)
     spectrogram = torch.view_as_complex(published["input.spectrogram"])
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         plain = published_model.apply_to_spectrogram(spectrogram)

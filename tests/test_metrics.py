@@ -58,7 +58,7 @@ def by_museval(museval: ModuleType, pairs: list[tuple[Tensor, Tensor]], rate: in
         warnings.simplefilter("ignore")
         return torch.from_numpy(
             museval.bss_eval(
-                references, estimates, compute_permutation=False, window=rate, hop=rate, filters_len=64,
+                references, estimates, compute_permutation=False, window=rate, hop_length=rate, filters_len=64,
                 framewise_filters=False, bsseval_sources_version=False,
             )[0]
         )  # fmt: skip

@@ -74,7 +74,7 @@ def test_size_at_the_paper_preset() -> None:
 
 def test_initial_values() -> None:
     torch.manual_seed(0)
-    mixer = BSMamba2(ModelConfig(layers=1)).layers[0].time.forwards.mixer
+    mixer = BSMamba2(ModelConfig(depth=1)).layers[0].time.forwards.mixer
     steps = nn.functional.softplus(mixer.dt_bias)
     assert 1e-3 * 0.999 < steps.min() < steps.max() < 1e-1 * 1.001
     assert 1 <= mixer.A_log.exp().min() < mixer.A_log.exp().max() <= 16
@@ -249,8 +249,8 @@ def test_unit_norm_lifts_near_silence_and_keeps_silence() -> None:
         ({"bands": "all"}, "bands='all'"),
         ({"stems": ()}, "stems"),
         ({"stems": ("a", "a")}, "twice"),
-        ({"hop": 1500}, "hop=1500"),
-        ({"head_width": 60}, "head_width=60"),
+        ({"hop_length": 1500}, "hop_length=1500"),
+        ({"headdim": 60}, "headdim=60"),
     ],
 )
 def test_a_bad_configuration_is_named(changes: dict, message: str) -> None:

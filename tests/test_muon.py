@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import bsmamba2.muon
-from bsmamba2.muon import ROUND, Muon, turn
+import bsmamba2.training.muon
+from bsmamba2.training.muon import NS_COEFFS, Muon, newton_schulz
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (1, 5), (5, 1)]
 
@@ -27,7 +27,7 @@ def gradients(parameters: list[nn.Parameter], seed: int) -> None:
 
 
 def test_in_bfloat16_it_takes_torchs_steps_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bsmamba2.muon, "turn", functools.partial(turn, dtype=torch.bfloat16))
+    monkeypatch.setattr(bsmamba2.training.muon, "newton_schulz", functools.partial(newton_schulz, dtype=torch.bfloat16))
     ours, theirs = matrices(), matrices()
     both = Muon(ours, lr=0.1, weight_decay=0.02), torch.optim.Muon(
         theirs, lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
@@ -79,12 +79,12 @@ def test_a_turned_matrix_keeps_its_singular_vectors_and_its_values_go_by_the_pol
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     values = values / values.norm()
     for _ in range(5):
-        values = sum(factor * values ** (2 * i + 1) for i, factor in enumerate(ROUND))
-    torch.testing.assert_close(turn(matrix, torch.float64), left * values @ right, rtol=0, atol=1e-10)
-    turned = turn(matrix.float())
+        values = sum(factor * values ** (2 * i + 1) for i, factor in enumerate(NS_COEFFS))
+    torch.testing.assert_close(newton_schulz(matrix, torch.float64), left * values @ right, rtol=0, atol=1e-10)
+    turned = newton_schulz(matrix.float())
     assert turned.dtype == torch.float32
     torch.testing.assert_close(turned, (left * values @ right).float(), rtol=0, atol=1e-4)
-    assert turn(matrix.to("meta")).dtype == torch.bfloat16  # as torch's, on whatever is no CPU
+    assert newton_schulz(matrix.to("meta")).dtype == torch.bfloat16  # as torch's, on whatever is no CPU
 
 
 def test_the_singular_values_come_near_one_whatever_the_size() -> None:
@@ -94,10 +94,10 @@ def test_the_singular_values_come_near_one_whatever_the_size() -> None:
     spread = torch.logspace(-2.5, 0, 12)
     for size in (1e-6, 1.0, 1e6):
         assert spread.min() > spread.norm() / 500
-        values = torch.linalg.svdvals(turn(size * (left * spread) @ right))
+        values = torch.linalg.svdvals(newton_schulz(size * (left * spread) @ right))
         assert values.min() > 0.68
         assert values.max() < 1.21
-    assert torch.equal(turn(torch.zeros(4, 6)), torch.zeros(4, 6))
+    assert torch.equal(newton_schulz(torch.zeros(4, 6)), torch.zeros(4, 6))
 
 
 def test_what_is_no_matrix_is_refused() -> None:

@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, ModelConfig, kernels, loops, mamba2, native, ssd, trials
+from bsmamba2 import BSMamba2, ModelConfig, mamba2, ssd
 from bsmamba2.dual_path import DualPath
+from bsmamba2.kernels import cpu, loops, self_test, triton
 from bsmamba2.mamba2 import Mamba2, RMSNorm
 from bsmamba2.train import TrainConfig, Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
 AMX = Path("/proc/cpuinfo").is_file() and "amx_bf16" in Path("/proc/cpuinfo").read_text()
-BOUND = native.TOLERANCE
+BOUND = cpu.TOLERANCE
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not AMX, reason="this CPU has no AMX")),
@@ -65,11 +66,11 @@ def assert_same(parts: list, dtype: torch.dtype, *, start: bool = True) -> None:
     wide = [part.double() for part in parts[:6]]
     y, state = ssd.recurrent(*wide, initial_state=None if first is None else first.double(), return_state=True)
     narrow = [part.to(dtype) if i in (0, 3, 4) else part for i, part in enumerate(parts[:6])]
-    found, last = native.scan(*narrow, initial_state=first, return_state=True)
+    found, last = cpu.scan(*narrow, initial_state=first, return_state=True)
     assert found.dtype == dtype
     assert relative(found.double(), y) < BOUND[dtype]
     assert relative(last.double(), state) < BOUND[dtype]
-    assert torch.equal(native.scan(*narrow, initial_state=first), found)
+    assert torch.equal(cpu.scan(*narrow, initial_state=first), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +111,7 @@ def gradients(scan: ssd.Scan, parts: list, *, start: bool, last: bool) -> list[T
 def assert_same_gradients(parts: list, dtype: torch.dtype, *, start: bool = True, last: bool = True) -> None:
     expected = gradients(ssd.recurrent, [part.double() for part in parts], start=start, last=last)
     narrow = [part.to(dtype) if i in (0, 3, 4) else part for i, part in enumerate(parts)]
-    found = gradients(native.scan, narrow, start=start, last=last)
+    found = gradients(cpu.scan, narrow, start=start, last=last)
     for name, mine, right in zip(("x", "dt", "A", "B", "C", "D", "S"), found, expected, strict=False):
         assert mine.isfinite().all(), name
         if name == "A":  # a sum over frames that may cancel, and does in the first one: measured by what is summed
@@ -158,17 +159,17 @@ def test_a_step_of_no_length_has_a_gradient() -> None:
 
 def test_gradients_do_not_depend_on_threads_or_on_other_sequences() -> None:
     parts = problem(150, 4, b=5)
-    every = gradients(native.scan, parts, start=True, last=True)
+    every = gradients(cpu.scan, parts, start=True, last=True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = gradients(native.scan, parts, start=True, last=True)
+        alone = gradients(cpu.scan, parts, start=True, last=True)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(every, alone, strict=True))
     parts[0][2, 20] = torch.nan
-    broken = gradients(native.scan, parts, start=True, last=False)
-    clean = gradients(native.scan, problem(150, 4, b=5), start=True, last=False)
+    broken = gradients(cpu.scan, parts, start=True, last=False)
+    clean = gradients(cpu.scan, problem(150, 4, b=5), start=True, last=False)
     for i in (1, 3, 4):
         assert broken[i][2].isnan().any()
         assert torch.equal(broken[i][[0, 1, 3, 4]], clean[i][[0, 1, 3, 4]])
@@ -179,7 +180,7 @@ def test_silence_stays_silence(dtype: torch.dtype) -> None:
     parts = problem(70)
     parts[0], parts[6] = torch.zeros_like(parts[0]).to(dtype), torch.zeros_like(parts[6])
     parts[3:5] = (part.to(dtype) for part in parts[3:5])
-    y, state = native.scan(*parts[:6], initial_state=parts[6], return_state=True)
+    y, state = cpu.scan(*parts[:6], initial_state=parts[6], return_state=True)
     assert not y.any()
     assert not state.any()
 
@@ -190,16 +191,16 @@ def test_frames_may_lie_outermost() -> None:
         part.transpose(0, 1).contiguous().transpose(0, 1) if i in (0, 1, 3, 4) else part for i, part in enumerate(parts)
     ]
     turned[2] = parts[2].repeat_interleave(2)[::2]
-    assert torch.equal(native.scan(*turned[:6]), native.scan(*parts[:6]))
+    assert torch.equal(cpu.scan(*turned[:6]), cpu.scan(*parts[:6]))
 
 
 def test_what_is_no_number_stays_in_its_sequence_and_after_its_frame() -> None:
     parts = problem(100, b=3)
-    clean = native.scan(*parts[:6])
+    clean = cpu.scan(*parts[:6])
     for i in (0, 1, 3):
         broken = [part.clone() for part in parts]
         broken[i][1, 80] = torch.nan
-        y = native.scan(*broken[:6])
+        y = cpu.scan(*broken[:6])
         assert torch.equal(y[[0, 2]], clean[[0, 2]])
         assert y[1, 80:].isnan().any()
         torch.testing.assert_close(y[1, :50], clean[1, :50])  # the chunk before
@@ -208,9 +209,9 @@ def test_what_is_no_number_stays_in_its_sequence_and_after_its_frame() -> None:
 # --- in a mixer -------------------------------------------------------------------------------------------
 
 
-def mixer(scan: ssd.Scan, conv_width: int = 4) -> Mamba2:
+def mixer(scan: ssd.Scan, d_conv: int = 4) -> Mamba2:
     torch.manual_seed(0)
-    made = Mamba2(32, state=32, head_width=32, conv_width=conv_width, scan=scan).eval()
+    made = Mamba2(32, d_state=32, headdim=32, d_conv=d_conv, scan=scan).eval()
     torch.nn.init.uniform_(made.norm.weight, 0.5, 1.5)
     return made
 
@@ -220,7 +221,7 @@ def mixer(scan: ssd.Scan, conv_width: int = 4) -> Mamba2:
 def test_a_mixer_gives_the_same(t: int, dtype: torch.dtype) -> None:
     x = torch.randn(3, t, 32)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        found = mixer(native.checked)(x)
+        found = mixer(cpu.checked)(x)
     expected = mixer(ssd.recurrent).double()(x.double())
     assert relative(found.double(), expected) < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
 
@@ -238,7 +239,7 @@ def test_a_mixer_has_the_same_gradients(t: int, dtype: torch.dtype) -> None:
     with torch.enable_grad():
         expected = found(mixer(ssd.recurrent).double(), x.double())
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            mine = found(mixer(native.checked), x.clone())
+            mine = found(mixer(cpu.checked), x.clone())
     for name, right in expected.items():
         assert relative(mine[name], right) < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype], name
 
@@ -249,7 +250,7 @@ def test_any_number_of_taps(taps: int, t: int) -> None:
     torch.manual_seed(t)
     x, weights, found = torch.randn(2, t, 32), torch.randn(2, t, 32), []
     with torch.enable_grad():
-        for scan in (ssd.recurrent, native.checked):
+        for scan in (ssd.recurrent, cpu.checked):
             made = mixer(scan, taps)
             y = made(x.requires_grad_())
             found.append((y, *torch.autograd.grad((y * weights).sum(), [x, *made.parameters()])))
@@ -261,7 +262,7 @@ def test_any_number_of_taps(taps: int, t: int) -> None:
 def test_backwards_is_what_is_turned_round(t: int) -> None:
     """With frames before the first, a state and the gradients of all; and it is put where it is asked for."""
     torch.manual_seed(t)
-    made = mixer(native.checked)
+    made = mixer(cpu.checked)
     w, h = made.widths[1], made.widths[2]
     inputs = [torch.randn(2, t, sum(made.widths)), torch.randn(2, 3, w), torch.randn(2, h, 32, 32)]
     weights, found = torch.randn(2, t, made.widths[0]), []
@@ -291,7 +292,7 @@ def test_a_dual_path_layer_gives_the_same(
 ) -> None:
     """With its matrices multiplied beforehand; a few sequences at a time, the last block smaller than the others."""
     torch.manual_seed(0)
-    made = DualPath(32, partial(Mamba2, 32, state=32, head_width=32, scan=kernels.auto))
+    made = DualPath(32, partial(Mamba2, 32, state=32, headdim=32, scan=triton.auto))
     for part in made.parameters():
         if part.dim() == 1:
             torch.nn.init.uniform_(part, 0.3, 1.0)
@@ -319,7 +320,7 @@ def test_a_dual_path_layer_gives_the_same(
 @pytest.mark.parametrize("wider", [0, 1])
 def test_the_directions_of_a_layer_may_differ_in_size(runs: list[torch.dtype], wider: int) -> None:
     sizes = iter([4 if way % 2 == wider else 2 for way in range(4)])
-    made = DualPath(32, lambda: Mamba2(32, state=32, head_width=32, expand=next(sizes), scan=kernels.auto))
+    made = DualPath(32, lambda: Mamba2(32, d_state=32, headdim=32, expand=next(sizes), scan=triton.auto))
     x = torch.randn(2, 70, 5, 32)
     right = copy.deepcopy(made).double()(x.double())
     with loops.compiled():
@@ -332,7 +333,7 @@ def test_gradients_go_through_the_memory(taps: int) -> None:
     x = torch.randn(3, 150, 32)
     with torch.enable_grad():
         pieces, whole = x.clone().requires_grad_(), x.clone().requires_grad_()
-        made = mixer(native.checked, taps)
+        made = mixer(cpu.checked, taps)
         first, memory = made.step(pieces[:, :70], keep=True)
         second, _ = made.step(pieces[:, 70:], memory)
         torch.cat((first, second), dim=1).square().sum().backward()
@@ -342,7 +343,7 @@ def test_gradients_go_through_the_memory(taps: int) -> None:
 
 @pytest.mark.parametrize("taps", [1, 2, 4])
 def test_a_mixer_goes_on_from_either_memory(taps: int) -> None:
-    x, plain, quick = torch.randn(3, 150, 32), mixer(ssd.chunked, taps), mixer(native.checked, taps)
+    x, plain, quick = torch.randn(3, 150, 32), mixer(ssd.chunked, taps), mixer(cpu.checked, taps)
     whole = plain(x)
     for first, second in ((quick, quick), (quick, plain), (plain, quick), (plain, plain)):
         for cut in (1, 2, 70):
@@ -356,15 +357,15 @@ def test_a_mixer_goes_on_from_either_memory(taps: int) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The type of what the kernel was run on, for each time but its trial."""
     seen: list[torch.dtype] = []
-    mix = native.mix
-    for dtype in native.TOLERANCE:
-        native.fault(dtype)
+    mix = cpu.mix
+    for dtype in cpu.TOLERANCE:
+        cpu.fault(dtype)
 
     def spied(projected: Tensor, *args: object, **options: object) -> object:
         seen.append(projected.dtype)
         return mix(projected, *args, **options)
 
-    monkeypatch.setattr(native, "mix", spied)
+    monkeypatch.setattr(cpu, "mix", spied)
     return seen
 
 
@@ -384,11 +385,11 @@ def test_auto_takes_it_only_where_it_was_asked_for_and_fits(
     runs: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loops, "_fault", "not here")  # what it does not take runs as it is written
-    x, made = torch.randn(2, 5, 32), mixer(kernels.auto)
+    x, made = torch.randn(2, 5, 32), mixer(triton.auto)
     made(x)
     with loops.compiled(False):
         made(x)
-    odd = Mamba2(32, state=32, head_width=16, scan=kernels.auto)
+    odd = Mamba2(32, d_state=32, headdim=16, scan=triton.auto)
     with loops.compiled():
         odd.double()(x.double())
         odd.float()(x)
@@ -399,9 +400,9 @@ def test_auto_takes_it_only_where_it_was_asked_for_and_fits(
     assert runs == [torch.float32] * 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_trains_with_it(runs: list[torch.dtype], checkpointing: bool) -> None:
-    config = dataclasses.replace(TINY, dim=32, state=32, head_width=32)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_model_trains_with_it(runs: list[torch.dtype], gradient_checkpointing: bool) -> None:
+    config = dataclasses.replace(TINY, dim=32, d_state=32, headdim=32)
     batch = (torch.randn(2, 2, 4000), torch.randn(2, 2, 4000))
 
     def trained(**options: bool) -> dict[str, Tensor]:
@@ -413,8 +414,8 @@ def test_a_model_trains_with_it(runs: list[torch.dtype], checkpointing: bool) ->
 
     expected = trained()
     assert not runs
-    found = trained(compile=True, checkpointing=checkpointing)
-    assert len(runs) == 4 * (1 + checkpointing)  # mixers
+    found = trained(compile=True, gradient_checkpointing=gradient_checkpointing)
+    assert len(runs) == 4 * (1 + gradient_checkpointing)  # mixers
     scale = max(part.abs().max() for part in expected.values())
     for name, right in expected.items():
         torch.testing.assert_close(found[name], right, rtol=1e-4, atol=1e-6 * float(scale), msg=name)
@@ -436,7 +437,7 @@ def test_a_norm_gives_the_same() -> None:
     ("change", "said"),
     [
         ({0: lambda x: x.double()}, "does not take torch.float64"),
-        ({0: lambda x: x[..., :16], 6: lambda x: x[:, :, :16]}, "head_width=16"),
+        ({0: lambda x: x[..., :16], 6: lambda x: x[:, :, :16]}, "headdim=16"),
         ({i: lambda x: x.to("meta") for i in range(7)}, "runs on a CPU"),
     ],
 )
@@ -444,8 +445,8 @@ def test_what_it_does_not_take_is_said(change: dict, said: str) -> None:
     parts = problem(5)
     for i, changed in change.items():
         parts[i] = changed(parts[i])
-    with torch.enable_grad(), pytest.raises(trials.BackendError, match=said):
-        native.scan(*parts[:6], initial_state=parts[6])
+    with torch.enable_grad(), pytest.raises(self_test.BackendError, match=said):
+        cpu.scan(*parts[:6], initial_state=parts[6])
 
 
 @pytest.mark.parametrize(
@@ -460,7 +461,7 @@ def test_what_it_does_not_take_is_said(change: dict, said: str) -> None:
     ],
 )
 def test_what_does_not_fit_what_was_projected_is_said(change: dict, said: str) -> None:
-    made = mixer(native.checked)
+    made = mixer(cpu.checked)
     with pytest.raises(ValueError, match=re.escape(said)):
         made.mix(torch.randn(2, 9, sum(made.widths)), **change)
 
@@ -483,7 +484,7 @@ class Negative(torch.nn.Linear):
 @pytest.mark.parametrize("place", ["mixer", "norm", "merge"])
 def test_a_layer_with_a_forward_of_its_own_is_called(runs: list[torch.dtype], place: str) -> None:
     kind = Loud if place == "mixer" else Mamba2
-    made, x = DualPath(32, partial(kind, 32, state=32, head_width=32)), torch.randn(2, 70, 5, 32)
+    made, x = DualPath(32, partial(kind, 32, state=32, headdim=32)), torch.randn(2, 70, 5, 32)
     if place == "norm":
         made.time.backwards.norm = made.band.forwards.norm = Halved(32)
     if place == "merge":
@@ -491,45 +492,45 @@ def test_a_layer_with_a_forward_of_its_own_is_called(runs: list[torch.dtype], pl
     expected = made(x)
     for part in made.modules():
         if isinstance(part, Mamba2):
-            part.scan = kernels.auto
+            part.scan = triton.auto
     with loops.compiled():
         torch.testing.assert_close(made(x), expected)
     assert len(runs) == 4
 
 
 def test_autocast_leaves_float64_alone(runs: list[torch.dtype]) -> None:
-    made = DualPath(32, partial(Mamba2, 32, state=32, head_width=32, scan=kernels.auto)).double()
+    made = DualPath(32, partial(Mamba2, 32, state=32, headdim=32, scan=triton.auto)).double()
     x = torch.randn(1, 9, 3, 32, dtype=torch.float64)
     expected = made(x)
     with loops.compiled(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(made(x), expected)
     assert not runs
-    assert mamba2.product_type(x.to("meta")) == torch.float64
+    assert mamba2.matmul_dtype(x.to("meta")) == torch.float64
 
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """No trial has been made, before and after."""
-    native.fault.cache_clear()
-    trials._said.clear()
+    cpu.fault.cache_clear()
+    self_test._said.clear()
     yield
-    native.fault.cache_clear()
+    cpu.fault.cache_clear()
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_it_is_tried_in_any_mode(mode: type, runs: list[torch.dtype], forgotten: None) -> None:
     with mode(), loops.compiled():
-        mixer(kernels.auto)(torch.randn(2, 9, 32))
+        mixer(triton.auto)(torch.randn(2, 9, 32))
     assert len(runs) == 2 + 1, "either way in the trial, then in use"
-    assert native.fault.cache_info().currsize == 1
-    assert native.fault(torch.float32) is None
+    assert cpu.fault.cache_info().currsize == 1
+    assert cpu.fault(torch.float32) is None
 
 
 class Wrong:
     """The operators with a planted fault: one of the inputs is one per cent too large, or a switch is off."""
 
     def __init__(self, name: str, place: int) -> None:
-        self.made, self.name, self.place = native.operators(), name, place
+        self.made, self.name, self.place = cpu.operators(), name, place
 
     def __getattr__(self, name: str) -> object:
         real = getattr(self.made, name)
@@ -554,8 +555,8 @@ def test_wrong_numbers_are_found_out_and_told_once(
     monkeypatch: pytest.MonkeyPatch, forgotten: None, name: str, place: int
 ) -> None:
     wrong = Wrong(name, place)
-    monkeypatch.setattr(native, "operators", lambda: wrong)
-    x, made = torch.randn(2, 9, 32), mixer(kernels.auto)
+    monkeypatch.setattr(cpu, "operators", lambda: wrong)
+    x, made = torch.randn(2, 9, 32), mixer(triton.auto)
     expected = made(x)
     monkeypatch.setattr(loops, "_fault", "not here")  # the loops are not compiled either
     with loops.compiled():
@@ -564,9 +565,9 @@ def test_wrong_numbers_are_found_out_and_told_once(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             made(x)
-    with pytest.raises(trials.BackendError, match="wrong numbers"):
-        mixer(native.checked)(x)
-    assert "wrong numbers" in next(row.why for row in kernels.backends() if row.name == "native")
+    with pytest.raises(self_test.BackendError, match="wrong numbers"):
+        mixer(cpu.checked)(x)
+    assert "wrong numbers" in next(row.why for row in triton.backends() if row.name == "native")
 
 
 @pytest.fixture
@@ -591,25 +592,25 @@ def test_a_compiler_that_is_not_there_or_fails(
         compiler.write_text(f"#!/bin/sh\n{script}\n")
         compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(trials.BackendError, match=f"{why}.*To mend this: .*{mend}"):
-        native.operators.__wrapped__()
+    with pytest.raises(self_test.BackendError, match=f"{why}.*To mend this: .*{mend}"):
+        cpu.operators.__wrapped__()
     assert {path.suffix for path in nothing_built.iterdir()} <= {"", ".so"}, "what was half made is gone"
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, nothing_built: Path) -> None:
     (nothing_built / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(nothing_built / "file" / "below"))
-    with pytest.raises(trials.BackendError, match=r"cannot be written.*TORCH_EXTENSIONS_DIR"):
-        native.operators.__wrapped__()
+    with pytest.raises(self_test.BackendError, match=r"cannot be written.*TORCH_EXTENSIONS_DIR"):
+        cpu.operators.__wrapped__()
 
 
 def test_on_another_system_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(trials.BackendError, match="Linux only so far, not on darwin"):
-        native.operators.__wrapped__()
+    with pytest.raises(self_test.BackendError, match="Linux only so far, not on darwin"):
+        cpu.operators.__wrapped__()
 
 
 def test_the_small_presets_sizes_fit() -> None:
     for name in ("small", "compact", "paper"):
         config = ModelConfig.preset(name)
-        assert not native.misfits(torch.device("cpu"), torch.float32, config.head_width, config.state)
+        assert not cpu.misfits(torch.device("cpu"), torch.float32, config.headdim, config.d_state)

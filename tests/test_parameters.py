@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bsmamba2.parameters import check
+from bsmamba2.teaching.parameters import check
 
 TYPES = {"count": int, "rate": float, "name": str, "fast": bool, "lengths": list[float]}
 GOOD = {"count": 3, "rate": 1, "name": "x", "fast": True, "lengths": [1, 2.5], "something_else": object()}

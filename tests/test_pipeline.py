@@ -16,17 +16,18 @@ import soundfile
 import torch
 from notebook_cells import check_parameters
 
-from bsmamba2 import BSMamba2, ModelConfig, kernels, load_checkpoint, save_checkpoint
-from bsmamba2.__main__ import main
+from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.bands import generate_bands
-from bsmamba2.checkpoints import SHIPPED
-from bsmamba2.evaluate import score
-from bsmamba2.recipe import HELD_OUT, Recipe
-from bsmamba2.runs import RunError
-from bsmamba2.songs import STEMS, excerpt, songs
+from bsmamba2.checkpoints import BUNDLED_CHECKPOINT
+from bsmamba2.cli.main import main
+from bsmamba2.evaluation.evaluate import score
+from bsmamba2.kernels import triton
+from bsmamba2.synth.songs import STEMS, excerpt, songs
+from bsmamba2.training.job import HELD_OUT, JobConfig
+from bsmamba2.training.run_dir import RunError
 
 ROOT = Path(__file__).parents[1]
-SHORT = {"songs": 3, "held_out_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
+SHORT = {"songs": 3, "val_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
 
 
 def papermill(
@@ -47,8 +48,8 @@ def test_a_run_on_files_that_was_stopped_goes_on_and_leaves_a_model_that_separat
         for name, stem in zip(STEMS, song.stems, strict=True):
             path = tmp_path / "data" / f"song {number}" / f"{name}.flac"
             soundfile.write(path, stem.T.numpy(), song.sample_rate, subtype="PCM_24")
-    parameters = {"data": str(tmp_path / "data"), "schedule": "constant", "held_out_songs": 1, "validation_windows": 1}
-    stopped = Recipe.from_mapping({**SHORT, **parameters, "steps": 1, "output_dir": str(tmp_path / "run")})
+    parameters = {"data": str(tmp_path / "data"), "schedule": "constant", "val_songs": 1, "validation_windows": 1}
+    stopped = JobConfig.from_mapping({**SHORT, **parameters, "steps": 1, "output_dir": str(tmp_path / "run")})
     windows = stopped.windows()
     (first,) = stopped.start(*windows).steps(stopped.batches(windows[0]))
     run = tmp_path / "run"
@@ -145,7 +146,7 @@ BRIEF = {"songs": 2, "seconds_per_song": 2.0, "seed": 5, "segments": [1.0], "pro
 @pytest.fixture
 def small_model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    config = ModelConfig.preset("small", dim=16, layers=1, bands=generate_bands(8), state=8, head_width=8)
+    config = ModelConfig.preset("small", dim=16, depth=1, freqs_per_bands=generate_bands(8), d_state=8, headdim=8)
     save_checkpoint(BSMamba2(config), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
@@ -186,13 +187,13 @@ def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "run" / "benchmark.json").read_text())
     scans = [row for row in content["rows"] if row["part"] == "scan"]
-    assert {(row["seconds"], row["contestant"]) for row in scans} >= {(0.25, "chunked"), (1.0, "recurrent")}
+    assert {(row["seconds"], row["candidate"]) for row in scans} >= {(0.25, "chunked"), (1.0, "recurrent")}
     for row in scans:
         assert row["median"] > 0
         assert 0 < row["fraction"] < 1
         assert row["memory"] > row["before"] > 0
         assert row["difference"] < 1e-5
-    missing = {one["contestant"] for one in content["not_run"]}
+    missing = {one["candidate"] for one in content["not_run"]}
     outputs = (tmp_path / "run.ipynb").read_text()
     if not torch.cuda.is_available():
         assert missing == {"fused"}
@@ -204,19 +205,19 @@ def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> None:
     tiny = {**SHORT, "layers": 1, "dim": 16, "loss": "snr", "validate_every": 1, "validation_windows": 1}
-    recipe = Recipe.from_mapping({**tiny, "output_dir": str(tmp_path / "trained")})
+    recipe = JobConfig.from_mapping({**tiny, "output_dir": str(tmp_path / "trained")})
     windows = recipe.windows()
     steps = list(recipe.start(*windows).steps(recipe.batches(windows[0])))
     (tmp_path / "recipe.json").write_text(json.dumps(tiny))
     parameters: dict[str, Any] = {"run": str(tmp_path / "trained"), "params": str(tmp_path / "recipe.json")}
-    few = {"songs": 4, "songs_by_occupancy": 1, "before": [str(SHIPPED.with_suffix(".json"))]}
+    few = {"songs": 4, "songs_by_occupancy": 1, "before": [str(BUNDLED_CHECKPOINT.with_suffix(".json"))]}
     done = papermill(tmp_path, "ship", few, **parameters)
     assert done.returncode == 0, done.stderr
     made, card = tmp_path / "run" / "small.safetensors", json.loads((tmp_path / "run" / "small.json").read_text())
     trained = load_checkpoint(tmp_path / "trained" / "last.safetensors")
     for whole, half in zip(trained.parameters(), load_checkpoint(made).parameters(), strict=True):
         torch.testing.assert_close(half, whole.half().float(), atol=0.0, rtol=0.0)
-    old = json.loads(SHIPPED.with_suffix(".json").read_text())
+    old = json.loads(BUNDLED_CHECKPOINT.with_suffix(".json").read_text())
     assert card["steps"] == old["steps"] + 2
     assert [row["steps"] for row in card["earlier"]] == [row["steps"] for row in old["earlier"]] + [old["steps"]]
     assert card["earlier"][-1]["clean"] == old["usdr"]["0"]["model"]
@@ -229,20 +230,20 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
     assert [row["occupancy"] for row in card["by_occupancy"]] == [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
     learned, alike = card["by_heart"]
     assert (learned["kind"], alike["kind"]) == ("learned from", "drawn alike")
-    heard = [song for song in songs(3, seed=recipe.seed, **recipe.song_settings) if song.sung]
+    heard = [song for song in songs(3, seed=recipe.seed, **recipe.song_settings) if song.vocal_segments]
     scores = [score(load_checkpoint(made), song).model for song in heard]
     assert learned["songs"] == len(heard)
     assert {song.name for song, _ in windows[0][0]} == {song.name for song in heard}
     assert alike["songs"] == len(
-        [song for song in songs(4, seed=recipe.seed + HELD_OUT, **recipe.song_settings) if song.sung]
+        [song for song in songs(4, seed=recipe.seed + HELD_OUT, **recipe.song_settings) if song.vocal_segments]
     )
     assert learned["model"] == pytest.approx(sum(scores) / len(scores), abs=0.01)
     assert learned["began with"] > learned["model"] + 3  # what ships is better than a run of two steps
     plain, *changed = card["by_change"]
     found = [
         score(load_checkpoint(made), song)
-        for song in songs(2, seed=card["seed_of_the_scored_songs"] + 4_000, variety=0.5)
-        if song.sung
+        for song in songs(2, seed=card["seed_of_the_scored_songs"] + 4_000, mix_variety=0.5)
+        if song.vocal_segments
     ]
     assert (plain["change"], plain["songs"]) == ("none", len(found))
     for name in ("model", "oracle"):
@@ -272,9 +273,9 @@ def test_what_ships_is_made_from_a_run_and_the_card_before(tmp_path: Path) -> No
 def test_a_precision_that_the_processor_lacks_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, longer: float, warns: bool
 ) -> None:
-    monkeypatch.setattr(kernels, "slower_than_float32", lambda device, dtype: longer)
+    monkeypatch.setattr(triton, "slower_than_float32", lambda device, dtype: longer)
     for precision in ("float32", "bfloat16"):
-        recipe = Recipe.from_mapping({**SHORT, "precision": precision, "output_dir": str(tmp_path / precision)})
+        recipe = JobConfig.from_mapping({**SHORT, "precision": precision, "output_dir": str(tmp_path / precision)})
         windows = recipe.windows()
         told = pytest.warns(RuntimeWarning, match="13 times as long .* take precision: float32")
         with told if warns and precision == "bfloat16" else nullcontext():
@@ -284,8 +285,8 @@ def test_a_precision_that_the_processor_lacks_is_told(
 def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     model = BSMamba2(ModelConfig.preset("small"))
     save_checkpoint(model, tmp_path / "begin.safetensors")
-    recipe = Recipe(
-        init=str(tmp_path / "begin.safetensors"), songs=2, held_out_songs=2, seconds_per_song=3.0, batch=1, steps=1,
+    recipe = JobConfig(
+        init=str(tmp_path / "begin.safetensors"), songs=2, val_songs=2, seconds_per_song=3.0, batch=1, steps=1,
         validation_windows=1, output_dir=str(tmp_path / "run"), lr=0.0,
     )  # fmt: skip
     windows = recipe.windows()
@@ -294,25 +295,25 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
     list(run.steps(recipe.batches(windows[0])))
     with pytest.raises(RunError, match="init="):
         dataclasses.replace(recipe, init="").start(*windows)
-    mixed = dataclasses.replace(recipe, original_mixes=1.0, augment=0.5)
+    mixed = dataclasses.replace(recipe, coherent_mix_prob=1.0, augment_prob=0.5)
     supply = mixed.batches(windows[0])
-    assert (supply.original, supply.augment) == (1.0, 0.5)
-    with pytest.raises(RunError, match="original_mixes="):
+    assert (supply.original, supply.augment_prob) == (1.0, 0.5)
+    with pytest.raises(RunError, match="coherent_mix_prob="):
         mixed.start(*windows)
     (state,) = (tmp_path / "run").glob("state-*.pt")
     older = torch.load(state, weights_only=True)  # without the names that came later, and the variety not written down
-    unnamed = {"original_mixes", "soundfont_share", "clean_share", "augment", "variety"}
+    unnamed = {"coherent_mix_prob", "soundfont_share", "clean_share", "augment_prob", "mix_variety"}
     settings = {name: value for name, value in json.loads(older["settings"]).items() if name not in unnamed}
     torch.save({**older, "settings": json.dumps(settings)}, state)
-    with pytest.raises(RunError, match=r"original_mixes=0\.0, now 0\.5"):
-        dataclasses.replace(recipe, original_mixes=0.5).start(*windows)
-    with pytest.raises(RunError, match=r"augment=0\.0, now 0\.5"):
-        dataclasses.replace(recipe, augment=0.5).start(*windows)
+    with pytest.raises(RunError, match=r"coherent_mix_prob=0\.0, now 0\.5"):
+        dataclasses.replace(recipe, coherent_mix_prob=0.5).start(*windows)
+    with pytest.raises(RunError, match=r"augment_prob=0\.0, now 0\.5"):
+        dataclasses.replace(recipe, augment_prob=0.5).start(*windows)
     with pytest.raises(RunError, match=r"clean_share=0\.0, now 0\.5"):
         dataclasses.replace(recipe, clean_share=0.5).start(*windows)
     with pytest.raises(RunError, match=r"soundfont_share=1\.0, now 0\.5"):
         dataclasses.replace(recipe, soundfont="any.sf2", soundfont_share=0.5).start(*windows)
-    assert dataclasses.replace(recipe, variety=1.0).start(*windows).settings["variety"] == 1.0
+    assert dataclasses.replace(recipe, mix_variety=1.0).start(*windows).settings["mix_variety"] == 1.0
     with pytest.raises(ValueError, match="another size"):
         dataclasses.replace(recipe, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
     with pytest.raises(FileNotFoundError):
@@ -322,8 +323,8 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
 def test_a_run_may_add_layers_to_a_checkpoint_and_begins_as_the_same_function(tmp_path: Path) -> None:
     model = BSMamba2(ModelConfig.preset("small")).eval()
     save_checkpoint(model, tmp_path / "begin.safetensors")
-    recipe = Recipe(
-        init=str(tmp_path / "begin.safetensors"), layers=3, songs=2, held_out_songs=2, seconds_per_song=3.0, batch=1,
+    recipe = JobConfig(
+        init=str(tmp_path / "begin.safetensors"), layers=3, songs=2, val_songs=2, seconds_per_song=3.0, batch=1,
         steps=2, validation_windows=1, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     windows = recipe.windows()
@@ -338,6 +339,6 @@ def test_a_run_may_add_layers_to_a_checkpoint_and_begins_as_the_same_function(tm
     still = [name for name, part in grown.layers[2].named_parameters() if torch.equal(part, before[name])]
     assert not still, "every weight of the new layer learns"
     with pytest.raises(ValueError, match="another size"):
-        dataclasses.replace(recipe, layers=1, output_dir=str(tmp_path / "other")).start(*windows)
+        dataclasses.replace(recipe, depth=1, output_dir=str(tmp_path / "other")).start(*windows)
     with pytest.raises(ValueError, match="layers=-1"):
-        dataclasses.replace(recipe, layers=-1)
+        dataclasses.replace(recipe, depth=-1)

@@ -12,7 +12,15 @@ import pytest
 import torch
 import two_processes
 
-from bsmamba2.processes import deal, from_first, gather, rank, together, total, world
+from bsmamba2.training.distributed import (
+    all_gather_object,
+    balance,
+    broadcast_object,
+    rank,
+    together,
+    total,
+    world_size,
+)
 
 PROGRAM = Path(two_processes.__file__)
 
@@ -37,7 +45,7 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch_and_resume_bit_fo
     under_torchrun(tmp_path / "two", batch=1)
     folders = [tmp_path / name / "whole" for name in ("one", "two")]
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
-    assert [report["world"] for report in reports] == [1, 2]
+    assert [report["world_size"] for report in reports] == [1, 2]
     one, two = (report["whole"] for report in reports)
     # Sharded: together the same examples, none twice.
     first, second = two["names"]
@@ -83,18 +91,18 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch_and_resume_bit_fo
 def test_jobs_are_dealt_out_evenly() -> None:
     costs = torch.rand(50, generator=torch.Generator().manual_seed(1)).tolist()
     for hands in (1, 2, 7):
-        parts = deal(costs, hands)
+        parts = balance(costs, hands)
         assert sorted(job for part in parts for job in part) == list(range(50))  # each once
         loads = [sum(costs[i] for i in part) for part in parts]
         assert max(loads) - min(loads) <= max(costs)
-    assert deal([1.0, 5.0], 3) == [[1], [0], []]
+    assert balance([1.0, 5.0], 3) == [[1], [0], []]
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with together("cpu") as device:
         assert device.type == "cpu"
-        assert (world(), rank(), gather(3), from_first(4)) == (1, 0, [3], 4)
+        assert (world_size(), rank(), all_gather_object(3), broadcast_object(4)) == (1, 0, [3], 4)
         assert total(torch.tensor(5.0)) == 5
     for name, message in (
         ("cuda", r"device='cuda'.*GPU 0, but 0 can be used"),

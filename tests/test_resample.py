@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchaudio
 
-from bsmamba2.resample import BETA, ROLLOFF, ZEROS, resample, resample_blocks
+from bsmamba2.audio.resample import BETA, ROLLOFF, ZEROS, resample, resample_blocks
 
 
 @pytest.mark.parametrize(

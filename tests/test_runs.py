@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bsmamba2 import BSMamba2, load_checkpoint
 from bsmamba2.checkpoints import read_checkpoint
-from bsmamba2.runs import Run, RunError
 from bsmamba2.train import TrainConfig, Trainer
+from bsmamba2.training.run_dir import Run, RunError
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
 
@@ -193,7 +193,7 @@ def test_a_run_that_fails_ends_though_processes_read_ahead(tmp_path: Path, error
     raising = f"raise {error}('planted')" if error != "allocator" else "torch.empty(1 << 55)  # planted"
     program = f"""\
 import sys, torch
-from bsmamba2.__main__ import main
+from bsmamba2.cli.main import main
 from bsmamba2.train import Trainer
 
 def step(trainer, batches):
@@ -303,8 +303,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         Run(tmp_path, Trainer(BSMamba2(TINY), TrainConfig(steps=6, lr=0.1)), settings={"seed": 1, "songs": [1, 2]})
     longer = begin(tmp_path, steps=8, settings={"seed": 1, "songs": (1, 2)})  # a constant rate: more steps are the same
     assert [step.number for step in longer.steps(noise())] == [7, 8]
-    older = begin(tmp_path, steps=8, settings={"seed": 1, "songs": [1, 2], "variety": 0.5})  # did not know of it
-    assert older.settings["variety"] == 0.5
+    older = begin(tmp_path, steps=8, settings={"seed": 1, "songs": [1, 2], "mix_variety": 0.5})  # did not know of it
+    assert older.settings["mix_variety"] == 0.5
     with pytest.raises(RunError, match=r"mixes=0\.0, now 0\.5"):  # there were none before they had a name
         begin(tmp_path, steps=8, settings={"mixes": 0.5}, defaults={"mixes": 0.0})
     begin(tmp_path, steps=8, settings={"mixes": 0.0}, defaults={"mixes": 0.0})

@@ -25,12 +25,13 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from bsmamba2 import BSMamba2, checkpoints, dual_path, mp3, save_checkpoint
-from bsmamba2 import __main__ as command_line
-from bsmamba2.__main__ import main
-from bsmamba2.audio import AudioError, Results, _Sink, read, write
-from bsmamba2.resample import resample
-from bsmamba2.separate import between_frames, join_channels, separate, separate_blocks, separate_file, split_channels
+from bsmamba2 import BSMamba2, checkpoints, dual_path, save_checkpoint
+from bsmamba2.audio import mp3
+from bsmamba2.audio.files import AudioError, StemWriter, _Sink, read, write
+from bsmamba2.audio.resample import resample
+from bsmamba2.cli import main as command_line
+from bsmamba2.cli.main import main
+from bsmamba2.separate import join_channels, separate, separate_file, separate_stream, split_channels, stagger_step
 from bsmamba2.spectrogram import istft, istft_blocks, stft, stft_blocks
 
 
@@ -47,7 +48,7 @@ class Identity(nn.Module):
         self.shapes.append(tuple(mixture.shape))
         return mixture[:, None]
 
-    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+    def stream_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
         """Masks of 1. It remembers how many frames came before."""
         self.shapes.append((*spectrogram.shape, frames))
         before = memories[0] if memories else 0
@@ -65,13 +66,13 @@ class Counting(Identity):
 # --- spectrogram ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n_fft", "hop"), [(2048, 441), (2048, 882), (128, 32), (512, 256)])
+@pytest.mark.parametrize(("n_fft", "hop_length"), [(2048, 441), (2048, 882), (128, 32), (512, 256)])
 @pytest.mark.parametrize("samples", [1500, 4097, 5000])
-def test_round_trip(n_fft: int, hop: int, samples: int) -> None:
+def test_round_trip(n_fft: int, hop_length: int, samples: int) -> None:
     audio = torch.randn(3, 2, samples, dtype=torch.float64)
-    spectrogram = stft(audio, n_fft, hop)
-    assert spectrogram.shape == (3, 2, n_fft // 2 + 1, samples // hop + 1)
-    torch.testing.assert_close(istft(spectrogram, samples, n_fft, hop), audio, rtol=0, atol=1e-9)
+    spectrogram = stft(audio, n_fft, hop_length)
+    assert spectrogram.shape == (3, 2, n_fft // 2 + 1, samples // hop_length + 1)
+    torch.testing.assert_close(istft(spectrogram, samples, n_fft, hop_length), audio, rtol=0, atol=1e-9)
 
 
 def test_a_frame_is_the_windowed_transform() -> None:
@@ -82,21 +83,28 @@ def test_a_frame_is_the_windowed_transform() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_fft", "hop", "size"),
+    ("n_fft", "hop_length", "size"),
     [(128, 32, 40), (128, 41, 1), (128, 41, 1000), (128, 64, 40), (128, 63, 1000), (64, 3, 40)],
 )
-def test_blocks_of_audio_have_the_frames_of_the_whole_and_come_back(n_fft: int, hop: int, size: int) -> None:
+def test_blocks_of_audio_have_the_frames_of_the_whole_and_come_back(n_fft: int, hop_length: int, size: int) -> None:
     """At every edge of a length: the shortest there is, whole hops, one more, one less."""
     torch.manual_seed(0)
     half = n_fft // 2
-    for samples in {half + 1, half + 2, n_fft, 8 * hop + n_fft, 8 * hop + n_fft - 1, 8 * hop + n_fft + 1}:
+    for samples in {
+        half + 1,
+        half + 2,
+        n_fft,
+        8 * hop_length + n_fft,
+        8 * hop_length + n_fft - 1,
+        8 * hop_length + n_fft + 1,
+    }:
         audio = torch.randn(2, 3, samples, dtype=torch.float64)
-        spectra = list(stft_blocks(audio.split(size, -1), n_fft, hop))
+        spectra = list(stft_blocks(audio.split(size, -1), n_fft, hop_length))
         spectrogram = torch.cat(spectra, -1)
-        torch.testing.assert_close(spectrogram, stft(audio, n_fft, hop), rtol=0, atol=1e-12)
+        torch.testing.assert_close(spectrogram, stft(audio, n_fft, hop_length), rtol=0, atol=1e-12)
         for cut in (1, 5, spectrogram.shape[-1]):
-            back = torch.cat(list(istft_blocks(spectrogram.split(cut, -1), n_fft, hop)), -1)
-            assert back.shape[-1] == spectrogram.shape[-1] * hop - 1 >= samples
+            back = torch.cat(list(istft_blocks(spectrogram.split(cut, -1), n_fft, hop_length)), -1)
+            assert back.shape[-1] == spectrogram.shape[-1] * hop_length - 1 >= samples
             torch.testing.assert_close(back[..., :samples], audio, rtol=0, atol=1e-12)
 
 
@@ -166,19 +174,19 @@ def test_each_segment_begins_a_step_after_the_one_before() -> None:
     torch.testing.assert_close(found.double(), (top / bottom)[:, :3001], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("hop", [32, 441, 882])
+@pytest.mark.parametrize("hop_length", [32, 441, 882])
 @pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75, 0.9])
-def test_segments_over_one_sample_have_their_frames_between_each_others(overlap: float, hop: int) -> None:
-    length = 20 * hop + 7
+def test_segments_over_one_sample_have_their_frames_between_each_others(overlap: float, hop_length: int) -> None:
+    length = 20 * hop_length + 7
     wanted = round(length * (1 - overlap))
-    step = between_frames(wanted, length, hop)
-    assert wanted <= step < wanted + hop
+    step = stagger_step(wanted, length, hop_length)
+    assert wanted <= step < wanted + hop_length
     count = max(2, round(length / wanted))
-    places = sorted({i * step % hop for i in range(count)})  # of the frames, within a hop
+    places = sorted({i * step % hop_length for i in range(count)})  # of the frames, within a hop
     assert len(places) == count
-    gaps = [later - place for place, later in pairwise([*places, places[0] + hop])]
+    gaps = [later - place for place, later in pairwise([*places, places[0] + hop_length])]
     assert max(gaps) - min(gaps) <= count  # a hop need not be a multiple
-    assert between_frames(length - 2, length, hop) == length - 2  # no room to move
+    assert stagger_step(length - 2, length, hop_length) == length - 2  # no room to move
 
 
 def test_overlap_leaves_no_seam() -> None:
@@ -200,7 +208,7 @@ def test_pieces_make_no_difference(tiny: BSMamba2, overlap: float, size: int) ->
     mixture = torch.randn(2, 1601) if size == 1 else torch.randn(2, 4001)
     whole = separate(tiny, mixture, segment=0.1, overlap=overlap)
     blocks = [block[None] for block in mixture.split(size, -1)]
-    pieces = list(separate_blocks(tiny, blocks, segment=0.1, overlap=overlap))
+    pieces = list(separate_stream(tiny, blocks, segment=0.1, overlap=overlap))
     assert max(piece.shape[-1] for piece in pieces) <= 800
     assert torch.equal(torch.cat(pieces, -1)[0], whole)
 
@@ -222,7 +230,7 @@ def test_the_batch_changes_nothing_but_the_last_bits(tiny: BSMamba2, overlap: fl
 def test_songs_side_by_side_are_separated_each_by_itself(tiny: BSMamba2) -> None:
     torch.manual_seed(0)
     songs = torch.randn(3, 2, 3000)
-    together = torch.cat(list(separate_blocks(tiny, songs.split(700, -1), segment=0.1, batch=4)), -1)
+    together = torch.cat(list(separate_stream(tiny, songs.split(700, -1), segment=0.1, batch=4)), -1)
     for song, found in zip(songs, together, strict=True):
         torch.testing.assert_close(found, separate(tiny, song, segment=0.1), rtol=0, atol=1e-5)
 
@@ -251,8 +259,8 @@ class Broken(Identity):
     def forward(self, mixture: Tensor) -> Tensor:
         return super().forward(mixture) / 0
 
-    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
-        masks, memories = super().next_masks(spectrogram, memories, frames)
+    def stream_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        masks, memories = super().stream_masks(spectrogram, memories, frames)
         return masks / 0, memories
 
 
@@ -292,7 +300,7 @@ def test_separation_leaves_no_gradient(tiny: BSMamba2) -> None:
 def deep() -> BSMamba2:
     """Three layers: from the second on, the forward memory depends on what the backward mixers below knew."""
     torch.manual_seed(0)
-    return BSMamba2(replace(TINY, layers=3)).eval()
+    return BSMamba2(replace(TINY, depth=3)).eval()
 
 
 def deaf_to_the_future(model: BSMamba2) -> BSMamba2:
@@ -306,15 +314,15 @@ def deaf_to_the_future(model: BSMamba2) -> BSMamba2:
 class Forgets:
     """A fault: each piece begins with an empty memory."""
 
-    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
-        return BSMamba2.next_masks(self, spectrogram, None, frames)  # type: ignore[arg-type]
+    def stream_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        return BSMamba2.stream_masks(self, spectrogram, None, frames)  # type: ignore[arg-type]
 
 
 class RunsAhead:
     """A fault: the memory is that at the end of the look-ahead."""
 
-    def next_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
-        masks, after = BSMamba2.next_masks(self, spectrogram, memories, spectrogram.shape[-1])  # type: ignore[arg-type]
+    def stream_masks(self, spectrogram: Tensor, memories: list | None, frames: int) -> tuple[Tensor, list]:
+        masks, after = BSMamba2.stream_masks(self, spectrogram, memories, spectrogram.shape[-1])  # type: ignore[arg-type]
         return masks[..., :frames], after
 
 
@@ -370,7 +378,7 @@ def test_pieces_that_see_all_that_follows_are_the_whole(
         found, memories = [], None
         for start in range(0, spectrogram.shape[-1], frames):
             rest = spectrogram[..., start:]
-            masks, memories = model.next_masks(rest, memories, min(frames, rest.shape[-1]))
+            masks, memories = model.stream_masks(rest, memories, min(frames, rest.shape[-1]))
             found.append(masks)
         return torch.cat(found, -1)
 
@@ -399,8 +407,8 @@ def test_the_first_layers_memory_is_exact_and_the_others_remember_what_was_given
     torch.manual_seed(0)
     spectrogram = torch.randn(1, 2, 65, 100, dtype=torch.complex64)
     with torch.inference_mode():
-        _, knowing = deep.next_masks(spectrogram, None, 50)
-        _, guessing = deep.next_masks(spectrogram[..., :60], None, 50)
+        _, knowing = deep.stream_masks(spectrogram, None, 50)
+        _, guessing = deep.stream_masks(spectrogram[..., :60], None, 50)
     for (tail, state), (other_tail, other_state) in zip(knowing[0], guessing[0], strict=True):
         torch.testing.assert_close(tail, other_tail, rtol=0, atol=1e-6)
         torch.testing.assert_close(state, other_state, rtol=0, atol=1e-6)
@@ -433,7 +441,7 @@ def test_blocks_make_no_difference_to_a_carried_state(deep: BSMamba2, size: int)
             received += block.shape[-1]
             yield block[None]
 
-    for piece in separate_blocks(deep, blocks(), **options):  # type: ignore[arg-type]
+    for piece in separate_stream(deep, blocks(), **options):  # type: ignore[arg-type]
         pieces.append(piece)
         given += piece.shape[-1]
         # What is waiting: a piece, its look-ahead (8 frames), a window, and what the block has more.
@@ -448,7 +456,7 @@ def test_songs_side_by_side_carry_each_its_own_state(deep: BSMamba2) -> None:
     options = {"segment": 0.1, "look_ahead": 0.02}
     expected = torch.stack([separate(deep, song, **options) for song in songs])  # type: ignore[arg-type]
     for batch in (1, 2, 8):
-        found = torch.cat(list(separate_blocks(deep, songs.split(700, -1), batch=batch, **options)), -1)  # type: ignore[arg-type]
+        found = torch.cat(list(separate_stream(deep, songs.split(700, -1), batch=batch, **options)), -1)  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -479,7 +487,7 @@ def test_a_layer_without_a_memory_is_named() -> None:
 @pytest.mark.parametrize("frames", [0, -1, 6])
 def test_frames_out_of_range_are_named(tiny: BSMamba2, frames: int) -> None:
     with pytest.raises(ValueError, match=f"frames={frames} must be from 1 to the 5"):
-        tiny.next_masks(torch.randn(1, 2, 65, 5, dtype=torch.complex64), None, frames)
+        tiny.stream_masks(torch.randn(1, 2, 65, 5, dtype=torch.complex64), None, frames)
 
 
 # --- channels ---------------------------------------------------------------------------------------------
@@ -652,7 +660,7 @@ def test_what_passes_full_scale_is_said_and_never_clips(
 
 def test_a_file_too_long_for_32_bits_is_written_with_64(tmp_path: Path) -> None:
     for frames, container in ((1 << 20, "WAV"), (1 << 29, "RF64")):  # of 8 bytes
-        with Results({"vocals": tmp_path / "long.wav"}, 8000, 2, frames=frames) as results:
+        with StemWriter({"vocals": tmp_path / "long.wav"}, 8000, 2, frames=frames) as results:
             results.write({"vocals": torch.full((2, 100), 0.5)})
         assert soundfile.info(tmp_path / "long.wav").format == container
         assert torch.equal(read(tmp_path / "long.wav")[0], torch.full((2, 100), 0.5))
@@ -1144,12 +1152,12 @@ def test_without_a_checkpoint_the_one_in_the_package_is_taken(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     song = wave(tmp_path / "song.wav")
-    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "absent.safetensors")
+    monkeypatch.setattr(checkpoints, "BUNDLED_CHECKPOINT", tmp_path / "absent.safetensors")
     assert main(["separate", str(song), "-o", str(tmp_path / "out")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "--checkpoint" in line
     assert "make train" in line
-    monkeypatch.setattr(checkpoints, "SHIPPED", checkpoint)
+    monkeypatch.setattr(checkpoints, "BUNDLED_CHECKPOINT", checkpoint)
     assert main(["separate", str(song), "-o", str(tmp_path / "out")]) == 0
 
 
@@ -1158,7 +1166,7 @@ def test_a_published_checkpoint_is_recognised_and_its_licence_said_to_be_missing
 ) -> None:
     content = checkpoint.read_bytes()
     known = {hashlib.sha256(content).hexdigest(): (len(content), "the authors' own")}
-    monkeypatch.setattr(checkpoints, "KNOWN", known)
+    monkeypatch.setattr(checkpoints, "KNOWN_FILES", known)
     song = wave(tmp_path / "song.wav")
     assert main(["separate", str(song), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]) == 0
     assert capfd.readouterr().err == f"{checkpoint}: the authors' own; no licence is stated for the weights\n"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bsmamba2 import show
+from bsmamba2.teaching import plotting
 
 
 def test_cubes_show_three_sides_and_outline_a_strip() -> None:
     x = torch.arange(2.0 * 3 * 4).reshape(2, 3, 4)  # (t, k, d)
-    figure = show.cubes(x, ["time", "band"], strip=1)
+    figure = plotting.cubes(x, ["time", "band"], strip=1)
     assert [axis.get_title() for axis in figure.axes] == [
         "along time: 3 strips of 2 frames",
         "along bands: 2 strips of 3 bands",
@@ -29,4 +29,4 @@ def test_cubes_show_three_sides_and_outline_a_strip() -> None:
 
 def test_another_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="cut='depth'"):
-        show.cubes(torch.zeros(2, 2, 2), ["depth"])
+        plotting.cubes(torch.zeros(2, 2, 2), ["depth"])

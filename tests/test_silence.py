@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from bsmamba2 import layers, silence
-from bsmamba2.runs import RunError
-from bsmamba2.silence import Experiment
+from bsmamba2.experiments import sequence_layers, silence
+from bsmamba2.experiments.silence import Experiment
+from bsmamba2.training.run_dir import RunError
 
 ROOT = Path(__file__).parents[1]
 SHORT = Experiment(
@@ -50,7 +50,7 @@ def of(layer: str, seed: int = 0) -> Experiment:
 
 
 def test_only_the_sequence_layers_differ_at_the_start() -> None:
-    models = {name: silence.build(of(name)).state_dict() for name in layers.KINDS}
+    models = {name: silence.build(of(name)).state_dict() for name in sequence_layers.KINDS}
     mamba2 = models["mamba2"]
     for name in ("lstm", "attention"):
         shared = models[name].keys() & mamba2.keys()
@@ -64,7 +64,7 @@ def test_only_the_sequence_layers_differ_at_the_start() -> None:
 
 def test_models_are_equal_within_one_percent() -> None:
     sizes = {}
-    for name in layers.KINDS:
+    for name in sequence_layers.KINDS:
         model = silence.build(of(name))
         mixers = [
             block.mixer
@@ -105,7 +105,7 @@ def test_measures_of_estimates_whose_values_are_known() -> None:
     found = silence.measure(song, song.vocals / 2)
     half = 20 * math.log10(2)
     assert found["usdr"] == pytest.approx(half, abs=0.01)
-    assert found["sung"] == pytest.approx(half, abs=0.01)
+    assert found["vocal_segments"] == pytest.approx(half, abs=0.01)
     assert found["onset"] == pytest.approx(-half, abs=0.01)
     leaking = song.vocals.clone()
     heard = song.vocals.abs().amax(0) > 0
@@ -113,8 +113,8 @@ def test_measures_of_estimates_whose_values_are_known() -> None:
     found = silence.measure(song, leaking)
     assert found["leak"] == pytest.approx(-20, abs=0.5)
     assert found["usdr"] is not None
-    assert found["sung"] is not None
-    assert found["sung"] > found["usdr"] + 3  # what sounds in silence is not in it
+    assert found["vocal_segments"] is not None
+    assert found["vocal_segments"] > found["usdr"] + 3  # what sounds in silence is not in it
     everywhere = silence.scored_song(5, 1.0, 4.0)
     found = silence.measure(everywhere, everywhere.vocals / 2)
     assert found["leak"] is None
@@ -143,7 +143,7 @@ def test_segments_are_what_the_model_is_given() -> None:
 # --- a run is taken up ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", layers.KINDS)
+@pytest.mark.parametrize("layer", sequence_layers.KINDS)
 def test_a_stopped_run_ends_with_the_same_bits(layer: str, tmp_path: Path) -> None:
     whole = silence.start(of(layer), tmp_path / "whole")
     assert len(list(whole.steps(silence.batches(of(layer))))) == 4
@@ -157,7 +157,7 @@ def test_a_stopped_run_ends_with_the_same_bits(layer: str, tmp_path: Path) -> No
     ended, reference = again.trainer.averaged.state_dict(), whole.trainer.averaged.state_dict()
     assert all(torch.equal(ended[key], reference[key]) for key in reference)
     assert not list(tmp_path.glob("*/*.safetensors"))
-    other = next(name for name in layers.KINDS if name != layer)
+    other = next(name for name in sequence_layers.KINDS if name != layer)
     with pytest.raises(RunError, match=f"layer='{layer}', now '{other}'"):
         silence.start(of(other), tmp_path / "stopped")
 
@@ -203,7 +203,7 @@ def sound() -> dict[str, Any]:
             "occupancy": o,
             "segment": e,
             "usdr": s + o,
-            "sung": 1.0,
+            "vocal_segments": 1.0,
             "leak": None,
             "onset": -1.0,
             "mixture": 0.0,
@@ -219,7 +219,7 @@ def sound() -> dict[str, Any]:
             "code": "0123",
             "rows": silence.columns(rows),
         }
-        for i, layer in enumerate(layers.KINDS)
+        for i, layer in enumerate(sequence_layers.KINDS)
         for seed in (0, 1)
     ]
     return json.loads(json.dumps({"runs": runs}))
@@ -228,7 +228,9 @@ def sound() -> dict[str, Any]:
 def test_all_rows_of_sound_data_are_read() -> None:
     rows = silence.read(sound())
     assert len(rows) == 3 * 2 * 2 * 2 * 2
-    assert {(row["layer"], row["seed"]) for row in rows} == {(layer, seed) for layer in layers.KINDS for seed in (0, 1)}
+    assert {(row["layer"], row["seed"]) for row in rows} == {
+        (layer, seed) for layer in sequence_layers.KINDS for seed in (0, 1)
+    }
     means = silence.average(rows, "usdr", ["layer", "occupancy"])
     assert means["lstm", 0.25] == pytest.approx(0.75)
     assert len(means) == 6
@@ -254,8 +256,8 @@ FAULTS: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "a larger layer": (lambda runs: runs[3].update(layer_parameters=1011), "not equal within 1 %"),
     "a row missing": (lambda runs: drop_row(runs[0]), "7 rows, and not one for each of 8"),
     "a row twice": (lambda runs: double_row(runs[0]), "8 rows, and not one for each of 8"),
-    "a column missing": (lambda runs: runs[0]["rows"].pop("sung"), "columns must be"),
-    "a short column": (lambda runs: runs[0]["rows"]["sung"].pop(), "of one length"),
+    "a column missing": (lambda runs: runs[0]["rows"].pop("vocal_segments"), "columns must be"),
+    "a short column": (lambda runs: runs[0]["rows"]["vocal_segments"].pop(), "of one length"),
     "no code": (lambda runs: runs[0].pop("code"), "a run lacks code"),
     "an unknown parameter": (lambda runs: runs[0]["parameters"].update(depth=2), "unknown parameters depth"),
     "nothing": (lambda runs: runs.clear(), "hold no list of runs"),
@@ -278,7 +280,7 @@ def test_the_committed_data_are_whole_small_and_of_no_machine() -> None:
     assert "/root" not in text
     rows = silence.read(json.loads(text))
     planned = yaml.safe_load((ROOT / "notebooks" / "params" / "sweep_silence.yaml").read_text(encoding="utf-8"))["grid"]
-    assert set(planned["layer"]) == set(layers.KINDS)
+    assert set(planned["layer"]) == set(sequence_layers.KINDS)
     assert len(planned["seed"]) >= 3
     seeds = {row["seed"] for row in rows}
     assert seeds <= set(planned["seed"])  # the page prints which are missing

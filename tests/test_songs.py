@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bsmamba2 import songs
-from bsmamba2.songs import STEMS, TAIL_SECONDS, Song, synthesise
+from bsmamba2.synth import songs
+from bsmamba2.synth.songs import STEMS, TAIL_SECONDS, Song, synthesise
 
 RATE = 44_100
 SEEDS = range(8)
@@ -61,7 +61,7 @@ def pitches(sound: np.ndarray, low: float = 70.0, high: float = 900.0) -> np.nda
 def test_same_arguments_give_the_same_bits() -> None:
     first, second = synthesise(7, occupancy=0.5), synthesise(7, occupancy=0.5)
     assert torch.equal(first.stems, second.stems)
-    assert first.sung == second.sung
+    assert first.vocal_segments == second.vocal_segments
 
 
 def test_seeds_differ_in_every_stem() -> None:
@@ -114,11 +114,11 @@ def test_mixture_is_the_sum_and_stems_have_names(made: list[Song]) -> None:
 def test_vocals_are_about_as_loud_as_the_band_while_sung(made: list[Song]) -> None:
     levels = []
     for song in made:
-        sung = torch.zeros(song.stems.shape[-1], dtype=torch.bool)
-        for start, end in song.sung:
-            sung[round(start * RATE) : round(end * RATE)] = True
+        vocal_segments = torch.zeros(song.stems.shape[-1], dtype=torch.bool)
+        for start, end in song.vocal_segments:
+            vocal_segments[round(start * RATE) : round(end * RATE)] = True
         band = song.stems[1:].sum(dim=0)
-        ratio = song.vocals[:, sung].square().mean() / band[:, sung].square().mean()
+        ratio = song.vocals[:, vocal_segments].square().mean() / band[:, vocal_segments].square().mean()
         levels.append(decibels(float(ratio)))
     assert -2.5 < np.mean(levels) < 2.5
     assert 1 < np.std(levels) < 4.5
@@ -138,7 +138,7 @@ def test_most_songs_have_a_whole_band() -> None:
 def test_occupancy_zero_is_exact_silence() -> None:
     song = synthesise(4, occupancy=0.0)
     assert not song.vocals.any()
-    assert song.sung == ()
+    assert song.vocal_segments == ()
     assert song.occupancy == 0.0
     assert song.mixture.any()
 
@@ -155,22 +155,22 @@ def test_occupancy_is_heard(occupancy: float) -> None:
 
 def test_phrases_have_a_singers_lengths_and_places() -> None:
     made = [synthesise(seed, seconds=12.0, occupancy=0.6, sample_rate=8_000) for seed in SEEDS]
-    lengths = [end - start for song in made for start, end in song.sung]
+    lengths = [end - start for song in made for start, end in song.vocal_segments]
     assert min(lengths) > 0.3
     assert max(lengths) < 5.0
-    assert len({len(song.sung) for song in made}) > 2
-    starts = [song.sung[0][0] for song in made]
+    assert len({len(song.vocal_segments) for song in made}) > 2
+    starts = [song.vocal_segments[0][0] for song in made]
     assert np.std(starts) > 0.2
     for song in made:
-        assert all(0 <= start < end <= 12.0 for start, end in song.sung)
-        rests = [b[0] - a[1] for a, b in pairwise(song.sung)]
+        assert all(0 <= start < end <= 12.0 for start, end in song.vocal_segments)
+        rests = [b[0] - a[1] for a, b in pairwise(song.vocal_segments)]
         assert min(rests, default=1.0) > 0.1
 
 
 def test_silence_between_phrases_is_exact(made: list[Song]) -> None:
     for song in made:
         silent = torch.ones(song.stems.shape[-1], dtype=torch.bool)
-        for start, end in song.sung:
+        for start, end in song.vocal_segments:
             silent[max(0, math.floor(start * RATE)) : math.ceil((end + TAIL_SECONDS) * RATE) + 1] = False
         assert silent.float().mean() > 0.1
         assert not song.vocals[:, silent].any()
@@ -319,11 +319,11 @@ def test_excerpt_streams_are_in_our_order(falcon: Song) -> None:
 def test_excerpt_rests_from_two_to_four_seconds(falcon: Song) -> None:
     power = falcon.vocals.square().mean(dim=0)
     rest = power[round(2.1 * RATE) : round(3.8 * RATE)].mean()
-    sung = torch.cat([power[: 2 * RATE], power[4 * RATE :]]).mean()
-    assert 14 < decibels(float(sung / rest)) < 26
-    assert len(falcon.sung) == 2
-    assert falcon.sung[0][1] == pytest.approx(2.0, abs=0.2)
-    assert falcon.sung[1][0] == pytest.approx(3.9, abs=0.2)
+    vocal_segments = torch.cat([power[: 2 * RATE], power[4 * RATE :]]).mean()
+    assert 14 < decibels(float(vocal_segments / rest)) < 26
+    assert len(falcon.vocal_segments) == 2
+    assert falcon.vocal_segments[0][1] == pytest.approx(2.0, abs=0.2)
+    assert falcon.vocal_segments[1][0] == pytest.approx(3.9, abs=0.2)
     assert 0.6 < falcon.occupancy < 0.75
 
 
@@ -334,12 +334,12 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_variety_changes_the_mix_and_not_what_is_played() -> None:
-    plain, varied = synthesise(5), synthesise(5, variety=1.0)
-    assert plain.sung == varied.sung
-    assert torch.equal(plain.stems, synthesise(5, variety=0.0).stems)
+    plain, varied = synthesise(5), synthesise(5, mix_variety=1.0)
+    assert plain.vocal_segments == varied.vocal_segments
+    assert torch.equal(plain.stems, synthesise(5, mix_variety=0.0).stems)
     assert not torch.allclose(plain.vocals, varied.vocals, atol=1e-3)
     silent = torch.ones(plain.samples, dtype=torch.bool)
-    for start, end in plain.sung:
+    for start, end in plain.vocal_segments:
         silent[round(start * RATE) : round((end + TAIL_SECONDS) * RATE)] = False
     assert silent.any()
     assert not varied.vocals[:, silent].any()  # nothing rings into the rests
@@ -349,7 +349,7 @@ def test_varied_voices_are_softer_than_plain_ones() -> None:
     def level(song: Song) -> float:
         return decibels(float(song.vocals.square().mean() / song.stems[1:].sum(0).square().mean()))
 
-    lower = [level(synthesise(seed)) - level(synthesise(seed, variety=1.0)) for seed in SEEDS]
+    lower = [level(synthesise(seed)) - level(synthesise(seed, mix_variety=1.0)) for seed in SEEDS]
     assert 2 < np.mean(lower) < 6  # drawn from -1 to 9 dB
     assert max(lower) < 10
 
@@ -361,7 +361,7 @@ def test_varied_basses_growl_and_varied_voices_are_cut_below() -> None:
         hertz = torch.fft.rfftfreq(signal.shape[-1], 1 / RATE)
         return decibels(float(power[(hertz >= low) & (hertz < high)].sum() / power.sum()))
 
-    pairs = [(synthesise(seed), synthesise(seed, variety=1.0)) for seed in range(12)]
+    pairs = [(synthesise(seed), synthesise(seed, mix_variety=1.0)) for seed in range(12)]
     basses = [(a.stem("bass"), b.stem("bass")) for a, b in pairs if a.stem("bass").any() and b.stem("bass").any()]
     assert np.mean([share(b, 300, 1_500) - share(a, 300, 1_500) for a, b in basses]) > 2
     assert np.mean([share(b.vocals, 80, 250) - share(a.vocals, 80, 250) for a, b in pairs]) < -2
@@ -389,7 +389,7 @@ def test_some_varied_voices_are_dull_and_clean_ones_as_they_were() -> None:
 
 
 def test_a_song_says_how_to_make_it_again() -> None:
-    (song,) = songs.songs(1, seed=4, seconds=0.5, variety=1.0, sample_rate=8_000)
+    (song,) = songs.songs(1, seed=4, seconds=0.5, mix_variety=1.0, sample_rate=8_000)
     again = eval(song.source, {"synthesise": songs.synthesise})  # plain numbers, whichever NumPy printed them
     assert torch.equal(again.stems, song.stems)
 
@@ -403,7 +403,7 @@ def test_a_share_of_the_songs_is_the_same_songs() -> None:
     assert torch.equal(shares[1][1].stems, whole[3].stems)
 
 
-@pytest.mark.parametrize("variety", [-0.1, 1.1, math.nan])
-def test_variety_out_of_range_is_refused(variety: float) -> None:
-    with pytest.raises(ValueError, match="variety"):
-        synthesise(0, variety=variety)
+@pytest.mark.parametrize("mix_variety", [-0.1, 1.1, math.nan])
+def test_variety_out_of_range_is_refused(mix_variety: float) -> None:
+    with pytest.raises(ValueError, match="mix_variety"):
+        synthesise(0, mix_variety=mix_variety)

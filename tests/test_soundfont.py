@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from bsmamba2 import songs
-from bsmamba2.soundfont import BLOCK, DRUMS, SoundFont
+from bsmamba2.synth import songs
+from bsmamba2.synth.soundfont import BLOCK, DRUMS, SoundFont
 
 RATE, DITHER = 44_100, 1e-4
 installed = ctypes.util.find_library("fluidsynth") and importlib.util.find_spec("fluidsynth")
@@ -190,13 +190,13 @@ def test_notes_become_events_between_whole_blocks(played: Path) -> None:
 
 def test_a_font_plays_in_the_band_and_never_sings(played: Path) -> None:
     seeds = range(6)
-    plain = [songs.synthesise(seed, seconds=2.0, variety=0.0, sample_rate=8_000) for seed in seeds]
+    plain = [songs.synthesise(seed, seconds=2.0, mix_variety=0.0, sample_rate=8_000) for seed in seeds]
     with_font = [
-        songs.synthesise(seed, seconds=2.0, variety=0.0, sample_rate=8_000, soundfont=played) for seed in seeds
+        songs.synthesise(seed, seconds=2.0, mix_variety=0.0, sample_rate=8_000, soundfont=played) for seed in seeds
     ]
     changed = np.zeros(4, int)
     for one, other in zip(plain, with_font, strict=True):
-        assert one.sung == other.sung
+        assert one.vocal_segments == other.vocal_segments
         assert "any.sf2" in other.source
         assert "any.sf2" not in one.source
         for stem in range(4):
@@ -225,9 +225,9 @@ def test_clean_songs_are_those_without_variety_and_font(played: Path) -> None:
     def made(share: float, **how: Any) -> list[songs.Song]:
         return songs.songs(40, seed=3, seconds=0.5, sample_rate=8_000, clean_share=share, **how)
 
-    rich = {"variety": 1.0, "soundfont": played}
+    rich = {"mix_variety": 1.0, "soundfont": played}
     some, none, plain = made(0.3, **rich), made(0.0, **rich), made(0.0)
-    clean = ["variety=0.0," in song.source for song in some]
+    clean = ["mix_variety=0.0," in song.source for song in some]
     assert 6 < sum(clean) < 20
     for song, kind, other, simple in zip(some, clean, none, plain, strict=True):
         assert torch.equal(song.stems, (simple if kind else other).stems)

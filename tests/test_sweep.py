@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from bsmamba2.sweep import Outcome, cells, run_grid
+from bsmamba2.experiments.sweep import Result, cells, run_grid
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ def notebook(tmp_path: Path) -> Path:
     return tmp_path / "books" / "square.ipynb"
 
 
-def check(outcomes: list[Outcome]) -> None:
+def check(outcomes: list[Result]) -> None:
     """All but x = 2 have found their square; that one says why not."""
     by_x = {outcome.cell.parameters["x"]: outcome for outcome in outcomes}
     assert by_x.keys() == {1, 2, 3}
@@ -141,7 +141,7 @@ def papermill(folder: Path, **parameters: Any) -> subprocess.CompletedProcess[st
 
 @pytest.mark.slow
 def test_the_notebook_trains_a_grid_and_sums_it_up(tmp_path: Path) -> None:
-    short = {"songs": 2, "held_out_songs": 2, "seconds_per_song": 3.0, "batch": 1, "steps": 1, "validation_windows": 1}
+    short = {"songs": 2, "val_songs": 2, "seconds_per_song": 3.0, "batch": 1, "steps": 1, "validation_windows": 1}
     # With 60 s in an example no song is long enough: that cell fails, after the others' parameters were found good.
     done = papermill(tmp_path, grid={"segment": [1.0, 60.0]}, fixed=short)
     assert done.returncode == 0, done.stderr

@@ -15,13 +15,13 @@ import pytest
 import soundfile
 import torch
 
-from bsmamba2 import tracks
-from bsmamba2.__main__ import main
 from bsmamba2.checkpoints import load_checkpoint
+from bsmamba2.cli.main import main
 from bsmamba2.data import Loader, Remixer, find_windows
-from bsmamba2.recipe import Recipe
-from bsmamba2.songs import STEMS, Song, songs
-from bsmamba2.tracks import VALIDATION, DataError, FileTrack, open_folder, scan
+from bsmamba2.synth.songs import STEMS, Song, songs
+from bsmamba2.training import datasets
+from bsmamba2.training.datasets import VALIDATION, DataError, FileTrack, index_dataset, scan
+from bsmamba2.training.job import JobConfig
 
 RATE = 8000
 WINDOW = 8000
@@ -50,7 +50,7 @@ def folder(pool: list[Song], tmp_path: Path) -> Path:
 
 
 def look(folder: Path, **options: Any) -> tuple[list[FileTrack], list[FileTrack], list[str]]:
-    return open_folder(folder, WINDOW, sample_rate=RATE, **options)[:3]
+    return index_dataset(folder, WINDOW, sample_rate=RATE, **options)[:3]
 
 
 def test_the_validation_songs_are_musdbs_fourteen() -> None:
@@ -223,7 +223,7 @@ def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
 
 def test_every_fault_is_reported_at_once_with_its_path(folder: Path, pool: list[Song], tmp_path: Path) -> None:
     said = plant_faults(folder, pool)
-    training, validation, faults, others = open_folder(folder, WINDOW, sample_rate=RATE)
+    training, validation, faults, others = index_dataset(folder, WINDOW, sample_rate=RATE)
     windows, inside = scan(training + validation, WINDOW, tmp_path / "cache.json", others=others)
     told = dict(fault.split(": ", 1) for fault in faults + inside)
     assert told.keys() == said.keys()
@@ -258,7 +258,7 @@ def test_what_was_found_is_written_down_on_the_way(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal that nobody handles leaves no time to write."""
-    monkeypatch.setattr(tracks, "FILES_BETWEEN", 5)
+    monkeypatch.setattr(datasets, "FILES_BETWEEN", 5)
     cache, kept = tmp_path / "cache.json", []
 
     def watched(paths: Any) -> Any:
@@ -285,7 +285,7 @@ def test_a_run_stops_at_faulty_files_or_goes_on_without_them(
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert f"{data / 'song 1' / 'drums.wav'}: is broken" in told
-    assert "faulty=skip" in told
+    assert "on_bad_file=skip" in told
     assert not (tmp_path / "run").exists()
     with pytest.warns(UserWarning, match=r"drums\.wav: is broken"):
         assert main([*arguments, "--faulty", "skip"]) == 0
@@ -310,7 +310,7 @@ def test_the_checkpoint_names_its_own_target(tmp_path: Path, monkeypatch: pytest
 def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "musdb", None)
     with pytest.raises(ImportError, match="pip install musdb"):
-        tracks.musdb_sample(100)
+        datasets.musdb_sample(100)
 
     def track(name: str) -> Any:
         sources = {stem: types.SimpleNamespace(audio=np.full((500, 2), i / 10)) for i, stem in enumerate(STEMS)}
@@ -320,13 +320,13 @@ def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     database = types.SimpleNamespace(root="x", tracks=[track("A - One"), track("Leaf - Summerghost")])
     stand_in.DB = lambda download, subsets: database  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "musdb", stand_in)
-    training, validation = tracks.musdb_sample(100)
+    training, validation = datasets.musdb_sample(100)
     assert [song.name for song in training] == ["A - One"]
     assert [song.name for song in validation] == ["Leaf - Summerghost"]
     assert training[0].stems.shape == (4, 2, 500)
     assert training[0].stems[2].unique().tolist() == pytest.approx([0.2])
     with pytest.raises(DataError, match="500 samples"):
-        tracks.musdb_sample(1000)
+        datasets.musdb_sample(1000)
 
 
 @pytest.mark.parametrize(
@@ -339,11 +339,11 @@ def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"compile": 1}, "compile=1 must be true or false"),
         ({"preset": "huge"}, "preset 'huge'"),
         ({"segment": 0}, "segment=0"),
-        ({"faulty": "ignore"}, "faulty='ignore'"),
+        ({"on_bad_file": "ignore"}, "on_bad_file='ignore'"),
         ({"loss_windows": ["a"]}, "loss_windows"),
         ({"seed": -1}, "seed=-1"),
-        ({"augment": -0.5}, "augment=-0.5 must lie in"),
-        ({"original_mixes": 1.5}, "original_mixes=1.5 must lie in"),
+        ({"augment_prob": -0.5}, "augment_prob=-0.5 must lie in"),
+        ({"coherent_mix_prob": 1.5}, "coherent_mix_prob=1.5 must lie in"),
         ({"soundfont_share": -0.5}, "soundfont_share=-0.5 must lie in"),
         ({"clean_share": 1.1}, "clean_share=1.1 must lie in"),
         ({"stems": "vocals"}, "stems='vocals' must be a list"),
@@ -352,14 +352,14 @@ def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe.from_mapping(values)
+        JobConfig.from_mapping(values)
 
 
 def test_the_committed_parameters_are_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from bsmamba2.recipe import read_parameters
+    from bsmamba2.training.job import read_parameters
 
     for path in (Path(__file__).parents[1] / "notebooks" / "params").glob("train_*.yaml"):
-        assert Recipe.from_mapping(read_parameters(path)).steps > 0
+        assert JobConfig.from_mapping(read_parameters(path)).steps > 0
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "bad.yaml").write_text("a: [")
     for name, part in (("list.json", "names and values"), ("bad.yaml", "no YAML"), ("none.json", "No such file")):

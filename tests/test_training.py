@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bsmamba2 import BSMamba2, data
 from bsmamba2.data import Batch, Loader, Remixer, Validation, find_windows, salient_windows
-from bsmamba2.evaluate import oracle, score
+from bsmamba2.evaluation.evaluate import oracle, score
 from bsmamba2.losses import WINDOWS, bsmamba2_loss, snr_loss, spectral_loss
 from bsmamba2.metrics import csdr, usdr
 from bsmamba2.separate import separate
-from bsmamba2.songs import Song, songs
+from bsmamba2.synth.songs import Song, songs
 from bsmamba2.train import TrainConfig, Trainer, learning_rate, optimisers, parameter_groups
 
 
@@ -100,20 +100,22 @@ def test_snr_loss_has_a_gradient_in_silence() -> None:
             snr_loss(*signals)
 
 
-@pytest.mark.parametrize(("sung", "likelier"), [(7, 1.0), (3, 0.0)])
-def test_one_loss_takes_the_likelier_of_two_answers_and_the_other_their_mean(sung: int, likelier: float) -> None:
+@pytest.mark.parametrize(("vocal_segments", "likelier"), [(7, 1.0), (3, 0.0)])
+def test_one_loss_takes_the_likelier_of_two_answers_and_the_other_their_mean(
+    vocal_segments: int, likelier: float
+) -> None:
     """In some of ten stretches there is a voice, in the others a band that sounds the same, and nothing tells which."""
     mixture = torch.randn(1, 2, 10, 8192)
     target = mixture.clone()
-    target[:, :, sung:] = 0
+    target[:, :, vocal_segments:] = 0
     mixture, target = mixture.flatten(2), target.flatten(2)
     gains = torch.linspace(0, 1, 11)
     costs = torch.tensor(
-        [(bsmamba2_loss(g * mixture, target, hop=441), snr_loss(g * mixture, target, mixture)) for g in gains]
+        [(bsmamba2_loss(g * mixture, target, hop_length=441), snr_loss(g * mixture, target, mixture)) for g in gains]
     )
     best = gains[costs.argmin(0)]
     assert best[0].item() == pytest.approx(likelier)
-    assert best[1].item() == pytest.approx(sung / 10)
+    assert best[1].item() == pytest.approx(vocal_segments / 10)
 
 
 def test_a_trainer_may_take_the_other_loss(tiny: BSMamba2) -> None:
@@ -126,14 +128,14 @@ def test_a_trainer_may_take_the_other_loss(tiny: BSMamba2) -> None:
 
 
 @pytest.mark.parametrize("window", [4096, 512])
-@pytest.mark.parametrize("hop", [147, 441])
+@pytest.mark.parametrize("hop_length", [147, 441])
 @pytest.mark.parametrize("samples", [2049, 4410, 5003])
-def test_spectral_loss_and_gradient_are_those_of_torchs_stft(samples: int, hop: int, window: int) -> None:
+def test_spectral_loss_and_gradient_are_those_of_torchs_stft(samples: int, hop_length: int, window: int) -> None:
     signal = torch.randn(3, samples, dtype=torch.float64, requires_grad=True)
     n_fft = max(window, 2048)
     hann = torch.hann_window(window, dtype=torch.float64)
-    wanted = torch.stft(signal, n_fft, hop, window, hann, pad_mode="reflect", return_complex=True).abs().mean()
-    loss = spectral_loss(signal, window, hop)
+    wanted = torch.stft(signal, n_fft, hop_length, window, hann, pad_mode="reflect", return_complex=True).abs().mean()
+    loss = spectral_loss(signal, window, hop_length)
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
     ours, theirs = (torch.autograd.grad(3 * one, signal)[0] for one in (loss, wanted))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * theirs.abs().max())
@@ -254,8 +256,8 @@ def test_as_many_examples_as_asked_are_of_one_song_and_place(pool: list[Song]) -
     assert together[0.0] < 0.05
     assert together[0.3] == pytest.approx(0.3, abs=0.08)
     assert together[1.0] == 1
-    sung = {(track.name, start) for track, start in find_windows(pool, 4000)[0]}
-    assert {where[0] for where, _ in shares[1.0]} == sung
+    vocal_segments = {(track.name, start) for track, start in find_windows(pool, 4000)[0]}
+    assert {where[0] for where, _ in shares[1.0]} == vocal_segments
     assert all(len({gain for gain in gains if gain}) == sum(gain > 0 for gain in gains) for _, gains in shares[1.0])
     assert 0.05 < torch.tensor([gains for _, gains in shares[1.0]]).eq(0).float().mean() < 0.15
     with pytest.raises(ValueError, match=r"original=1\.5 must lie in \[0, 1\]"):
@@ -312,7 +314,7 @@ def test_the_batches_of_a_loader_do_not_depend_on_its_workers(pool: list[Song]) 
 
 def test_processes_share_the_examples_of_one_large_batch(pool: list[Song], monkeypatch: pytest.MonkeyPatch) -> None:
     large = list(islice(Loader(Remixer(pool, 8000, 4, seed=4)), 3))
-    monkeypatch.setattr(data, "world", lambda: 2)
+    monkeypatch.setattr(data, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
@@ -403,7 +405,7 @@ def clips(count: int) -> list[tuple[Tensor, Tensor]]:
 def gradients(batches: list[tuple[Tensor, Tensor]], **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = BSMamba2(TINY)
-    Trainer(model, TrainConfig(steps=1, accumulate=len(batches), **options)).backward(batches)
+    Trainer(model, TrainConfig(steps=1, grad_accum_steps=len(batches), **options)).backward(batches)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -421,19 +423,19 @@ def test_accumulated_batches_give_the_gradient_of_the_large_one() -> None:
 def test_a_step_takes_as_many_batches_as_it_accumulates(tiny: BSMamba2) -> None:
     taken = []
     batches = (taken.append(number) or pair for number, pair in enumerate(noise()))
-    for step in Trainer(tiny, TrainConfig(steps=2, accumulate=3)).run(batches):
+    for step in Trainer(tiny, TrainConfig(steps=2, grad_accum_steps=3)).run(batches):
         assert len(taken) == 3 * step.number
     with pytest.raises(ValueError, match="after 1 of 5"):
-        list(Trainer(tiny, TrainConfig(steps=5, accumulate=3)).run(islice(noise(), 5)))
+        list(Trainer(tiny, TrainConfig(steps=5, grad_accum_steps=3)).run(islice(noise(), 5)))
 
 
 def test_recomputed_layers_give_the_same_gradient_and_are_computed_again() -> None:
-    plain, again = gradients(clips(1)), gradients(clips(1), checkpointing=True)
+    plain, again = gradients(clips(1)), gradients(clips(1), gradient_checkpointing=True)
     for name in plain:
         torch.testing.assert_close(plain[name], again[name], rtol=1e-5, atol=1e-7, msg=name)
     calls = []
     model = BSMamba2(TINY)
-    trainer = Trainer(model, TrainConfig(steps=1, checkpointing=True))
+    trainer = Trainer(model, TrainConfig(steps=1, gradient_checkpointing=True))
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.backward(clips(1))
     assert len(calls) == 2
@@ -466,11 +468,11 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)], ids=["bfloat16", "float32"]
 )
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["stored", "recomputed"])
 def test_every_matrix_product_has_the_precision_asked_for(
-    tiny: BSMamba2, precision: str, dtype: torch.dtype, checkpointing: bool
+    tiny: BSMamba2, precision: str, dtype: torch.dtype, gradient_checkpointing: bool
 ) -> None:
-    trainer = Trainer(tiny, TrainConfig(steps=1, precision=precision, checkpointing=checkpointing))
+    trainer = Trainer(tiny, TrainConfig(steps=1, precision=precision, gradient_checkpointing=gradient_checkpointing))
     with Products() as products:
         trainer.backward(clips(1))
     assert products.seen["products"] == {dtype}
@@ -544,7 +546,7 @@ def test_a_step_of_muon_turns_a_matrix_and_its_size_is_that_of_adamw(tiny: BSMam
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_a_trainer_goes_on_from_its_state_with_the_same_bits(tiny: BSMamba2, optimiser: str) -> None:
-    config = TrainConfig(steps=5, optimiser=optimiser, lr=1e-2, schedule="trapezoid")
+    config = TrainConfig(steps=5, optimiser=optimiser, lr=1e-2, schedule="wsd")
     whole, half = (Trainer(copy.deepcopy(tiny), config) for _ in range(2))
     losses = [step.loss for step in whole.run(clips(5))]
     stopped = [step.loss for step in islice(half.run(clips(5)), 2)]
@@ -565,7 +567,9 @@ def test_states_from_before_there_was_a_choice_of_optimisers_and_losses_are_take
     state = copy.deepcopy(trainer.state())
     (state["optimiser"],) = state.pop("optimisers")
     fields = dataclasses.asdict(config)
-    state["train_config"] = json.dumps({k: v for k, v in fields.items() if k not in ("optimiser", "loss", "cooldown")})
+    state["train_config"] = json.dumps(
+        {k: v for k, v in fields.items() if k not in ("optimiser", "loss", "decay_ratio")}
+    )
     old = Trainer(copy.deepcopy(tiny), config)
     old.load_state(state)
     assert list(old.run(clips(4))) == list(trainer.run(clips(4)))
@@ -590,14 +594,14 @@ def test_schedule() -> None:
 
 
 def test_a_trapezoid_may_go_on() -> None:
-    config = TrainConfig(steps=1000, lr=1.0, schedule="trapezoid")
+    config = TrainConfig(steps=1000, lr=1.0, schedule="wsd")
     rates = [learning_rate(number, config) for number in range(1, 1001)]
     assert rates[:100] == pytest.approx([number / 100 for number in range(1, 101)])
     assert set(rates[100:801]) == {1.0}
     assert rates[800:] == pytest.approx([number / 200 for number in range(200, 0, -1)])
     longer = dataclasses.replace(config, steps=2000)
     assert {learning_rate(number, longer) for number in range(100, 1601)} == {1.0}  # more steps: the fall comes later
-    slower = dataclasses.replace(config, cooldown=0.42)
+    slower = dataclasses.replace(config, decay_ratio=0.42)
     rates = [learning_rate(number, slower) for number in range(1, 1001)]
     assert set(rates[100:581]) == {1.0}
     assert rates[580:] == pytest.approx([number / 420 for number in range(420, 0, -1)])
@@ -605,7 +609,7 @@ def test_a_trapezoid_may_go_on() -> None:
 
 def test_a_cooldown_of_a_fifth_is_what_runs_had_before_it_had_a_name() -> None:
     for steps in range(1, 2_000):
-        config = TrainConfig(steps=steps, lr=1.0, schedule="trapezoid")
+        config = TrainConfig(steps=steps, lr=1.0, schedule="wsd")
         number = steps - steps // 7
         before = min(1.0, number / 100, (steps + 1 - number) / max(1, steps // 5))
         assert learning_rate(number, config) == before
@@ -619,14 +623,14 @@ def test_a_cooldown_of_a_fifth_is_what_runs_had_before_it_had_a_name() -> None:
         ({"lr": "1e-3"}, "lr='1e-3'"),
         ({"lr": math.nan}, "lr=nan"),
         ({"schedule": "linear"}, "schedule='linear'"),
-        ({"cooldown": 0.0}, "cooldown=0.0 must lie in (0, 1]"),
-        ({"cooldown": True}, "cooldown=True"),
-        ({"cooldown": 1.1}, "cooldown=1.1"),
+        ({"decay_ratio": 0.0}, "decay_ratio=0.0 must lie in (0, 1]"),
+        ({"decay_ratio": True}, "decay_ratio=True"),
+        ({"decay_ratio": 1.1}, "decay_ratio=1.1"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
-        ({"accumulate": 0}, "accumulate=0"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps=0"),
         ({"precision": "float16"}, "precision='float16'"),
-        ({"checkpointing": 1}, "checkpointing=1"),
-        ({"clip": True}, "clip=True"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing=1"),
+        ({"max_grad_norm": True}, "max_grad_norm=True"),
         ({"loss_windows": ()}, "loss_windows=()"),
         ({"loss_windows": 2048}, "loss_windows=2048"),
     ],

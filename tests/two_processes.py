@@ -15,16 +15,16 @@ from unittest.mock import patch
 import torch
 from conftest import TINY
 
-import bsmamba2.muon
-import bsmamba2.recipe
-import bsmamba2.songs
+import bsmamba2.synth.songs
+import bsmamba2.training.job
+import bsmamba2.training.muon
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Loader, Remixer, Validation, find_windows
-from bsmamba2.processes import gather, rank, together, world
-from bsmamba2.recipe import shared_songs
-from bsmamba2.runs import Run
-from bsmamba2.songs import songs
+from bsmamba2.synth.songs import songs
 from bsmamba2.train import TrainConfig, Trainer, optimisers
+from bsmamba2.training.distributed import all_gather_object, rank, together, world_size
+from bsmamba2.training.job import shared_songs
+from bsmamba2.training.run_dir import Run
 
 SAMPLES = 4000
 
@@ -35,23 +35,33 @@ def main(folder: Path, batch: int) -> None:
         whole = train(folder / "whole", batch)
         train(folder / "halves", batch, stop_after=2)
         rest = train(folder / "halves", batch)
-        shared = gather([fingerprint(count) for count in (5, 1)])
-        trouble = gather(poisoned(batch))
-        muon = gather(turned())
+        shared = all_gather_object([sha256_file(count) for count in (5, 1)])
+        trouble = all_gather_object(poisoned(batch))
+        muon = all_gather_object(turned())
         if rank() == 0:
             (folder / "report.json").write_text(
                 json.dumps(
-                    {"world": world(), "whole": whole, "rest": rest, "shared": shared, "trouble": trouble, "muon": muon}
+                    {
+                        "world_size": world_size(),
+                        "whole": whole,
+                        "rest": rest,
+                        "shared": shared,
+                        "trouble": trouble,
+                        "muon": muon,
+                    }
                 )
             )
 
 
-def fingerprint(count: int) -> dict[str, Any]:
+def sha256_file(count: int) -> dict[str, Any]:
     """Of the songs that a recipe gives to every process: name, sung, and a hash of the stems; and how many it made."""
-    two_at_a_time = patch.object(bsmamba2.recipe, "_AT_A_TIME", 2)
-    with patch.object(bsmamba2.songs, "synthesise", wraps=bsmamba2.songs.synthesise) as synthesise, two_at_a_time:
+    two_at_a_time = patch.object(bsmamba2.training.job, "_AT_A_TIME", 2)
+    with (
+        patch.object(bsmamba2.synth.songs, "synthesise", wraps=bsmamba2.synth.songs.synthesise) as synthesise,
+        two_at_a_time,
+    ):
         made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
-    told = [[song.name, song.sung, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
+    told = [[song.name, song.vocal_segments, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
     return {"songs": told, "made": synthesise.call_count}
 
 
@@ -69,11 +79,16 @@ def turned() -> dict[str, Any]:
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
         matrices[3].grad = ours.param_groups[0]["params"][3].grad = None  # to be passed over
-        with patch.object(bsmamba2.muon, "world", return_value=1), patch.object(bsmamba2.muon, "rank", return_value=0):
+        with (
+            patch.object(bsmamba2.training.muon, "world_size", return_value=1),
+            patch.object(bsmamba2.training.muon, "rank", return_value=0),
+        ):
             whole.step()
-        with patch.object(bsmamba2.muon, "turn", wraps=bsmamba2.muon.turn) as turn:
+        with patch.object(
+            bsmamba2.training.muon, "newton_schulz", wraps=bsmamba2.training.muon.newton_schulz
+        ) as newton_schulz:
             ours.step()
-        mine.append(turn.call_count)
+        mine.append(newton_schulz.call_count)
     momenta, other_momenta = (
         {number: state["momentum_buffer"] for number, state in muon.state_dict()["state"].items()}
         for muon in (whole, ours)
@@ -97,11 +112,11 @@ def poisoned(batch: int) -> str:
 
     def batches() -> Iterator[Any]:
         for number, (mixture, target, names) in enumerate(Loader(Remixer(pool, SAMPLES, batch, seed=7))):
-            bad = number == 1 and rank() == world() - 1
+            bad = number == 1 and rank() == world_size() - 1
             named = [f"song heard by {'the last' if bad else 'another'}" for _ in names]
             yield (mixture * torch.nan if bad else mixture), target, named
 
-    trainer = Trainer(BSMamba2(TINY), TrainConfig(steps=1, accumulate=2, loss_windows=(256,), loss_hop=441))
+    trainer = Trainer(BSMamba2(TINY), TrainConfig(steps=1, grad_accum_steps=2, loss_windows=(256,), loss_hop=441))
     try:
         list(trainer.run(batches()))
     except FloatingPointError as error:
@@ -115,7 +130,7 @@ def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
     pool = songs(3, seed=5, seconds=2.0, sample_rate=8000)
     loader = Loader(Remixer(pool, SAMPLES, batch, seed=7))
     torch.manual_seed(rank())  # the others get the first one's weights
-    config = TrainConfig(steps=4, accumulate=2, lr=1e-2, loss_windows=(256,), loss_hop=441)
+    config = TrainConfig(steps=4, grad_accum_steps=2, lr=1e-2, loss_windows=(256,), loss_hop=441)
     trainer = Trainer(BSMamba2(TINY), config)
     validation = Validation(find_windows(pool, SAMPLES)[0], SAMPLES)
     run = Run(folder, trainer, validate=validation, save_every=2, validate_every=4)
@@ -123,8 +138,10 @@ def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
     if trainer.together is not None:
         trainer.together.register_comm_hook(exchanged, count_exchanges)
     done = [[step.number, step.loss, step.gradient] for step in islice(run.steps(loader), stop_after)]
-    names = gather([name for batch in islice(Loader(Remixer(pool, SAMPLES, batch, seed=7)), 4) for name in batch[2]])
-    weights = gather([float(p.detach().double().sum()) for p in trainer.model.parameters()])
+    names = all_gather_object(
+        [name for batch in islice(Loader(Remixer(pool, SAMPLES, batch, seed=7)), 4) for name in batch[2]]
+    )
+    weights = all_gather_object([float(p.detach().double().sum()) for p in trainer.model.parameters()])
     if rank() == 0:
         torch.save({name: p.grad for name, p in trainer.model.named_parameters()}, folder / "gradients.pt")
     return {"steps": done, "names": names, "weights": weights, "exchanges": len(exchanged)}
@@ -133,7 +150,7 @@ def train(folder: Path, batch: int, stop_after: int = 4) -> dict[str, Any]:
 def count_exchanges(exchanged, bucket):  # torch would refuse annotations that are strings
     """Average the gradients as DistributedDataParallel does by itself, and note that it was asked for."""
     exchanged.append(bucket.index())
-    averaged = bucket.buffer().div_(world())
+    averaged = bucket.buffer().div_(world_size())
     future = torch.distributed.all_reduce(averaged, async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 

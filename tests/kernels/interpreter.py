@@ -74,8 +74,8 @@ functions.causal_conv1d_bwd_function = convolve_backward
 functions.causal_conv1d_update_function = no_update
 sys.modules |= {"causal_conv1d": package, "causal_conv1d.cpp_functions": functions}
 
-from bsmamba2 import kernels  # noqa: E402
+from bsmamba2.kernels import triton  # noqa: E402
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Deterministic mode", UserWarning)
-    ops = kernels.triton_ops()
+    ops = triton.triton_ops()

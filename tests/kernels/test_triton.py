@@ -158,7 +158,7 @@ def test_gated_norm() -> None:
 @pytest.fixture
 def mixer() -> Mamba2:
     torch.manual_seed(0)
-    layer = Mamba2(16, state=8, head_width=16, expand=2)
+    layer = Mamba2(16, d_state=8, headdim=16, expand=2)
     with torch.no_grad():
         layer.norm.weight.uniform_(0.5, 1.5)
         layer.D.uniform_(-1, 1)
@@ -196,7 +196,7 @@ def fused_mixer(mixer: Mamba2, x: Tensor, *, wrong: float = 1.0) -> Tensor:
 
 
 def in_float64(mixer: Mamba2) -> dict[str, Tensor]:
-    wide = Mamba2(16, state=8, head_width=16, expand=2, scan=ssd.recurrent).double()
+    wide = Mamba2(16, d_state=8, headdim=16, expand=2, scan=ssd.recurrent).double()
     wide.load_state_dict(mixer.state_dict())
     return mixer_results(wide, wide)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from .config import ModelConfig
-from .losses import bsmamba2_loss
-from .model import BSMamba2
-from .ssd import CHUNK
+from ..config import ModelConfig
+from ..losses import bsmamba2_loss
+from ..model import BSMamba2
+from ..ssd import CHUNK
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TRAINING_STATE = 20
@@ -68,7 +68,7 @@ def training_cost(
     batch: int,
     seconds: float,
     dtype: str = "float32",
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
     loss_hop: int = 147,
 ) -> Cost:
     """The cost of a training step on a batch; no weights are made and nothing is computed.
@@ -81,17 +81,17 @@ def training_cost(
     samples = round(seconds * config.sample_rate)
     if samples <= 2048:
         raise ValueError(f"seconds={seconds!r}: the loss needs more than 2048 samples, and these are {samples}")
-    frames = samples // config.hop + 1
+    frames = samples // config.hop_length + 1
     forward = {part: batch * flops for part, flops in forward_flops(config, frames).items()}
     backward = batch * backward_flops(config, frames)
-    again = forward["time"] + forward["band"] if checkpointing else 0
+    again = forward["time"] + forward["band"] if gradient_checkpointing else 0
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in BSMamba2(config).parameters())
-    kept = kept_bytes(config, samples, dtype, loss_hop)
-    everything = batch * (kept.ends + config.layers * kept.layer)
+    kept = activation_bytes(config, samples, dtype, loss_hop)
+    everything = batch * (kept.ends + config.depth * kept.layer)
     activations = (
-        batch * (config.layers * kept.layer_input + max(kept.layer, kept.loss) + kept.ends - kept.loss)
-        if checkpointing
+        batch * (config.depth * kept.layer_input + max(kept.layer, kept.loss) + kept.ends - kept.loss)
+        if gradient_checkpointing
         else everything
     )
     return Cost(
@@ -102,29 +102,29 @@ def training_cost(
         state=TRAINING_STATE * parameters,
         activations=activations,
         # What is kept is written once and read twice, its gradient likewise; what is computed again once more.
-        traffic=(6 + 3 * checkpointing) * everything + 2 * TRAINING_STATE * parameters,
+        traffic=(6 + 3 * gradient_checkpointing) * everything + 2 * TRAINING_STATE * parameters,
     )
 
 
 def forward_flops(config: ModelConfig, frames: int, chunk: int = CHUNK) -> dict[str, float]:
     """Operations of the forward pass for one example, by part; in chunks of `CHUNK` frames where gradients are kept."""
-    d, k = config.dim, len(config.bands)
+    d, k = config.dim, len(config.freqs_per_bands)
     numbers = 2 * config.channels * config.bins  # a frame's real numbers
     hidden = config.mask_expand * d
     masks = k * 2 * d * hidden + 2 * hidden * 2 * numbers
     return {
         "band split": frames * 2.0 * numbers * d,
-        "time": config.layers * frames * k * block_flops(config, frames, chunk),
-        "band": config.layers * frames * k * block_flops(config, k, chunk),
+        "time": config.depth * frames * k * block_flops(config, frames, chunk),
+        "band": config.depth * frames * k * block_flops(config, k, chunk),
         "masks": float(len(config.stems) * frames * masks),
     }
 
 
 def backward_flops(config: ModelConfig, frames: int) -> float:
     """Operations of the backward pass for one example: two products for each of the forward pass, and the scan's."""
-    k = len(config.bands)
+    k = len(config.freqs_per_bands)
     once = sum(forward_flops(config, frames).values())
-    mixers = 2 * config.layers * frames * k  # of each axis, for every frame and band
+    mixers = 2 * config.depth * frames * k  # of each axis, for every frame and band
     scans = sum(
         mixers * (scan_backward_flops(config, length) - 2 * scan_flops(config, length)) for length in (frames, k)
     )
@@ -133,7 +133,7 @@ def backward_flops(config: ModelConfig, frames: int) -> float:
 
 def block_flops(config: ModelConfig, length: int, chunk: int = CHUNK) -> float:
     """A bidirectional block, for one position: two mixers, and the Linear that merges them."""
-    d, e, n, h = config.dim, config.inner, config.state, config.heads
+    d, e, n, h = config.dim, config.inner, config.d_state, config.heads
     projections = 2.0 * d * (2 * e + 2 * n + h) + 2 * e * d
     return 2 * (projections + scan_flops(config, length, chunk)) + 2 * 2 * d * d
 
@@ -144,13 +144,13 @@ def scan_flops(config: ModelConfig, length: int, chunk: int = CHUNK) -> float:
     A little more where a head's decays span several levels.
     """
     q, between = _chunks(length, chunk)
-    return 2.0 * q * (config.state + config.inner) + between * 4 * config.state * config.inner
+    return 2.0 * q * (config.d_state + config.inner) + between * 4 * config.d_state * config.inner
 
 
 def scan_backward_flops(config: ModelConfig, length: int) -> float:
     """Its backward pass: G again, dB, dC; dG, dx, y inside a chunk again. The states again, and five more products."""
     q, between = _chunks(length, CHUNK)
-    n, e = config.state, config.inner
+    n, e = config.d_state, config.inner
     return 6.0 * q * n + 6 * q * e + between * 12 * n * e
 
 
@@ -178,27 +178,27 @@ class Kept:
 
 
 @functools.cache
-def kept_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> Kept:
+def activation_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> Kept:
     """Run the forward pass on tensors that have shapes and no content, and add up what autograd would keep.
 
     All layers are alike, so a model of one and that layer by itself will do. What is kept grows with the number of
     frames, so a second of audio is enough.
     """
     short = min(samples, max(config.sample_rate, 2 * 2048))
-    frames, short_frames = samples // config.hop + 1, short // config.hop + 1
+    frames, short_frames = samples // config.hop_length + 1, short // config.hop_length + 1
     scale = frames / short_frames
     with FakeTensorMode():
-        model = BSMamba2(dataclasses.replace(config, layers=1), scan="chunked")
+        model = BSMamba2(dataclasses.replace(config, depth=1), scan="chunked")
         mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
-        features = torch.empty(1, short_frames, len(config.bands), config.dim, requires_grad=True)
+        features = torch.empty(1, short_frames, len(config.freqs_per_bands), config.dim, requires_grad=True)
         estimate = torch.empty(1, config.channels, short, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             whole = scale * _kept(lambda: model.apply_to_spectrogram(mixture))
             layer = scale * _kept(lambda: model.layers[0](features))
-        loss = scale * _kept(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop=loss_hop))
+        loss = scale * _kept(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop_length=loss_hop))
     return Kept(
         layer=layer,
-        layer_input=float(frames * len(config.bands) * config.dim * BYTES[dtype]),
+        layer_input=float(frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]),
         loss=loss,
         ends=whole - layer + loss,
     )

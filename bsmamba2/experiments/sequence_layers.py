@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import kernels
-from .config import ModelConfig
-from .dual_path import SequenceLayer
-from .mamba2 import Mamba2, RMSNorm
+from ..config import ModelConfig
+from ..dual_path import SequenceLayer
+from ..kernels import triton
+from ..mamba2 import Mamba2, RMSNorm
 
 TOLERANCE = 0.01
 """How far the parameters of two layers may lie apart, as a share, to be called equal."""
@@ -61,17 +61,17 @@ class Attention(nn.Module):
     Args:
         dim: d.
         width: of the feed-forward between its two Linears.
-        head_width: p; even, and a divisor of d.
+        headdim: p; even, and a divisor of d.
 
     Raises:
         ValueError: for another head width.
     """
 
-    def __init__(self, dim: int, width: int, *, head_width: int = 16) -> None:
+    def __init__(self, dim: int, width: int, *, headdim: int = 16) -> None:
         super().__init__()
-        if head_width < 2 or head_width % 2 or dim % head_width:
-            raise ValueError(f"head_width={head_width!r} must be even and divide dim={dim}")
-        self.head_width = head_width
+        if headdim < 2 or headdim % 2 or dim % headdim:
+            raise ValueError(f"headdim={headdim!r} must be even and divide dim={dim}")
+        self.headdim = headdim
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.norm = RMSNorm(dim)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, length, d) → (b, length, d)."""
-        q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)  # (b, h, length, p)
+        q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.headdim)).permute(2, 0, 3, 1, 4)  # (b, h, length, p)
         y = functional.scaled_dot_product_attention(rotate(q), rotate(k), v)
         attended = self.out_proj(y.transpose(1, 2).flatten(-2))
         return attended + self.feed_forward(self.norm(x + attended))
@@ -134,8 +134,8 @@ def choose(name: str, config: ModelConfig) -> SequenceLayer:
 
 
 def _mamba2(config: ModelConfig) -> SequenceLayer:
-    sizes = {name: getattr(config, name) for name in ("state", "head_width", "expand", "conv_width")}
-    return partial(Mamba2, config.dim, **sizes, scan=kernels.choose("auto"))
+    sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
+    return partial(Mamba2, config.dim, **sizes, scan=triton.choose("auto"))
 
 
 def _fitted(kind: Callable[[int, int], nn.Module], config: ModelConfig) -> SequenceLayer:

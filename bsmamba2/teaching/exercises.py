@@ -19,15 +19,15 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .mamba2 import Mamba2
+from ..config import ModelConfig
+from ..mamba2 import Mamba2
 
 P = ParamSpec("P")
 RATE, N_FFT = 44_100, 2048
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """What a check has to say; true when nothing was found wrong. A notebook shows the message, in lines."""
 
     passed: bool
@@ -40,13 +40,13 @@ class Verdict:
         return textwrap.fill(("right: " if self.passed else "not yet: ") + self.message, 88)
 
 
-def judge(
+def grade(
     caught: Callable[[Any], object],
     *,
     right: Mapping[str, Any],
     faulty: Mapping[str, Any],
     hint: str = "",
-) -> Verdict:
+) -> CheckResult:
     """Test a test: it must let every right version pass, and catch every faulty one.
 
     Args:
@@ -62,30 +62,30 @@ def judge(
         except AssertionError:
             said = True
         except Exception as error:  # whatever the reader's code does, it is told, and where
-            return Verdict(False, f"on the version «{name}» your test itself stopped: {_told(error)}")
+            return CheckResult(False, f"on the version «{name}» your test itself stopped: {_told(error)}")
         if name in faulty and not said:
-            return Verdict(False, f"your test lets a faulty version through: «{name}». {hint}".rstrip())
+            return CheckResult(False, f"your test lets a faulty version through: «{name}». {hint}".rstrip())
         if name in right and said:
-            return Verdict(
+            return CheckResult(
                 False,
                 f"your test calls a right version faulty: «{name}». Does it ask for equality where only rounding "
                 "differs, or for something that need not hold?",
             )
-    return Verdict(True, f"caught {', '.join(f'«{name}»' for name in faulty)}; let pass {len(right)} right")
+    return CheckResult(True, f"caught {', '.join(f'«{name}»' for name in faulty)}; let pass {len(right)} right")
 
 
-def _check(complaints: Callable[P, Iterator[str]]) -> Callable[P, Verdict]:
+def _check(complaints: Callable[P, Iterator[str]]) -> Callable[P, CheckResult]:
     """A check from a generator of complaints: the first one, or what the reader's code raised, is the verdict."""
 
-    def check(*args: P.args, **kwargs: P.kwargs) -> Verdict:
+    def check(*args: P.args, **kwargs: P.kwargs) -> CheckResult:
         try:
             told = next(complaints(*args, **kwargs), None)
         except Exception as error:  # as above
             told = f"it stopped with {_told(error)}"
-        return Verdict(told is None, told or "every question was answered as it should be")
+        return CheckResult(told is None, told or "every question was answered as it should be")
 
     check.__name__, check.__doc__ = complaints.__name__, complaints.__doc__
-    check.__annotations__ = complaints.__annotations__ | {"return": "Verdict"}
+    check.__annotations__ = complaints.__annotations__ | {"return": "CheckResult"}
     return check
 
 
@@ -268,7 +268,7 @@ def check_step(step: Callable[..., Any], mixer: Mamba2) -> Iterator[str]:
     b, d = 2, mixer.in_proj.in_features
     heads, state = mixer.D.numel(), mixer.inner_widths[1]
     u = torch.randn(b, 8, d, generator=torch.Generator().manual_seed(0))
-    memory: Any = torch.zeros(b, heads, mixer.head_width, state), torch.zeros(b, mixer.past, mixer.widths[1])
+    memory: Any = torch.zeros(b, heads, mixer.headdim, state), torch.zeros(b, mixer.past, mixer.widths[1])
     with torch.no_grad():
         expected, kept = mixer.step(u, keep=True)
         frames = []
@@ -305,7 +305,7 @@ def check_live_dual_path(live: Callable[..., nn.Module]) -> Iterator[str]:
         yield "it has no `forward` yet"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layer = live(16, partial(Mamba2, 16, state=16, head_width=16)).double()
+        layer = live(16, partial(Mamba2, 16, d_state=16, headdim=16)).double()
     b, t, k, d = 2, 12, 6, 16
     x = torch.randn(b, t, k, d, generator=torch.Generator().manual_seed(0)).double()
     touched = x.clone()

@@ -23,26 +23,26 @@ from typing import Any
 
 import torch
 
-from . import kernels
-from .checkpoints import read_checkpoint
-from .config import PRESETS, ModelConfig
-from .data import Loader, Remixer, Validation, Windows, find_windows
-from .evaluate import fingerprint
+from ..checkpoints import read_checkpoint
+from ..config import PRESETS, ModelConfig
+from ..data import Loader, Remixer, Validation, Windows, find_windows
+from ..evaluation.evaluate import sha256_file
+from ..kernels import triton
+from ..losses import WINDOWS
+from ..model import BSMamba2
+from ..synth.songs import STEMS, Song, songs
+from ..train import TrainConfig, Trainer
+from .datasets import DataError, Progress, cache_of, index_dataset, musdb_sample, scan
+from .distributed import all_gather_object, broadcast_object, local_rank_and_size, rank, world_size
 from .growth import begin_with
-from .losses import WINDOWS
-from .model import BSMamba2
-from .processes import from_first, gather, on_this_machine, rank, world
-from .runs import Run
-from .songs import STEMS, Song, songs
-from .tracks import DataError, Progress, cache_of, musdb_sample, open_folder, scan
-from .train import TrainConfig, Trainer
+from .run_dir import Run
 
 HELD_OUT = 1_000_000
 """How far the seed of the synthesised songs for validation lies from that of the songs to learn from."""
-_RECORDED = ("preset", "seed", "segment", "batch", "original_mixes", "augment")
+_RECORDED = ("preset", "seed", "segment", "batch", "coherent_mix_prob", "augment_prob")
 _AT_A_TIME = 16
 """Songs that a process holds while it writes them to a file; a heap may keep for good what it once had."""
-LATER = ("original_mixes", "soundfont_share", "clean_share", "augment")
+LATER = ("coherent_mix_prob", "soundfont_share", "clean_share", "augment_prob")
 """Parameters that runs recorded as soon as there were any: where a run has none, it was started with the default."""
 
 
@@ -51,7 +51,7 @@ def _parameter(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class JobConfig:
     """Every parameter of a training run, with its type, default and meaning; checked on creation.
 
     Raises:
@@ -59,7 +59,7 @@ class Recipe:
     """
 
     preset: str = _parameter("small", f"size of the model: {', '.join(PRESETS)}")
-    layers: int = _parameter(0, "dual-path layers; 0 is as many as the preset has")
+    depth: int = _parameter(0, "dual-path layers; 0 is as many as the preset has")
     dim: int = _parameter(0, "features per band and frame; 0 is as many as the preset has")
     mask_expand: int = _parameter(0, "hidden width of the masks as a multiple of dim; 0 is that of the preset")
     init: str = _parameter(
@@ -67,34 +67,38 @@ class Recipe:
     )
     data: str = _parameter("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
     stems: tuple[str, ...] = _parameter(STEMS, "names of the files in a song's folder, the target first")
-    faulty: str = _parameter("stop", "files that cannot be used: stop, or skip their songs")
+    on_bad_file: str = _parameter("stop", "files that cannot be used: stop, or skip their songs")
     songs: int = _parameter(160, "synthesised songs to learn from")
     seconds_per_song: float = _parameter(6.0, "length of each")
-    held_out_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
-    variety: float = _parameter(0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)")
+    val_songs: int = _parameter(12, "synthesised songs for validation, from other seeds")
+    mix_variety: float = _parameter(
+        0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)"
+    )
     soundfont: str = _parameter("", "file of a sound font, whose recorded instruments play in synthesised songs")
     soundfont_share: float = _parameter(1.0, "share of these songs in which it plays")
     clean_share: float = _parameter(0.0, "share of the synthesised songs with neither variety nor sound font")
-    original_mixes: float = _parameter(
+    coherent_mix_prob: float = _parameter(
         0.0, "share of examples whose stems are of one song and place; published: none, each stem from any"
     )
-    augment: float = _parameter(0.0, "share of examples whose stems change in speed, spectrum, sides; published: none")
+    augment_prob: float = _parameter(
+        0.0, "share of examples whose stems change in speed, spectrum, sides; published: none"
+    )
     segment: float = _parameter(1.0, "length of a training example, in seconds; published: 8")
     batch: int = _parameter(4, "examples in a batch of one process; published: 5")
-    accumulate: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
+    grad_accum_steps: int = _parameter(1, "batches in an optimiser step; published: 6, in each of 2 processes")
     steps: int = _parameter(400, "optimiser steps; 100 are a published epoch")
     optimiser: str = _parameter("adamw", "adamw, as published; or muon, which may take fewer steps")
     lr: float = _parameter(2e-3, "learning rate; published: 5e-4")
     schedule: str = _parameter("cosine", "constant, as published; cosine, for short runs; trapezoid, for open ends")
-    cooldown: float = _parameter(0.2, "share of a trapezoid's steps over which the rate falls to zero, at their end")
+    decay_ratio: float = _parameter(0.2, "share of a trapezoid's steps over which the rate falls to zero, at their end")
     weight_decay: float = _parameter(0.01, "how far weights are drawn to zero")
-    clip: float = _parameter(3.0, "largest norm of the gradient")
+    max_grad_norm: float = _parameter(3.0, "largest norm of the gradient")
     ema_decay: float = _parameter(0.98, "of the moving average of the weights, per step; published: 0.999")
     loss: str = _parameter("published", "published; or snr, the error's energy in dB, whose fall the scores reward")
     loss_hop: int = _parameter(441, "samples between frames of the published loss; its own: 147, thrice the work")
     loss_windows: tuple[int, ...] = _parameter(WINDOWS, "of the published loss; cheaper: 2048 1024 512")
     precision: str = _parameter("float32", "float32, or bfloat16 as published, for what has such products")
-    checkpointing: bool = _parameter(False, "compute layers twice to need less memory")
+    gradient_checkpointing: bool = _parameter(False, "compute layers twice to need less memory")
     compile: bool = _parameter(False, "try the native kernel on a CPU, torch.compile elsewhere")
     workers: int = _parameter(
         0, "processes that read ahead. With 0, examples come from one stream of random numbers; else by number"
@@ -120,7 +124,7 @@ class Recipe:
             if not fits or (isinstance(value, bool) and kind is not bool):
                 hint = "; in YAML write 1.0e-3, not 1e-3" if kind is float and isinstance(value, str) else ""
                 raise ValueError(f"{name}={value!r} must be {_KINDS[kind]}, as its default {_default(name)!r} is{hint}")
-        for name in ("songs", "held_out_songs", "batch", "save_every", "validate_every", "validation_windows"):
+        for name in ("songs", "val_songs", "batch", "save_every", "validate_every", "validation_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
         for name in ("seed", "workers"):
@@ -129,11 +133,11 @@ class Recipe:
         for name in ("seconds_per_song", "segment"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number of seconds")
-        for name in ("variety", "soundfont_share", "clean_share", "original_mixes", "augment"):
+        for name in ("mix_variety", "soundfont_share", "clean_share", "coherent_mix_prob", "augment_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1]")
-        if self.faulty not in ("stop", "skip"):
-            raise ValueError(f"faulty={self.faulty!r} must be stop or skip")
+        if self.on_bad_file not in ("stop", "skip"):
+            raise ValueError(f"on_bad_file={self.on_bad_file!r} must be stop or skip")
         if len(self.stems) < 1 or not all(isinstance(stem, str) for stem in self.stems):
             raise ValueError(f"stems={self.stems!r} must be names")
         if self.data in ("songs", "musdb-sample") and self.stems != STEMS:
@@ -142,7 +146,7 @@ class Recipe:
         self.train_config  # noqa: B018
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
+    def from_mapping(cls, values: Mapping[str, Any]) -> JobConfig:
         """A recipe from names and values; ValueError for a name that is no parameter."""
         unknown = sorted(set(values) - set(cls.names()))
         if unknown:
@@ -157,7 +161,7 @@ class Recipe:
     @property
     def model_config(self) -> ModelConfig:
         """The architecture."""
-        asked = {name: getattr(self, name) for name in ("layers", "dim", "mask_expand")}
+        asked = {name: getattr(self, name) for name in ("depth", "dim", "mask_expand")}
         asked = {name: value for name, value in asked.items() if value}
         return ModelConfig.preset(self.preset, **asked, stems=self.stems[:1])
 
@@ -172,7 +176,7 @@ class Recipe:
 
         The seed is `seed` for those to learn from, and `seed + HELD_OUT` for the others.
         """
-        names = ("variety", "soundfont", "soundfont_share", "clean_share")
+        names = ("mix_variety", "soundfont", "soundfont_share", "clean_share")
         rate = self.model_config.sample_rate
         return {"seconds": self.seconds_per_song, "sample_rate": rate} | {name: getattr(self, name) for name in names}
 
@@ -185,45 +189,50 @@ class Recipe:
         """Where stems are heard, in what to learn from and in what to validate with; the first process looks.
 
         Raises:
-            DataError: for faults in a folder, all at once, with `faulty="stop"`; with `skip` it is a warning.
+            DataError: for faults in a folder, all at once, with `on_bad_file="stop"`; with `skip` it is a warning.
         """
         config = self.model_config
         if self.data == "songs":
             parts = [
                 shared_songs(count, seed=seed, **self.song_settings)
-                for count, seed in ((self.songs, self.seed), (self.held_out_songs, self.seed + HELD_OUT))
+                for count, seed in ((self.songs, self.seed), (self.val_songs, self.seed + HELD_OUT))
             ]
             return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)
         if self.data == "musdb-sample":
-            first = on_this_machine()[0] == 0
+            first = local_rank_and_size()[0] == 0
             excerpts = musdb_sample(self.samples) if first else None  # fetches them; the others find them there
-            gather(None)
+            all_gather_object(None)
             excerpts = excerpts or musdb_sample(self.samples)
             return find_windows(excerpts[0], self.samples), find_windows(excerpts[1], self.samples)
         folder = Path(self.data)
         found = None
         if rank() == 0:
-            *kinds, faults, others = open_folder(
+            *kinds, faults, others = index_dataset(
                 folder, self.samples, stems=self.stems, sample_rate=config.sample_rate, channels=config.channels
             )
             everything = [track for kind in kinds for track in kind]
             cache = cache_of(folder, self.samples)
             windows, inside = scan(everything, self.samples, cache, others=others, progress=progress)
             faults += inside
-            if faults and self.faulty == "stop":
-                raise DataError(folder, faults, "mend or remove them, or leave these songs out: faulty=skip")
+            if faults and self.on_bad_file == "stop":
+                raise DataError(folder, faults, "mend or remove them, or leave these songs out: on_bad_file=skip")
             if faults:
                 warnings.warn(str(DataError(folder, faults, "their songs are left out")), stacklevel=3)
             found = [[[one for one in stem if one[0] in kind] for stem in windows] for kind in map(set, kinds)]
-        training, validation = from_first(found)
+        training, validation = broadcast_object(found)
         return training, validation
 
     def batches(self, training: Windows) -> Remixer | Loader:
         """The supply of examples: one stream of random numbers, or by number for workers and many processes."""
         remixer = Remixer(
-            training, self.samples, self.batch, seed=self.seed, original=self.original_mixes, augment=self.augment
+            training,
+            self.samples,
+            self.batch,
+            seed=self.seed,
+            original=self.coherent_mix_prob,
+            augment_prob=self.augment_prob,
         )
-        return remixer if not self.workers and world() == 1 else Loader(remixer, workers=self.workers)
+        return remixer if not self.workers and world_size() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> Run:
         """A new model in a run of its own, in `output_dir`, or the run that is there, taken up where it was.
@@ -237,19 +246,19 @@ class Recipe:
         """
         place = device or torch.device("cpu")
         narrow = self.precision == "bfloat16" and rank() == 0
-        if narrow and (slow := kernels.told_if_slow(place, torch.bfloat16)):
+        if narrow and (slow := triton.slow_dtype_warning(place, torch.bfloat16)):
             warnings.warn(f"bfloat16 {slow}: take precision: float32", RuntimeWarning, stacklevel=2)
         torch.manual_seed(self.seed)
         model = BSMamba2(self.model_config)
         validation = Validation(held_out[0], self.samples, count=self.validation_windows)
         settings = {
             **{name: getattr(self, name) for name in _RECORDED},
-            "examples": "by number" if self.workers or world() > 1 else "in order",
+            "examples": "by number" if self.workers or world_size() > 1 else "in order",
             "windows": [len(found) for found in training],
             "validation": len(validation.windows),
         }
         if self.data == "songs":
-            asked = ("songs", "seconds_per_song", "held_out_songs", "variety", "clean_share")
+            asked = ("songs", "seconds_per_song", "val_songs", "mix_variety", "clean_share")
             settings |= {name: getattr(self, name) for name in asked}
             settings["soundfont"] = Path(self.soundfont).name
             if self.soundfont:
@@ -259,7 +268,7 @@ class Recipe:
             settings["init"] = ""
         elif Path(self.init).exists() or not any(folder.glob("state-*.pt")):
             begin_with(model, read_checkpoint(self.init))
-            settings["init"] = fingerprint(self.init)
+            settings["init"] = sha256_file(self.init)
         return Run(
             folder,
             Trainer(model.to(place), self.train_config),
@@ -281,11 +290,11 @@ def shared_songs(count: int, **how: Any) -> list[Song]:
     Raises:
         OSError: when the files cannot be written, a full disk for one; TMPDIR names their folder.
     """
-    local, processes = on_this_machine()
-    if os.name == "nt" or max(gather(processes)) == 1:
+    local, processes = local_rank_and_size()
+    if os.name == "nt" or max(all_gather_object(processes)) == 1:
         return songs(count, **how)
     first = rank() - local  # of this machine's
-    folder = Path(gather(tempfile.mkdtemp(prefix="bsmamba2-") if local == 0 else "")[first])
+    folder = Path(all_gather_object(tempfile.mkdtemp(prefix="bsmamba2-") if local == 0 else "")[first])
     told, parts = [], []
     try:
         for start in range(local, count, _AT_A_TIME * processes):
@@ -294,13 +303,13 @@ def shared_songs(count: int, **how: Any) -> list[Song]:
                 for song in made:
                     file.write(song.stems.numpy().data)
             told += [(song.stems.shape, dataclasses.replace(song, stems=torch.empty(0))) for song in made]
-        for number, part in enumerate(gather(told)[first : first + processes]):
+        for number, part in enumerate(all_gather_object(told)[first : first + processes]):
             sizes = [shape.numel() for shape, _ in part]
             with _room_needed(folder):
                 memory = torch.from_file(str(folder / str(number)), size=sum(sizes)) if part else torch.empty(0)
             pieces = zip(memory.split(sizes), part, strict=True)
             parts.append([dataclasses.replace(song, stems=piece.view(shape)) for piece, (shape, song) in pieces])
-        gather(None)  # all have mapped them
+        all_gather_object(None)  # all have mapped them
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # a network's file system may keep what is mapped a while longer
     return [parts[number % processes][number // processes] for number in range(count)]
@@ -319,7 +328,7 @@ _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 
 
 def _default(name: str) -> Any:
-    return next(one.default for one in dataclasses.fields(Recipe) if one.name == name)
+    return next(one.default for one in dataclasses.fields(JobConfig) if one.name == name)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

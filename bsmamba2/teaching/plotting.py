@@ -30,7 +30,7 @@ from matplotlib.transforms import Affine2D
 from torch import Tensor
 from tqdm import tqdm
 
-from .spectrogram import stft
+from ..spectrogram import stft
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, told apart by all
 STYLE: dict[Any, Any] = {
@@ -153,8 +153,8 @@ def thumbnail(signal: Tensor, sample_rate: int = 44_100, *, top: float = 8_000.0
         top: highest frequency shown, in hertz.
         loudest: the power that is drawn brightest; that of the loudest bin when absent.
     """
-    n_fft, hop = 2048, 1764
-    power = stft(signal, n_fft, hop).abs().square().mean(0)[: int(top / sample_rate * n_fft)]
+    n_fft, hop_length = 2048, 1764
+    power = stft(signal, n_fft, hop_length).abs().square().mean(0)[: int(top / sample_rate * n_fft)]
     level = 10 * torch.log10(power / max(loudest or float(power.max()), 1e-9) + 1e-9)
     small = torch.nn.functional.adaptive_max_pool2d(level[None], (72, level.shape[1]))[0]
     file = io.BytesIO()
@@ -207,7 +207,7 @@ def spectrograms(
     *,
     top: float = 10_000.0,
     n_fft: int = 2048,
-    hop: int = 441,
+    hop_length: int = 441,
 ) -> Figure:
     """One spectrogram under the other, on one scale: 0 dB is the loudest bin of all.
 
@@ -216,15 +216,15 @@ def spectrograms(
         sample_rate: in hertz.
         top: highest frequency shown, in hertz.
         n_fft: of the STFT, in samples.
-        hop: of the STFT, in samples.
+        hop_length: of the STFT, in samples.
     """
-    power = {label: stft(signal, n_fft, hop).abs().square().mean(0) for label, signal in signals.items()}
+    power = {label: stft(signal, n_fft, hop_length).abs().square().mean(0) for label, signal in signals.items()}
     loudest = max(float(values.max()) for values in power.values())
     bins = int(top / sample_rate * n_fft)
     with _figure(len(signals), 1, 7.5, 1.9 * len(signals), sharex=True) as (figure, axes):
         for axis, (label, values) in zip(axes[:, 0], power.items(), strict=True):
             level = 10 * torch.log10(values[:bins] / loudest + 1e-9)
-            extent = (0, values.shape[1] * hop / sample_rate, 0, top / 1000)
+            extent = (0, values.shape[1] * hop_length / sample_rate, 0, top / 1000)
             image = axis.imshow(level, origin="lower", aspect="auto", extent=extent, vmin=-80, vmax=0)
             axis.set(title=label, ylabel="frequency (kHz)")
         axes[-1, 0].set_xlabel("time (s)")

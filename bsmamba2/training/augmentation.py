@@ -27,7 +27,7 @@ OCTAVES = np.array([-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 4.6])
 """Where the random spectrum has its points, in octaves about 1 kHz."""
 
 
-class Change:
+class Augmentation:
     """What happens to one example, drawn from `seed`.
 
     Each stem by itself: half of the time another speed, up to four semitones, with which pitch and formants move; 7 in

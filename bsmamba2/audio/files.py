@@ -1,7 +1,7 @@
 """Audio files in and out, in pieces: WAV, FLAC, OGG and MP3, through soundfile.
 
 A file is read as float32, integers divided by their full scale, so that what the file calls full is 1. What is written
-appears whole or not at all, and never clips unsaid (`Results`).
+appears whole or not at all, and never clips unsaid (`StemWriter`).
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
@@ -69,7 +69,7 @@ class AudioError(ValueError):
     """A file that cannot be used: the message names it, says why, and what to do."""
 
 
-class Reader:
+class AudioReader:
     """A file open for reading, as a context manager.
 
     Attributes:
@@ -160,7 +160,7 @@ class Reader:
                 f"can be read; get the whole file again"
             )
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> AudioReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,25 +186,25 @@ def read(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
     """A whole file: (c, samples) float32, and its rate in hertz.
 
     Raises:
-        AudioError: as `Reader` and its `blocks`.
+        AudioError: as `AudioReader` and its `blocks`.
     """
-    with Reader(path) as file:
+    with AudioReader(path) as file:
         return torch.cat(list(file.blocks()), dim=-1), file.rate
 
 
 def write(path: str | os.PathLike[str], audio: Tensor, sample_rate: int, format: str = "wav") -> float:
-    """Write one file, (c, samples); returns the gain, as `Results` has it.
+    """Write one file, (c, samples); returns the gain, as `StemWriter` has it.
 
     Raises:
-        AudioError: as `Results`.
+        AudioError: as `StemWriter`.
     """
-    with Results({"audio": Path(path)}, sample_rate, audio.shape[0], format, frames=audio.shape[1]) as results:
+    with StemWriter({"audio": Path(path)}, sample_rate, audio.shape[0], format, frames=audio.shape[1]) as results:
         for block in audio.split(BLOCK, dim=-1):
             results.write({"audio": block})
     return results.gain
 
 
-class Results:
+class StemWriter:
     """Files that belong together, of one rate, length and number of channels, written piece by piece.
 
     Until the block ends without an error, they have names that begin with a dot, in the folders where they are to
@@ -253,7 +253,7 @@ class Results:
                 f"as {self.format.container} {self.format.subtype}; choose --format wav"
             ) from error
 
-    def __enter__(self) -> Results:
+    def __enter__(self) -> StemWriter:
         try:
             for name, path in self.paths.items():
                 self._open[name] = _Part(path, self.rate, self.channels, FORMATS["wav"], self.frames)
@@ -294,7 +294,7 @@ class Results:
                 encoded = _Part(self.paths[name], self.rate, self.channels, self.format, self.frames)
                 self._open[name] = encoded
                 try:
-                    with Reader(waiting.beside) as file:
+                    with AudioReader(waiting.beside) as file:
                         for block in file.blocks():
                             encoded.write(_quantise(block.T.numpy() * np.float32(self.gain), self.format.bits))
                     encoded.close()
@@ -435,7 +435,9 @@ def _ogg_ends(path: Path) -> bool:
     return last >= 0 and len(tail) > last + 5 and bool(tail[last + 5] & 4)
 
 
-def songs_in(folder: str | os.PathLike[str], *, without: Iterable[Path] = ()) -> tuple[list[Path], list[AudioError]]:
+def find_audio_files(
+    folder: str | os.PathLike[str], *, without: Iterable[Path] = ()
+) -> tuple[list[Path], list[AudioError]]:
     """The audio files in a folder and the folders below it, by suffix, in order of their names; and what went wrong.
 
     Hidden files and folders are left out, and so are the folders `without`; links to folders are not followed.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-PATIENCE = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 """How long the others wait for one that looks through a folder. One that died is torchrun's to see."""
 
 
@@ -53,7 +53,7 @@ def together(device: str = "auto") -> Iterator[torch.device]:
         raise ValueError("device='mps': no Apple GPU can be used here")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if many:
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield place
     finally:
@@ -61,47 +61,47 @@ def together(device: str = "auto") -> Iterator[torch.device]:
             distributed.destroy_process_group()
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes train together; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return distributed.get_rank() if world() > 1 else 0
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
-def on_this_machine() -> tuple[int, int]:
+def local_rank_and_size() -> tuple[int, int]:
     """Which of this machine's processes this is, from 0, and how many there are, as `torchrun` tells them."""
     told = os.environ.get("LOCAL_WORLD_SIZE")
-    return (int(os.environ["LOCAL_RANK"]), int(told)) if told and world() > 1 else (0, 1)
+    return (int(os.environ["LOCAL_RANK"]), int(told)) if told and world_size() > 1 else (0, 1)
 
 
 def total(value: Tensor) -> Tensor:
     """The sum of a value over processes, in each of them."""
-    if world() > 1:
+    if world_size() > 1:
         distributed.all_reduce(value)
     return value
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """The value of every process, in order, in each of them."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * world()
+    values = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The first process's value, in each of them."""
     values = [value]
-    if world() > 1:
+    if world_size() > 1:
         distributed.broadcast_object_list(values)
     return values[0]
 
 
-def deal(costs: list[float], hands: int) -> list[list[int]]:
+def balance(costs: list[float], hands: int) -> list[list[int]]:
     """Which of the jobs each hand takes, to end at about the same time: the dearest first, to whoever has least."""
     parts: list[list[int]] = [[] for _ in range(hands)]
     loads = [0.0] * hands

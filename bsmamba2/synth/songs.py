@@ -12,7 +12,7 @@ A reader has a laptop and no data set, so the book makes its own songs.  One cal
 - *drums*: one-shots built from swept sines and filtered noise, placed on a pattern (`_drum`);
 - *recorded instruments*: with a sound font, some of these parts are played by it instead (`_Recorded`);
 - *finish*: a smooth random EQ and one room per song; the vocals are then gated to exact silence between
-  phrases (`_mix`).  With `variety`, saturation, width, doubles, echoes and a softer voice come between (`_produce`).
+  phrases (`_mix`).  With `mix_variety`, saturation, width, doubles, echoes and a softer voice come between (`_produce`).
 
 The mixture of a song IS the sum of its stems.
 
@@ -43,14 +43,14 @@ TAIL_SECONDS = 0.12
 """The longest that the room rings after a sung phrase; then the vocals are exactly zero."""
 
 Array = NDArray[Any]  # float32 wherever it holds sound
-Spans = tuple[tuple[float, float], ...]
+Intervals = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class Song:
     """Four stems of one song.
 
-    `stems` is (s=4, c=2, t) float32 in the order of `STEMS`; `sung` holds the sung regions as (start, end) in
+    `stems` is (s=4, c=2, t) float32 in the order of `STEMS`; `vocal_segments` holds the sung regions as (start, end) in
     seconds, ordered and apart; `licence` and `source` say what may be done with the audio and where it is
     from.
     """
@@ -58,7 +58,7 @@ class Song:
     name: str
     stems: torch.Tensor
     sample_rate: int
-    sung: Spans
+    vocal_segments: Intervals
     licence: str
     source: str
 
@@ -98,8 +98,8 @@ class Song:
 
     @property
     def occupancy(self) -> float:
-        """Share of the song's time that lies in `sung`, 0 to 1; the room's tail is not counted."""
-        return sum(end - start for start, end in self.sung) / self.seconds
+        """Share of the song's time that lies in `vocal_segments`, 0 to 1; the room's tail is not counted."""
+        return sum(end - start for start, end in self.vocal_segments) / self.seconds
 
 
 def synthesise(
@@ -107,7 +107,7 @@ def synthesise(
     *,
     seconds: float = 6.0,
     occupancy: float = 0.6,
-    variety: float = 0.0,
+    mix_variety: float = 0.0,
     sample_rate: int = SAMPLE_RATE,
     soundfont: str | Path = "",
 ) -> Song:
@@ -118,7 +118,7 @@ def synthesise(
     room rings on for `TAIL_SECONDS`, but for half the rest at most; elsewhere the vocals are exactly zero.
     0 gives no vocals at all, 1 gives singing throughout.  Another occupancy keeps the seed's band.
 
-    `variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`, `_dull`).
+    `mix_variety` is how far the mix may go from a clean one with a loud voice, 0 to 1 (`_produce`, `_dull`).
 
     `soundfont` is the file of a General MIDI sound font, whose recorded instruments take over most parts of the band;
     without one all is synthesised. The voice always is. With one, the same bits come only from the same file and the
@@ -133,8 +133,8 @@ def synthesise(
         raise ValueError(f"seconds is {seconds!r}; give a finite duration of at least 0.5")
     if not 0.0 <= occupancy <= 1.0:
         raise ValueError(f"occupancy is {occupancy!r}; give a share between 0 and 1")
-    if not 0.0 <= variety <= 1.0:
-        raise ValueError(f"variety is {variety!r}; give a number between 0 and 1")
+    if not 0.0 <= mix_variety <= 1.0:
+        raise ValueError(f"variety is {mix_variety!r}; give a number between 0 and 1")
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, np.integer)) or sample_rate < 8_000:
         raise ValueError(f"sample_rate is {sample_rate!r}; give an integer of at least 8000 (Hz)")
 
@@ -155,17 +155,17 @@ def synthesise(
     told = f", soundfont={Path(soundfont).name!r}" if soundfont else ""
 
     def produce(out: Array) -> float:
-        _dull(dull_rng, out[0], variety, rate)
-        return _produce(production_rng, out, variety, rate)
+        _dull(dull_rng, out[0], mix_variety, rate)
+        return _produce(production_rng, out, mix_variety, rate)
 
     mixed = _mix(mix_rng, stems, phrases, score, rate, produce)
     return Song(
         name=f"synthetic-{int(seed)}",
         stems=torch.from_numpy(mixed),
         sample_rate=rate,
-        sung=phrases,
+        vocal_segments=phrases,
         licence="CC0-1.0" + (f", but for the recordings of {Path(soundfont).name}" if soundfont else ""),
-        source=f"synthesise({int(seed)}, {seconds=}, {occupancy=}, {variety=}, sample_rate={rate}{told})",
+        source=f"synthesise({int(seed)}, {seconds=}, {occupancy=}, {mix_variety=}, sample_rate={rate}{told})",
     )
 
 
@@ -174,7 +174,7 @@ def songs(
     *,
     seed: int = 0,
     seconds: float = 6.0,
-    variety: float = 0.0,
+    mix_variety: float = 0.0,
     sample_rate: int = SAMPLE_RATE,
     soundfont: str | Path = "",
     soundfont_share: float = 1.0,
@@ -182,7 +182,7 @@ def songs(
     first: int = 0,
     every: int = 1,
 ) -> list[Song]:
-    """Make `count` different songs, with the occupancy and, up to `variety`, the variety drawn per song.
+    """Make `count` different songs, with the occupancy and, up to `mix_variety`, the variety drawn per song.
 
     One song in ten has no vocals, one in ten is sung throughout, the others lie between 0.3 and 0.9.  A sound font
     plays in each with probability `soundfont_share`.  With probability `clean_share` a song has neither variety nor
@@ -211,7 +211,7 @@ def songs(
                 song_seed,
                 seconds=seconds,
                 occupancy=occupancy,
-                variety=0.0 if plain else round(varied * variety, 3),
+                mix_variety=0.0 if plain else round(varied * mix_variety, 3),
                 sample_rate=sample_rate,
                 soundfont=soundfont if recorded < soundfont_share and not plain else "",
             )
@@ -277,19 +277,19 @@ def _draw_score(rng: Generator, seconds: float) -> _Score:
     return _Score(60 / rng.uniform(72, 165) / 4, swing, seconds, root, scale, tuple(chords))
 
 
-def _draw_phrases(rng: Generator, seconds: float, occupancy: float, score: _Score) -> Spans:
+def _draw_phrases(rng: Generator, seconds: float, occupancy: float, score: _Score) -> Intervals:
     """Cut `occupancy * seconds` of singing into phrases and spread them; starts lean to the sixteenths."""
-    sung = occupancy * seconds
-    rest = seconds - sung
-    if sung < 0.02:
+    vocal_segments = occupancy * seconds
+    rest = seconds - vocal_segments
+    if vocal_segments < 0.02:
         return ()
     if rest < 0.02:
         return ((0.0, seconds),)
     shortest_rest = 0.25
-    count = max(1, round(sung / rng.uniform(0.8, 2.6)), math.ceil(sung / 4.0))
-    count = min(count, 1 + int(rest / shortest_rest), max(1, int(sung / 0.4)))
+    count = max(1, round(vocal_segments / rng.uniform(0.8, 2.6)), math.ceil(vocal_segments / 4.0))
+    count = min(count, 1 + int(rest / shortest_rest), max(1, int(vocal_segments / 0.4)))
     shares = rng.uniform(0.5, 1.5, count)
-    lengths = shares / shares.sum() * sung
+    lengths = shares / shares.sum() * vocal_segments
     inner = min(shortest_rest, rest / count) if count > 1 else 0.0
     weights = rng.gamma(1.0, size=count + 1)
     weights[[0, -1]] *= rng.random(2) < 0.7  # a song often begins or ends while someone sings
@@ -434,7 +434,9 @@ def _wander(rng: Generator, count: int, width: float) -> Array:
     return noise / (noise.std() + np.float32(1e-6))
 
 
-def _articulate(rng: Generator, singer: _Singer, score: _Score, phrases: Spans, frame: float, frames: int) -> _Voice:
+def _articulate(
+    rng: Generator, singer: _Singer, score: _Score, phrases: Intervals, frame: float, frames: int
+) -> _Voice:
     """Write notes, vowels and consonants of all phrases into frames of `frame` seconds."""
     pitch, voiced, breath = np.full(frames, np.nan), np.zeros(frames), np.zeros(frames)
     hiss, formants, vibrato = np.zeros((frames, len(NOISES))), np.zeros((frames, 5)), np.zeros(frames)
@@ -524,9 +526,9 @@ def _articulate(rng: Generator, singer: _Singer, score: _Score, phrases: Spans, 
     )
 
 
-def _ramp(values: Array, hop: int, samples: int) -> Array:
+def _ramp(values: Array, hop_length: int, samples: int) -> Array:
     """Linear interpolation of one value a hop to (samples,)."""
-    steps = np.arange(hop, dtype=np.float32) / hop
+    steps = np.arange(hop_length, dtype=np.float32) / hop_length
     slopes = np.diff(values, append=values[-1:])
     return (values[:, None] + slopes[:, None] * steps).reshape(-1)[:samples]
 
@@ -578,37 +580,39 @@ def _formant_envelope(voice: _Voice, singer: _Singer, frequencies: Array, active
     return np.sqrt(power, out=power)
 
 
-def _frames(signal: Array, size: int, hop: int, active: Array) -> Array:
+def _frames(signal: Array, size: int, hop_length: int, active: Array) -> Array:
     """STFT of the active frames with a square-root Hann window, (k, f)."""
     window = np.sqrt(np.hanning(size + 1)[:-1]).astype(np.float32)
     padded = np.pad(signal, (size // 2, size))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop][active]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop_length][active]
     return np.fft.rfft(windows * window)
 
 
-def _overlap_add(spectra: Array, size: int, hop: int, active: Array, samples: int) -> Array:
+def _overlap_add(spectra: Array, size: int, hop_length: int, active: Array, samples: int) -> Array:
     window = (np.sqrt(np.hanning(size + 1)[:-1]) / 2).astype(np.float32)
-    pieces = (np.fft.irfft(spectra, size).astype(np.float32) * window).reshape(len(active), size // hop, hop)
-    out = np.zeros((samples // hop + 2 * size // hop, hop), np.float32)
-    for j in range(size // hop):
+    pieces = (np.fft.irfft(spectra, size).astype(np.float32) * window).reshape(
+        len(active), size // hop_length, hop_length
+    )
+    out = np.zeros((samples // hop_length + 2 * size // hop_length, hop_length), np.float32)
+    for j in range(size // hop_length):
         out[active + j] += pieces[:, j]
     return out.reshape(-1)[size // 2 : size // 2 + samples]
 
 
-def _sing(rng: Generator, score: _Score, phrases: Spans, rate: int, samples: int) -> Array:
+def _sing(rng: Generator, score: _Score, phrases: Intervals, rate: int, samples: int) -> Array:
     """Sing the phrases, (c, t); neither gated nor levelled yet."""
     if not phrases:
         return np.zeros((2, samples), np.float32)
     singer = _draw_singer(rng)
-    hop = 2 ** max(4, round(math.log2(0.0058 * rate)))
-    size, frames, frame = 4 * hop, samples // hop + 1, hop / rate
+    hop_length = 2 ** max(4, round(math.log2(0.0058 * rate)))
+    size, frames, frame = 4 * hop_length, samples // hop_length + 1, hop_length / rate
     voice = _articulate(rng, singer, score, phrases, frame, frames)
     active = np.flatnonzero(_smooth((voice.voiced + voice.breath + voice.hiss.sum(1)).astype(np.float32), 4) > 1e-5)
     frequencies = np.fft.rfftfreq(size, 1 / rate).astype(np.float32)
     envelope = _formant_envelope(voice, singer, frequencies, active)
     below_voice = 1 / (1 + (60.0 / np.maximum(frequencies, 1.0)) ** 3)
 
-    noise = _frames(rng.standard_normal(samples, dtype=np.float32), size, hop, active)
+    noise = _frames(rng.standard_normal(samples, dtype=np.float32), size, hop_length, active)
     air = (envelope * (0.3 + np.minimum(frequencies / 4_000, 1.5)) + 0.05) * voice.breath[active, None]
     noise *= (air + voice.hiss[active] @ _noise_bands(frequencies)) * below_voice
     # Takes: the lead in the middle; sometimes doubles at the sides, or a harmony a third or a sixth above.
@@ -621,17 +625,17 @@ def _sing(rng: Generator, score: _Score, phrases: Spans, rate: int, samples: int
         takes += [(float(rng.choice([3.5, 7.0, 12.0, -12.0])), rng.uniform(0.15, 0.4), rng.uniform(-0.6, 0.6))]
     out = np.zeros((2, samples), np.float32)
     for number, (interval, level, pan) in enumerate(takes):
-        turn = singer.vibrato_rate * rng.uniform(0.95, 1.05) * frame * np.arange(frames) + rng.random()
-        wave = np.sin(2 * np.pi * turn)
+        newton_schulz = singer.vibrato_rate * rng.uniform(0.95, 1.05) * frame * np.arange(frames) + rng.random()
+        wave = np.sin(2 * np.pi * newton_schulz)
         pitch = voice.pitch + voice.vibrato * wave * singer.vibrato_cents / 100 + interval
         if interval:
             pitch = _to_scale(pitch, score) if abs(interval) < 12 else pitch
         if number:
             pitch = pitch + _wander(rng, frames, 0.2 / frame) * np.float32(rng.uniform(0.05, 0.2))
-        hertz = _ramp((440 * 2 ** ((pitch - 69) / 12)).astype(np.float32), hop, samples)
-        shaped = _frames(_pulses(hertz, rate), size, hop, active)
+        hertz = _ramp((440 * 2 ** ((pitch - 69) / 12)).astype(np.float32), hop_length, samples)
+        shaped = _frames(_pulses(hertz, rate), size, hop_length, active)
         shaped *= envelope * (voice.voiced[active, None] * below_voice * np.float32(0.12))
-        take = _overlap_add(shaped if number else shaped + noise, size, hop, active, samples)
+        take = _overlap_add(shaped if number else shaped + noise, size, hop_length, active, samples)
         if number:
             take = np.roll(take, round(rng.uniform(0.005, 0.03) * rate))
         out += _pan(pan) * (level * take)
@@ -1287,7 +1291,7 @@ def _convolve_centred(signal: Array, kernel: Array, middle: int) -> Array:
     return _convolve(np.pad(signal, ((0, 0), (0, middle))), kernel)[:, middle:]
 
 
-def _gate(phrases: Spans, rate: int, samples: int) -> Array:
+def _gate(phrases: Intervals, rate: int, samples: int) -> Array:
     """1 within the phrases, 0 elsewhere, with 5 ms of fade in and the tail's fade out, (t,)."""
     gate = np.zeros(samples, np.float32)
     for i, (start, end) in enumerate(phrases):
@@ -1334,71 +1338,71 @@ def _amplify(rng: Generator, stem: Array, rate: int) -> Array:
     return out
 
 
-def _dull(rng: Generator, voice: Array, variety: float, rate: int) -> None:
-    """Take up to 18 dB of the treble from a voice (c, t) in place, by chance in proportion to `variety`.
+def _dull(rng: Generator, voice: Array, mix_variety: float, rate: int) -> None:
+    """Take up to 18 dB of the treble from a voice (c, t) in place, by chance in proportion to `mix_variety`.
 
     Singers differ in how much they hiss, and de-essers and soft microphones take more of it.
     """
     corner, depth = rng.uniform(1_500, 5_000), 10 ** (-rng.uniform(3, 18) / 20)
-    if rng.random() < 0.7 * variety and voice.any():
+    if rng.random() < 0.7 * mix_variety and voice.any():
         voice[:] = _filter(voice, lambda hertz: (1 + depth * (hertz / corner) ** 2) / (1 + (hertz / corner) ** 2), rate)
 
 
-def _produce(rng: Generator, stems: Array, variety: float, rate: int) -> float:
+def _produce(rng: Generator, stems: Array, mix_variety: float, rate: int) -> float:
     """Change stems (s, c, t) in place as recordings do, and draw how many dB the voice moves beside the band.
 
     The bass growls, driven and with its middle raised; the band plays through two amplifiers, left and right, and the
     bass is wide; the voice is cut below its formants; stems are driven into saturation and filtered; the band moves
     from the sides to the middle; the voice gets doubles at the sides whose delay sways, and echoes; and it sinks by up
-    to 9 dB. All of it by chance, in proportion to `variety`. Levels are set afterwards.
+    to 9 dB. All of it by chance, in proportion to `mix_variety`. Levels are set afterwards.
     """
-    if not variety:
+    if not mix_variety:
         return 0.0
     bass = stems[STEMS.index("bass")]
     power = float(np.mean(bass**2))
-    if rng.random() < variety and power:
+    if rng.random() < mix_variety and power:
         drive = 10 ** (rng.uniform(0, 24) / 20)
         steep, top = rng.uniform(0.3, 1.6), rng.uniform(400, 1_500)
         driven = np.tanh(bass * np.float32(drive / math.sqrt(power)))
         bass[:] = _filter(driven, lambda hertz: np.clip(hertz, 60, top) ** steep / (1 + (hertz / (4 * top)) ** 2), rate)
     other = stems[STEMS.index("other")]
-    if rng.random() < 0.6 * variety and other.any():
+    if rng.random() < 0.6 * mix_variety and other.any():
         other[:] = _amplify(rng, other, rate)
-    if rng.random() < 0.5 * variety and bass.any():
+    if rng.random() < 0.5 * mix_variety and bass.any():
         level, delay = rng.uniform(0.05, 0.35), rng.uniform(4, 15)
         wide = np.float32(level) * _sway(rng, bass.mean(0), delay, rate)
         bass += np.stack((wide, -wide))
-    if rng.random() < variety:
+    if rng.random() < mix_variety:
         corner, order = rng.uniform(150, 600), rng.uniform(1, 2.5)
         stems[0][:] = _filter(stems[0], lambda hertz: 1 / np.sqrt(1 + (corner / hertz) ** (2 * order)), rate)
     for stem in stems:
         power = float(np.mean(stem**2))
         drive = 10 ** (rng.uniform(-10, 12) / 20)
-        if rng.random() < 0.6 * variety and power:
+        if rng.random() < 0.6 * mix_variety and power:
             stem[:] = np.tanh(stem * np.float32(drive / math.sqrt(power)))
-        if rng.random() < variety:
+        if rng.random() < mix_variety:
             taps = _equaliser(rng, rate, spread=4.0)
             stem[:] = _convolve_centred(stem, taps[None].repeat(2, 0), BLOCK // 2)
     for stem in stems[1:]:
-        narrow = (stem[0] - stem[1]) * np.float32(0.5 * variety * rng.random())
+        narrow = (stem[0] - stem[1]) * np.float32(0.5 * mix_variety * rng.random())
         stem -= np.stack((narrow, -narrow))
     voice, dry = stems[0], stems[0].copy()
     samples = voice.shape[1]
-    if rng.random() < 0.4 * variety:
+    if rng.random() < 0.4 * mix_variety:
         level = rng.uniform(0.2, 0.9)
         for side in (0, 1):
             voice[side] += np.float32(level) * _sway(rng, dry.mean(0), rng.uniform(10, 35), rate)
-    if rng.random() < 0.4 * variety:
+    if rng.random() < 0.4 * mix_variety:
         level, delay = rng.uniform(0.1, 0.4), round(rng.uniform(0.07, 0.4) * rate)
         for i in range(1, 1 + (samples - 1) // delay):
             voice[i % 2, i * delay :] += np.float32(level**i) * dry.mean(0)[: samples - i * delay]
-    return float(rng.uniform(-9, 1)) * variety
+    return float(rng.uniform(-9, 1)) * mix_variety
 
 
 def _mix(
     rng: Generator,
     stems: dict[str, Array],
-    phrases: Spans,
+    phrases: Intervals,
     score: _Score,
     rate: int,
     produce: Callable[[Array], float],
@@ -1426,13 +1430,13 @@ def _mix(
             out[s] *= 10 ** (float(levels[name]) / 20) / power
     if phrases:
         out[0] *= _gate(phrases, rate, samples)
-        sung = np.zeros(samples, bool)
+        vocal_segments = np.zeros(samples, bool)
         for start, end in phrases:
-            sung[round(start * rate) : round(end * rate)] = True
+            vocal_segments[round(start * rate) : round(end * rate)] = True
         band = out[1:].sum(axis=0)
-        reference = float(np.mean(band[:, sung] ** 2)) or float(np.mean(band**2)) or 1.0
+        reference = float(np.mean(band[:, vocal_segments] ** 2)) or float(np.mean(band**2)) or 1.0
         wanted = min(6.0, max(-6.0, float(levels["vocals"]))) + sinks
-        out[0] *= math.sqrt(reference * 10 ** (wanted / 10) / (float(np.mean(out[0][:, sung] ** 2)) + 1e-20))
+        out[0] *= math.sqrt(reference * 10 ** (wanted / 10) / (float(np.mean(out[0][:, vocal_segments] ** 2)) + 1e-20))
     peak = float(np.abs(out.sum(axis=0)).max())
     return out * np.float32(rng.uniform(0.5, 0.95) / (peak or 1.0))
 
@@ -1443,7 +1447,7 @@ def _mix(
 def excerpt() -> Song:
     """The real excerpt that the stempeg package carries: 6.08 s of "Falcon 69" by The Easton Ellises.
 
-    The mixture is the sum of the stems; the file's own mixture stream differs from it.  `sung` is measured:
+    The mixture is the sum of the stems; the file's own mixture stream differs from it.  `vocal_segments` is measured:
     20 ms blocks of the vocals that are less than 12 dB under their overall level, with gaps under 0.2 s
     closed and regions under 0.1 s dropped.  Samples may pass 1.  stempeg's README states the licence.
 
@@ -1465,7 +1469,7 @@ def excerpt() -> Song:
         name="falcon-69",
         stems=stems,
         sample_rate=SAMPLE_RATE,
-        sung=_measure_sung(stems[0].numpy(), SAMPLE_RATE),
+        vocal_segments=_measure_sung(stems[0].numpy(), SAMPLE_RATE),
         licence="CC BY-NC-SA 3.0",
         source='"Falcon 69" by The Easton Ellises, excerpt carried by the stempeg package on PyPI',
     )
@@ -1487,7 +1491,7 @@ def _decode(path: Path, stream: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(pieces, axis=1).astype(np.float32))
 
 
-def _measure_sung(vocals: Array, rate: int, below: float = 12.0, shortest: float = 0.1) -> Spans:
+def _measure_sung(vocals: Array, rate: int, below: float = 12.0, shortest: float = 0.1) -> Intervals:
     """Regions of (c, t) whose 20 ms blocks are less than `below` dB under the overall level, in seconds."""
     block = round(0.02 * rate)
     blocks = vocals.shape[1] // block

@@ -27,14 +27,15 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from . import audio, metrics
-from .masks import oracle_mask
-from .metrics import csdr, usdr
-from .model import BSMamba2
-from .protocol import MUSDB, Protocol, compare
-from .separate import separate
-from .songs import STEMS, Song
-from .spectrogram import istft, stft
+from .. import metrics
+from ..audio import files
+from ..masks import oracle_mask
+from ..metrics import csdr, usdr
+from ..model import BSMamba2
+from ..separate import separate
+from ..spectrogram import istft, stft
+from ..synth.songs import STEMS, Song
+from .protocols import MUSDB, Protocol, compare
 
 # --- one song ---------------------------------------------------------------------------------------------
 
@@ -57,11 +58,11 @@ class Score:
     leak: float | None
 
 
-def oracle(song: Song, n_fft: int = 2048, hop: int = 441) -> Tensor:
+def oracle(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
     """The vocals that the best real mask in [0, 1] gives (`masks.oracle_mask`): (c, samples)."""
-    mixture = stft(song.mixture, n_fft, hop)
-    mask = oracle_mask(stft(song.vocals, n_fft, hop), mixture)
-    return istft(mask * mixture, song.mixture.shape[-1], n_fft, hop)
+    mixture = stft(song.mixture, n_fft, hop_length)
+    mask = oracle_mask(stft(song.vocals, n_fft, hop_length), mixture)
+    return istft(mask * mixture, song.mixture.shape[-1], n_fft, hop_length)
 
 
 def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float = 0.5) -> Score:
@@ -82,7 +83,7 @@ def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float =
         mixture=usdr(song.vocals, song.mixture),
         silence=usdr(song.vocals, torch.zeros_like(song.vocals)),
         model=usdr(song.vocals, estimate),
-        oracle=usdr(song.vocals, oracle(song, model.config.n_fft, model.config.hop)),
+        oracle=usdr(song.vocals, oracle(song, model.config.n_fft, model.config.hop_length)),
         model_csdr=csdr(song.vocals, estimate, song.sample_rate),
         leak=None if math.isnan(leak) else leak,
     )
@@ -119,7 +120,7 @@ class Tracks:
     tracks: tuple[Track, ...]
 
 
-def tracks_in(folder: str | os.PathLike[str]) -> Tracks:
+def load_tracks(folder: str | os.PathLike[str]) -> Tracks:
     """The tracks of a folder in MUSDB18-HQ's layout: `test/<track>/{mixture,vocals,drums,bass,other}.wav`.
 
     The folder may also be `test` itself, any other folder of such tracks, or one track. What is read are
@@ -148,7 +149,7 @@ def _folder_track(path: Path) -> Track:
     used = [mixture, stems[0]] if mixture.is_file() else stems
 
     def load() -> tuple[Tensor, Tensor, int]:
-        signals, rates = zip(*(audio.read(file) for file in used), strict=True)
+        signals, rates = zip(*(files.read(file) for file in used), strict=True)
         if len({(*signal.shape, rate) for signal, rate in zip(signals, rates, strict=True)}) > 1:
             raise ValueError(f"{path}: the files differ in rate, channels or length; export them again")
         vocals = signals[1] if mixture.is_file() else signals[0]
@@ -263,14 +264,14 @@ def evaluate_track(
     leak = metrics.leak(vocals, estimate, mixture, rate)
     onsets = metrics.onsets(vocals, estimate, rate)
     seconds = mixture.shape[-1] / rate
-    sung = leak.seconds < seconds
+    vocal_segments = leak.seconds < seconds
     return Row(
         track=track.name,
         segment=protocol.segment,
         seconds=seconds,
         occupancy=1 - leak.seconds / seconds,
         csdr=csdr(vocals, estimate, rate, beside=beside),
-        usdr=usdr(vocals, estimate) if sung else math.nan,
+        usdr=usdr(vocals, estimate) if vocal_segments else math.nan,
         si_sdr=metrics.si_sdr(vocals, estimate),
         bleedless=bleed.bleedless,
         fullness=bleed.fullness,
@@ -280,12 +281,12 @@ def evaluate_track(
         onset_error=statistics.median([one.error for one in onsets] or [math.nan]),
         onsets=len(onsets),
         onsets_missed=sum(one.delay == math.inf for one in onsets),
-        mixture_usdr=usdr(vocals, mixture) if sung else math.nan,
+        mixture_usdr=usdr(vocals, mixture) if vocal_segments else math.nan,
         compute_seconds=compute_seconds,
     )
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
+def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -310,7 +311,7 @@ def run(
 
     Args:
         model: to evaluate.
-        checkpoint: its `fingerprint`.
+        checkpoint: its `sha256_file`.
         tracks: what on.
         protocol: how.
         output: folder, made if absent.
@@ -415,7 +416,7 @@ class Evaluation:
 
     Attributes:
         checkpoint: the file's name.
-        checkpoint_sha256: its `fingerprint`.
+        checkpoint_sha256: its `sha256_file`.
         tracks: what was evaluated on.
         protocol: how.
         dtype: of the model's arithmetic.

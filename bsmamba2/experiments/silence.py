@@ -23,25 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layers, metrics
-from .bands import generate_bands
-from .config import ModelConfig
-from .data import Remixer
-from .model import BSMamba2
-from .runs import Run
-from .separate import separate
-from .songs import Song, songs, synthesise
-from .train import TrainConfig, Trainer
+from .. import metrics
+from ..bands import generate_bands
+from ..config import ModelConfig
+from ..data import Remixer
+from ..model import BSMamba2
+from ..separate import separate
+from ..synth.songs import Song, songs, synthesise
+from ..train import TrainConfig, Trainer
+from ..training.run_dir import Run
+from . import sequence_layers
 
 MODEL = ModelConfig(
     dim=48,
-    layers=1,
-    bands=generate_bands(16, 513),
+    depth=1,
+    freqs_per_bands=generate_bands(16, 513),
     sample_rate=16_000,
     n_fft=1024,
-    hop=320,
-    state=16,
-    head_width=32,
+    hop_length=320,
+    d_state=16,
+    headdim=32,
     expand=2,
     mask_expand=2,
 )
@@ -50,7 +51,7 @@ MODEL = ModelConfig(
 TEST_SEED = 2_000_000
 """Of the first song that is scored; the songs to learn from have other seeds."""
 
-MEASURES = ("usdr", "sung", "leak", "onset")
+MEASURES = ("usdr", "vocal_segments", "leak", "onset")
 """The measures of a row: see `measure`."""
 
 COLUMNS = ("song", "occupancy", "segment", *MEASURES, "mixture")
@@ -106,8 +107,8 @@ class Experiment:
                 raise ValueError(f"{name}={values!r} must be positive numbers, at least one")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={values!r} names one twice")
-        if self.layer not in layers.KINDS:
-            raise ValueError(f"layer={self.layer!r} must be one of {', '.join(layers.KINDS)}")
+        if self.layer not in sequence_layers.KINDS:
+            raise ValueError(f"layer={self.layer!r} must be one of {', '.join(sequence_layers.KINDS)}")
         for name in ("steps", "batch", "songs", "test_songs", "save_every", "seed"):
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -150,7 +151,7 @@ def build(experiment: Experiment) -> BSMamba2:
         ValueError: when the layer cannot be brought to the Mamba-2 mixer's size.
     """
     torch.manual_seed(experiment.seed)
-    model = BSMamba2(MODEL, sequence_layer=layers.choose(experiment.layer, MODEL))
+    model = BSMamba2(MODEL, sequence_layer=sequence_layers.choose(experiment.layer, MODEL))
     torch.manual_seed(experiment.seed)
     first = BSMamba2(MODEL)
     shared = {name: part for name, part in first.state_dict().items() if ".mixer." not in name}
@@ -171,7 +172,7 @@ def batches(experiment: Experiment) -> Remixer:
 
 
 def start(experiment: Experiment, folder: Path) -> Run:
-    """The run in its folder, from the beginning or taken up where it was (`bsmamba2.runs`).
+    """The run in its folder, from the beginning or taken up where it was (`bsmamba2.training.run_dir`).
 
     Raises:
         RunError: when the folder's run has other parameters.
@@ -202,7 +203,7 @@ def measure(song: Song, estimate: Tensor) -> dict[str, float | None]:
     """What an estimate of a song's vocals is worth, in dB; none where a measure has nothing to say.
 
     - `usdr`: over the whole song, `metrics.usdr`;
-    - `sung`: the same over what is left of the song without its silent regions;
+    - `vocal_segments`: the same over what is left of the song without its silent regions;
     - `leak`: what is let through in the silent regions, relative to the mixture, `metrics.leak`;
     - `onset`: error in the 0.2 s after silence, the median over the song's onsets, `metrics.onsets`.
 
@@ -217,7 +218,7 @@ def measure(song: Song, estimate: Tensor) -> dict[str, float | None]:
     onsets = [one.error for one in metrics.onsets(voice, estimate, rate)]
     found = {
         "usdr": metrics.usdr(voice, estimate),
-        "sung": metrics.usdr(voice[:, heard], estimate[:, heard]) if heard.any() else math.nan,
+        "vocal_segments": metrics.usdr(voice[:, heard], estimate[:, heard]) if heard.any() else math.nan,
         "leak": metrics.leak(voice, estimate, song.mixture, rate).relative,
         "onset": statistics.median(onsets or [math.nan]),
     }
@@ -286,11 +287,11 @@ def read(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         if run["code"] != runs[0]["code"]:
             raise ValueError(f"{one.layer}, seed {one.seed}, was run with other code than the first run")
     found = sorted((one.layer, one.seed) for one in made)
-    wanted = sorted((layer, seed) for layer in layers.KINDS for seed in {one.seed for one in made})
+    wanted = sorted((layer, seed) for layer in sequence_layers.KINDS for seed in {one.seed for one in made})
     if found != wanted:
         raise ValueError(f"runs of {found}, and not one for each layer and seed: {wanted}")
     sizes = [run["layer_parameters"] for run in runs]
-    if max(sizes) - min(sizes) > layers.TOLERANCE * min(sizes):
+    if max(sizes) - min(sizes) > sequence_layers.TOLERANCE * min(sizes):
         raise ValueError(f"layers of {min(sizes)} to {max(sizes)} parameters are not equal within 1 %")
     grid = {(s, o, e) for s in range(base.test_songs) for o in base.occupancies for e in base.segments}
     all_rows = []

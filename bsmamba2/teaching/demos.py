@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import metrics, ssd
-from .config import ModelConfig
-from .data import Remixer
-from .dual_path import BidirectionalBlock, SequenceLayer
-from .losses import WINDOWS, bsmamba2_loss
-from .model import BSMamba2
-from .separate import separate
-from .songs import Song, songs, synthesise
-from .spectrogram import istft, stft
-from .train import TrainConfig, learning_rate, parameter_groups
+from .. import metrics, ssd
+from ..config import ModelConfig
+from ..data import Remixer
+from ..dual_path import BidirectionalBlock, SequenceLayer
+from ..losses import WINDOWS, bsmamba2_loss
+from ..model import BSMamba2
+from ..separate import separate
+from ..spectrogram import istft, stft
+from ..synth.songs import Song, songs, synthesise
+from ..train import TrainConfig, learning_rate, parameter_groups
 
 # --- bands ------------------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def band_width_at(widths: Sequence[int], hertz: float, sample_rate: int = 44_100
     raise ValueError(f"hertz={hertz!r} must lie in the bands, from 0 to half of sample_rate={sample_rate}")
 
 
-def one_gain_a_band(song: Song, widths: Sequence[int], hop: int = 441) -> Tensor:
+def oracle_band_gain(song: Song, widths: Sequence[int], hop_length: int = 441) -> Tensor:
     """The vocals that the best gain for every band and frame gives: what is lost inside a band is heard.
 
     With m and s the mixture's and the vocals' bins of a band in one frame, both channels together, the gain that
@@ -70,19 +70,19 @@ def one_gain_a_band(song: Song, widths: Sequence[int], hop: int = 441) -> Tensor
     Args:
         song: what to separate.
         widths: bins in each band, low to high.
-        hop: samples between frames.
+        hop_length: samples between frames.
 
     Returns:
         (c, samples).
     """
     n_fft = 2 * (sum(widths) - 1)
-    mixture, vocals = stft(song.mixture, n_fft, hop), stft(song.vocals, n_fft, hop)
+    mixture, vocals = stft(song.mixture, n_fft, hop_length), stft(song.vocals, n_fft, hop_length)
     product, power = (mixture.conj() * vocals).real, mixture.abs().square()
     parts = []
     for m, over, under in zip(*(part.split(list(widths), dim=1) for part in (mixture, product, power)), strict=True):
         gain = over.sum((0, 1)) / under.sum((0, 1)).clamp(min=1e-12)  # (t,)
         parts.append(gain.clamp(0, 1) * m)
-    return istft(torch.cat(parts, dim=1), song.samples, n_fft, hop)
+    return istft(torch.cat(parts, dim=1), song.samples, n_fft, hop_length)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------
@@ -108,11 +108,11 @@ class ChunkRun:
 
 
 def scan_inputs(
-    sequences: int = 2, frames: int = 768, *, heads: int = 16, head_width: int = 64, state: int = 128, seed: int = 0
+    sequences: int = 2, frames: int = 768, *, heads: int = 16, headdim: int = 64, state: int = 128, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Random x, dt, A, B, C for a scan (see `bsmamba2.ssd`); the widths are the published model's."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    x = draw(sequences, frames, heads, head_width)
+    x = draw(sequences, frames, heads, headdim)
     dt = draw(sequences, frames, heads).sigmoid() * 0.1
     A = -torch.linspace(1, 16, heads)
     return x, dt, A, draw(sequences, frames, state), draw(sequences, frames, state)
@@ -298,8 +298,8 @@ DIRECTIONS = ("both", "forwards only")
 LOSSES = ("whole", "without the waveform", "without the spectra")
 
 TINY = ModelConfig(
-    dim=32, layers=1, bands=(4,) * 16 + (8,) * 8 + (16, 16, 33, 64), n_fft=512, hop=256, sample_rate=16_000,
-    state=16, head_width=16, expand=2,
+    dim=32, depth=1, freqs_per_bands=(4,) * 16 + (8,) * 8 + (16, 16, 33, 64), n_fft=512, hop_length=256, sample_rate=16_000,
+    d_state=16, headdim=16, expand=2,
 )  # fmt: skip
 """Small enough to learn something within seconds: 16 kHz, 28 bands of 257 bins, 16 ms a frame."""
 
@@ -384,7 +384,9 @@ def ablate(
         torch.manual_seed(seed)
         model = ablated_model(sequence_layer, directions, config)
     train_on = songs(8, seed=1, seconds=3.0, sample_rate=config.sample_rate)
-    unseen = [song for song in songs(6, seed=1_000_001, seconds=3.0, sample_rate=config.sample_rate) if song.sung]
+    unseen = [
+        song for song in songs(6, seed=1_000_001, seconds=3.0, sample_rate=config.sample_rate) if song.vocal_segments
+    ]
     schedule = TrainConfig(steps=steps, lr=4e-3, schedule="cosine")
     optimiser = torch.optim.AdamW(parameter_groups(model, schedule.weight_decay))
     batches = iter(Remixer(train_on, config.sample_rate, 4, seed=seed))
@@ -396,7 +398,7 @@ def ablate(
             group["lr"] = learning_rate(number, schedule)
         optimiser.zero_grad()
         _loss(model(mixture)[:, 0], target, loss).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
         optimiser.step()
     model.eval()
     seconds = time.perf_counter() - started
@@ -417,7 +419,7 @@ def _loss(estimate: Tensor, target: Tensor, terms: str) -> Tensor:
     if terms == "without the spectra":
         return bsmamba2_loss(estimate, target, windows=())
     weight = 0.0 if terms == "without the waveform" else 10.0
-    return bsmamba2_loss(estimate, target, windows=WINDOWS[1:], hop=441, time_weight=weight)
+    return bsmamba2_loss(estimate, target, windows=WINDOWS[1:], hop_length=441, time_weight=weight)
 
 
 def _listed(name: str, value: str, choices: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or by_words
 
 
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """A RuntimeWarning, the first time in this process."""
     if message not in _said:
         _said.add(message)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from .processes import deal, rank, world
+from .distributed import balance, rank, world_size
 
-ROUND = (3.4445, -4.775, 2.0315)
-"""Of one round of `turn`, the factors of X, X·Xᵀ·X and (X·Xᵀ)²·X: K. Jordan et al., "Muon", 2024."""
+NS_COEFFS = (3.4445, -4.775, 2.0315)
+"""Of one round of `newton_schulz`, the factors of X, X·Xᵀ·X and (X·Xᵀ)²·X: K. Jordan et al., "Muon", 2024."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are turned (`turn`) before they are a step, at a step size that suits AdamW's rates.
+    """Momentum whose matrices are turned (`newton_schulz`) before they are a step, at a step size that suits AdamW's rates.
 
     K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step size after J. Liu
     et al., "Muon is scalable for LLM training", arXiv:2502.16982. As `torch.optim.Muon` with
@@ -64,18 +64,18 @@ class Muon(torch.optim.Optimizer):
                         state["momentum_buffer"] = torch.zeros_like(one.grad)
                     momentum = state["momentum_buffer"].lerp_(one.grad, 1 - group["momentum"])
                     directions.append((group, one, momentum))
-        parts = deal([_work(one.shape) for _, one, _ in directions], world())
+        parts = balance([_work(one.shape) for _, one, _ in directions], world_size())
         for i in parts[rank()]:
             group, one, momentum = directions[i]
-            step = turn(one.grad.lerp(momentum, group["momentum"]))
+            step = newton_schulz(one.grad.lerp(momentum, group["momentum"]))
             one.mul_(1 - group["lr"] * group["weight_decay"])
             one.add_(step, alpha=-0.2 * group["lr"] * max(one.shape) ** 0.5)
-        if world() > 1:
+        if world_size() > 1:
             _spread([[directions[i][1] for i in part] for part in parts])
         return loss
 
 
-def turn(matrix: Tensor, dtype: torch.dtype | None = None, *, rounds: int = 5) -> Tensor:
+def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, rounds: int = 5) -> Tensor:
     """A matrix with the singular vectors of the one given, and singular values from 0.68 to 1.21.
 
     So much of those that are above a 500th of the matrix's norm (the root of the sum of their squares); what is below
@@ -91,7 +91,7 @@ def turn(matrix: Tensor, dtype: torch.dtype | None = None, *, rounds: int = 5) -
     """
     if dtype is None:
         dtype = torch.float32 if matrix.device.type == "cpu" else torch.bfloat16
-    a, b, c = ROUND
+    a, b, c = NS_COEFFS
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.mT if tall else matrix).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
@@ -102,7 +102,7 @@ def turn(matrix: Tensor, dtype: torch.dtype | None = None, *, rounds: int = 5) -
 
 
 def _work(shape: torch.Size) -> float:
-    """Multiplications of one round of `turn`, and what it costs to begin with a matrix at all."""
+    """Multiplications of one round of `newton_schulz`, and what it costs to begin with a matrix at all."""
     short, long = sorted(shape)
     return short * short * (2 * long + short) + 1e5
 

@@ -24,9 +24,9 @@ import math
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint
-from .config import ModelConfig
-from .model import BSMamba2
+from ..checkpoints import Checkpoint
+from ..config import ModelConfig
+from ..model import BSMamba2
 
 GROWING = ("layers", "dim", "mask_expand")
 """The sizes in which a model may be larger than what it begins as."""

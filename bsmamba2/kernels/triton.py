@@ -1,7 +1,7 @@
 """Which scan runs: ours, or a fused GPU kernel where one was seen to work.
 
     recurrent, matrix, chunked   `bsmamba2.ssd`, on every device
-    native                       `bsmamba2.native`, C++ on a CPU
+    native                       `bsmamba2.kernels.cpu`, C++ on a CPU
     fused                        mamba-ssm's Triton kernels, on a CUDA device
     auto                         on a CUDA device fused, on a CPU native within `loops.compiled`, each where a trial run
                                  agreed with ours; else chunked
@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import loops, native, ssd
-from .trials import Backend, BackendError, refuse, say_once, trial
+from .. import ssd
+from . import cpu, loops
+from .self_test import Backend, BackendError, refuse, trial, warn_once
 
 Convolution = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """SiLU of a causal convolution, with the arguments of `conv_silu`."""
@@ -85,7 +86,7 @@ def slower_than_float32(device: torch.device, dtype: torch.dtype) -> float:
     return times[dtype] / times[torch.float32]
 
 
-def told_if_slow(device: torch.device, dtype: torch.dtype) -> str:
+def slow_dtype_warning(device: torch.device, dtype: torch.dtype) -> str:
     """What to say of a type that takes more than twice as long as float32 (`slower_than_float32`); else nothing."""
     longer = slower_than_float32(device, dtype)
     return f"takes {longer:.0f} times as long as float32, the default, on this processor" if longer > 2 else ""
@@ -109,7 +110,7 @@ def choose(scan: ssd.Scan | str) -> ssd.Scan:
     if scan == "fused":
         refuse(_obstacles(scan_kernel))
     if scan == "native":
-        native.operators()
+        cpu.operators()
     return SCANS[scan]
 
 
@@ -126,7 +127,7 @@ def auto(
 ) -> Any:
     """The scan that suits the device of x (`scan_for`). See `bsmamba2.ssd` for shapes."""
     scan = scan_for(x.device, x.dtype)
-    if scan is native.scan and native.misfits(x.device, x.dtype, x.shape[-1], B.shape[-1]):
+    if scan is cpu.scan and cpu.misfits(x.device, x.dtype, x.shape[-1], B.shape[-1]):
         scan = ssd.chunked
     return scan(x, dt, A, B, C, D, initial_state=initial_state, return_state=return_state)
 
@@ -139,13 +140,13 @@ def scan_for(device: torch.device, dtype: torch.dtype) -> ssd.Scan:
     """
     if device.type == GPU:
         fault, kernel, scan = scan_fault(device, dtype), "fused", fused
-    elif device.type == "cpu" and loops.asked() and dtype in native.TOLERANCE:
-        fault, kernel, scan = native.fault(dtype), "native", native.scan
+    elif device.type == "cpu" and loops.asked() and dtype in cpu.TOLERANCE:
+        fault, kernel, scan = cpu.fault(dtype), "native", cpu.scan
     else:
         return ssd.chunked
     if fault is None:
         return scan
-    say_once(f"scan='auto' runs the chunked form instead of the {kernel} kernel: {fault}")
+    warn_once(f"scan='auto' runs the chunked form instead of the {kernel} kernel: {fault}")
     return ssd.chunked
 
 
@@ -260,7 +261,7 @@ def convolution(
         return otherwise(x, weight, bias, before)
     fault = conv_fault(x.device, x.dtype)
     if fault is not None:
-        say_once(f"the convolution runs without causal-conv1d: {fault}")
+        warn_once(f"the convolution runs without causal-conv1d: {fault}")
         return otherwise(x, weight, bias, before)
     return conv_silu(x, weight, bias, before)
 
@@ -492,7 +493,7 @@ SCANS: dict[str, ssd.Scan] = {
     "recurrent": ssd.recurrent,
     "matrix": ssd.matrix,
     "chunked": ssd.chunked,
-    "native": native.checked,
+    "native": cpu.checked,
     "fused": checked,
 }
 
@@ -512,7 +513,7 @@ def backends(device: torch.device | None = None, dtype: torch.dtype = torch.floa
         Backend("matrix", True, ours, "runs on every device; memory grows with the square of the length"),
         Backend("chunked", True, ours, "runs on every device; time and memory grow with the length"),
     ]
-    trouble = native.fault(dtype)
+    trouble = cpu.fault(dtype)
     rows.append(
         Backend("native", True, ours, f"agrees with the reference on cpu in {dtype}")
         if trouble is None

@@ -29,15 +29,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from . import ssd
-from .trials import BackendError, refuse, trial
+from .. import ssd
+from .self_test import BackendError, refuse, trial
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 X86_FLAGS = ("-mprefer-vector-width=512",)  # what has no registers so wide takes two
 MEND_COMPILER = "apt install g++, or name a compiler in the environment variable CXX"
 
-LANES = 32  # features that a row of pairs in a register holds: head width and state are multiples
+WIDTH_MULTIPLE = 32  # features that a row of pairs in a register holds: head width and state are multiples
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 """Largest error of a trial run, relative to float64 in the Euclidean norm; the types that there are."""
 
@@ -302,7 +302,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def normalises(x: Tensor) -> bool:
     """Whether `rms_norm` takes x, and works here."""
-    return x.device.type == "cpu" and x.dtype in TOLERANCE and not x.shape[-1] % LANES and fault(x.dtype) is None
+    return (
+        x.device.type == "cpu" and x.dtype in TOLERANCE and not x.shape[-1] % WIDTH_MULTIPLE and fault(x.dtype) is None
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -326,9 +328,11 @@ def misfits(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list[Ba
         said.append(BackendError(f"the tensor is on {device}, the native kernel runs on a CPU", "scan='auto'"))
     if dtype not in TOLERANCE:
         said.append(BackendError(f"the native kernel does not take {dtype}", "float32, bfloat16, or scan='chunked'"))
-    if p % LANES or n % LANES:
+    if p % WIDTH_MULTIPLE or n % WIDTH_MULTIPLE:
         said.append(
-            BackendError(f"head_width={p} and state={n} must be multiples of {LANES}", "others, or scan='chunked'")
+            BackendError(
+                f"headdim={p} and state={n} must be multiples of {WIDTH_MULTIPLE}", "others, or scan='chunked'"
+            )
         )
     return said
 

@@ -8,7 +8,7 @@ one is the same.
     with loops.compiled():
         stems = model(mixture)
 
-Within it a mixer asks for its own kernel first, `bsmamba2.native`; the loops are for what that kernel does not take,
+Within it a mixer asks for its own kernel first, `bsmamba2.kernels.cpu`; the loops are for what that kernel does not take,
 and for machines where it cannot be built.
 
 Book: "The fused kernel".
@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .trials import out_of_memory
+from .self_test import out_of_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -40,27 +40,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import cost, kernels, loops, ssd
-from .config import PRESETS, ModelConfig
-from .data import Loader, Remixer
-from .losses import WINDOWS, bsmamba2_loss
-from .mamba2 import Mamba2, block_by_block, causal_conv_silu
-from .model import BSMamba2
-from .separate import separate_blocks
-from .tracks import FileTrack
-from .trials import out_of_memory
+from ... import ssd
+from ...config import PRESETS, ModelConfig
+from ...data import Loader, Remixer
+from ...experiments import cost
+from ...kernels import loops, triton
+from ...kernels.self_test import out_of_memory
+from ...losses import WINDOWS, bsmamba2_loss
+from ...mamba2 import Mamba2, block_by_block, causal_conv_silu
+from ...model import BSMamba2
+from ...separate import separate_stream
+from ...training.datasets import FileTrack
 
 PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("chunked", "matrix", "recurrent", "native", "fused")
-PEERS = {  # module: how to install it, and what it is
+BASELINES = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
 }
 PEER_CHUNKS = (32, 64)  # of 32, 64, 128 and 256 the quickest of Hugging Face's on the CPUs that were tried
 COMPILED = ", compiled"
-WAYS: dict[str, dict[str, Any]] = {  # of separating a song: what `separate_blocks` is told
+STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: what `separate_stream` is told
     "end to end": {"overlap": 0.0},
     "overlapping by half": {"overlap": 0.5},
     "carried, 2 s ahead": {"look_ahead": 2.0},
@@ -96,9 +98,9 @@ class Settings:
         repeats: rounds, after a warm-up.
         preset: size of the model.
         sequences: that the scan and the convolution read at once; 16 are what the published model hands them.
-        peers: of `PEERS`; those that cannot be imported are listed as not run.
+        peers: of `BASELINES`; those that cannot be imported are listed as not run.
         compile: also the chunked form with the loops between matrix products compiled; without gradients only.
-        checkpointing: compute the model's layers again in its backward pass.
+        gradient_checkpointing: compute the model's layers again in its backward pass.
         limit: seconds that one run may take; a longer one is listed as not run.
         memory: gigabytes that one run may take beyond its inputs, on a CPU under Linux.
     """
@@ -112,9 +114,9 @@ class Settings:
     repeats: int = 5
     preset: str = "paper"
     sequences: int = 16
-    peers: tuple[str, ...] = tuple(PEERS)
+    peers: tuple[str, ...] = tuple(BASELINES)
     compile: bool = False
-    checkpointing: bool = True
+    gradient_checkpointing: bool = True
     limit: float = 60.0
     memory: float = 12.0
 
@@ -124,7 +126,7 @@ class Settings:
             ("backends", BACKENDS),
             ("dtypes", DTYPES),
             ("modes", (FORWARD, BACKWARD)),
-            ("peers", PEERS),
+            ("peers", BASELINES),
         ):
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
@@ -158,7 +160,7 @@ class Case:
     seconds: float
     dtype: str
     mode: str
-    contestant: str
+    candidate: str
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Row(Case):
     Attributes:
         times: seconds of a job, for each round.
         peaks: operations a second of the matrix products beside it, for each round.
-        flops: operations of the job, by `bsmamba2.cost`; none for what is no matrix product, or no model of ours.
+        flops: operations of the job, by `bsmamba2.experiments.cost`; none for what is no matrix product, or no model of ours.
         units: frames of a spectrogram; examples for the loading part.
         memory: largest resident memory of a process that did nothing else, in bytes (on a GPU, of PyTorch's tensors).
         before: the same before the job, with all that was imported, weights and inputs.
@@ -214,7 +216,7 @@ class Row(Case):
 
 
 @dataclass(frozen=True)
-class NotRun(Case):
+class Skipped(Case):
     """What was not measured, and why."""
 
     why: str
@@ -250,36 +252,36 @@ def contestants(settings: Settings, part: str) -> list[str]:
         "convolution": ["shifts", "conv1d", "causal-conv1d"],
         "mixer": [*settings.backends, *compiled, *mixers],
         "model": [*settings.backends, *compiled, *roformer],
-        "separation": [*WAYS, *roformer],
+        "separation": [*STREAM_MODES, *roformer],
         "loss": ["five windows", "three windows"],
         "loading": ["files, when asked", "files, two processes ahead", "memory"],
     }[part]
 
 
-def _compiled(contestant: str) -> bool:
-    return contestant.endswith(COMPILED) or contestant == "native"
+def _compiled(candidate: str) -> bool:
+    return candidate.endswith(COMPILED) or candidate == "native"
 
 
 def obstacle(case: Case, settings: Settings) -> str:
     """Why a contestant cannot take part here at all; empty when it can."""
-    peer = case.contestant.partition(",")[0]
-    if peer in PEERS and importlib.util.find_spec(peer) is None:
-        return f"not installed: {PEERS[peer][0]}"
-    name = {"native": "native", "fused": "fused", "causal-conv1d": "conv"}.get(case.contestant)
+    peer = case.candidate.partition(",")[0]
+    if peer in BASELINES and importlib.util.find_spec(peer) is None:
+        return f"not installed: {BASELINES[peer][0]}"
+    name = {"native": "native", "fused": "fused", "causal-conv1d": "conv"}.get(case.candidate)
     if name:
-        found = {row.name: row for row in kernels.backends(torch.device(settings.device), DTYPES[case.dtype])}[name]
+        found = {row.name: row for row in triton.backends(torch.device(settings.device), DTYPES[case.dtype])}[name]
         return "" if found.usable else f"{found.why}. To mend this: {found.mend}"
     return ""
 
 
 def operations(case: Case, settings: Settings) -> float | None:
-    """Of a job, counted as `bsmamba2.cost` does, for every contestant as if it were the chunked form."""
+    """Of a job, counted as `bsmamba2.experiments.cost` does, for every contestant as if it were the chunked form."""
     config = ModelConfig.preset(settings.preset)
-    frames, bands, d = _frames(case, config), len(config.bands), config.dim
+    frames, bands, d = _frames(case, config), len(config.freqs_per_bands), config.dim
     chunk = ssd.CHUNK if case.mode == BACKWARD else ssd.LONG_CHUNK
-    if case.part == "model" and case.contestant not in PEERS:
+    if case.part == "model" and case.candidate not in BASELINES:
         forward = cost.forward_flops(config, frames, chunk)
-        again = forward["time"] + forward["band"] if settings.checkpointing else 0.0
+        again = forward["time"] + forward["band"] if settings.gradient_checkpointing else 0.0
         return sum(forward.values()) + (case.mode == BACKWARD) * (cost.backward_flops(config, frames) + again)
     if case.part not in ("scan", "mixer"):
         return None
@@ -292,7 +294,7 @@ def operations(case: Case, settings: Settings) -> float | None:
 
 
 def _frames(case: Case, config: ModelConfig) -> int:
-    return round(case.seconds * config.sample_rate) // config.hop + 1
+    return round(case.seconds * config.sample_rate) // config.hop_length + 1
 
 
 # --- jobs -------------------------------------------------------------------------------------------------
@@ -309,37 +311,37 @@ def prepare(case: Case, settings: Settings) -> Job:
     if case.part == "loading":
         return _loading(case, config)
     if case.part == "loss":
-        windows = WINDOWS if case.contestant == "five windows" else (2048, 1024, 512)
+        windows = WINDOWS if case.candidate == "five windows" else (2048, 1024, 512)
         signals = torch.randn(2, 1, config.channels, round(case.seconds * config.sample_rate), device=device)
         return _job(lambda x: bsmamba2_loss(x, signals[1], windows=windows), signals[0], [], case, device)
     if case.part == "model":
         mixture = torch.randn(1, config.channels, round(case.seconds * config.sample_rate), device=device)
-        model = _model(case.contestant, config, settings.checkpointing).to(device)
+        model = _model(case.candidate, config, settings.gradient_checkpointing).to(device)
         return _job(model, mixture, list(model.parameters()), case, device)
     if case.part == "separation":
         return _separation(case, config, device)
     if case.part == "mixer":
-        frames, bands = _frames(case, config), len(config.bands)
+        frames, bands = _frames(case, config), len(config.freqs_per_bands)
         shape = (bands, frames, config.dim) if case.axis == "time" else (frames, bands, config.dim)
         x = torch.randn(shape, device=device)
-        mixer = _mixer(case.contestant, config).to(device)
-        whole = case.contestant.startswith("transformers")
+        mixer = _mixer(case.candidate, config).to(device)
+        whole = case.candidate.startswith("transformers")
         return _job(
             mixer if whole else functools.partial(block_by_block, mixer), x, list(mixer.parameters()), case, device
         )
     # Frames first in memory, as the mixer has them.
     narrow = DTYPES[case.dtype]
-    h, p, n = config.heads, config.head_width, config.state
+    h, p, n = config.heads, config.headdim, config.d_state
     xBC = torch.randn(_frames(case, config), settings.sequences, h * p + 2 * n, device=device).to(narrow)
     if case.part == "convolution":
-        conv = nn.Conv1d(xBC.shape[2], xBC.shape[2], config.conv_width, groups=xBC.shape[2]).to(device, narrow)
-        convolve = {"shifts": causal_conv_silu, "conv1d": _padded_conv1d, "causal-conv1d": kernels.conv_silu}
-        run = convolve[case.contestant]
+        conv = nn.Conv1d(xBC.shape[2], xBC.shape[2], config.d_conv, groups=xBC.shape[2]).to(device, narrow)
+        convolve = {"shifts": causal_conv_silu, "conv1d": _padded_conv1d, "causal-conv1d": triton.conv_silu}
+        run = convolve[case.candidate]
         assert conv.bias is not None
         return _job(lambda x: run(x, conv.weight, conv.bias), xBC, list(conv.parameters()), case, device)
     dt = functional.softplus(torch.randn(xBC.shape[0], settings.sequences, h, device=device) - 3).transpose(0, 1)
     A, D = -torch.rand(h, device=device) * 15 - 1, torch.ones(h, device=device)
-    scan = kernels.choose(case.contestant.removesuffix(COMPILED))
+    scan = triton.choose(case.candidate.removesuffix(COMPILED))
 
     def scanned(xBC: Tensor) -> Tensor:
         x, B, C = (part.transpose(0, 1) for part in xBC.split((h * p, n, n), dim=-1))
@@ -350,23 +352,23 @@ def prepare(case: Case, settings: Settings) -> Job:
 
 def _separation(case: Case, config: ModelConfig, device: torch.device) -> Job:
     """Separate a song of noise that comes in pieces of ten seconds and goes nowhere, in segments of eight."""
-    peer = case.contestant in PEERS
-    model = _model(case.contestant if peer else "auto", config, checkpointing=False).to(device).eval()
+    peer = case.candidate in BASELINES
+    model = _model(case.candidate if peer else "auto", config, gradient_checkpointing=False).to(device).eval()
     separator: Any = _Separator(model, config) if peer else model
     samples, piece = round(case.seconds * config.sample_rate), 10 * config.sample_rate
     noise = torch.randn(1, config.channels, piece)
 
     def separated() -> None:
         blocks = (noise[..., : min(piece, samples - i)] for i in range(0, samples, piece))
-        way = WAYS.get(case.contestant, WAYS["end to end"])
-        given = sum(done.shape[-1] for done in separate_blocks(separator, blocks, dtype=DTYPES[case.dtype], **way))
+        way = STREAM_MODES.get(case.candidate, STREAM_MODES["end to end"])
+        given = sum(done.shape[-1] for done in separate_stream(separator, blocks, dtype=DTYPES[case.dtype], **way))
         assert given == samples
 
     return separated
 
 
 class _Separator(nn.Module):
-    """Another model of one stem behind the interface that `separate_blocks` knows."""
+    """Another model of one stem behind the interface that `separate_stream` knows."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
@@ -386,7 +388,7 @@ def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], c
         return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
 
     def forward() -> Tensor:
-        with torch.inference_mode(), precision(), loops.compiled(_compiled(case.contestant)):
+        with torch.inference_mode(), precision(), loops.compiled(_compiled(case.candidate)):
             return run(x)
 
     def backward() -> Tensor:
@@ -401,28 +403,28 @@ def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], c
     return backward
 
 
-def _mixer(contestant: str, config: ModelConfig) -> nn.Module:
-    backend = contestant.removesuffix(COMPILED)
+def _mixer(candidate: str, config: ModelConfig) -> nn.Module:
+    backend = candidate.removesuffix(COMPILED)
     peer = backend.startswith("transformers")
     mixer = Mamba2(
         config.dim,
-        state=config.state,
-        head_width=config.head_width,
+        d_state=config.d_state,
+        headdim=config.headdim,
         expand=config.expand,
-        conv_width=config.conv_width,
-        scan=kernels.choose("chunked" if peer else backend),
+        d_conv=config.d_conv,
+        scan=triton.choose("chunked" if peer else backend),
     )
     if not peer:
         return mixer
     settings = importlib.import_module("transformers").Mamba2Config(
         hidden_size=config.dim,
         num_heads=config.heads,
-        head_dim=config.head_width,
+        head_dim=config.headdim,
         expand=config.expand,
-        state_size=config.state,
-        conv_kernel=config.conv_width,
+        state_size=config.d_state,
+        conv_kernel=config.d_conv,
         n_groups=1,
-        chunk_size=int(contestant.split()[-1]),
+        chunk_size=int(candidate.split()[-1]),
         num_hidden_layers=1,
     )
     peers = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
@@ -431,21 +433,21 @@ def _mixer(contestant: str, config: ModelConfig) -> nn.Module:
     return other
 
 
-def _model(contestant: str, config: ModelConfig, checkpointing: bool) -> nn.Module:
-    if contestant == "bs_roformer":
+def _model(candidate: str, config: ModelConfig, gradient_checkpointing: bool) -> nn.Module:
+    if candidate == "bs_roformer":
         return importlib.import_module("bs_roformer").BSRoformer(
             dim=config.dim,
-            depth=config.layers,
+            depth=config.depth,
             stereo=config.channels == 2,
             num_stems=len(config.stems),
             time_transformer_depth=1,
             freq_transformer_depth=1,
             num_residual_streams=1,
-            freqs_per_bands=config.bands,
-            stft_hop_length=config.hop,
+            freqs_per_bands=config.freqs_per_bands,
+            stft_hop_length=config.hop_length,
         )
-    model = BSMamba2(config, scan=contestant.removesuffix(COMPILED))
-    model.checkpointing = checkpointing
+    model = BSMamba2(config, scan=candidate.removesuffix(COMPILED))
+    model.gradient_checkpointing = gradient_checkpointing
     return model
 
 
@@ -469,11 +471,11 @@ def _loading(case: Case, config: ModelConfig) -> Job:
         for path in paths:
             soundfile.write(path, noise.integers(-3000, 3000, shape, dtype=np.int16), config.sample_rate)
         track: Any = FileTrack(f"song {song}", paths, config.sample_rate, shape[0])
-        if case.contestant == "memory":
+        if case.candidate == "memory":
             track = _Held(track)
         for found in windows:
             found += [(track, start) for start in starts]
-    workers = 2 if "ahead" in case.contestant else 0
+    workers = 2 if "ahead" in case.candidate else 0
     supply = iter(Loader(Remixer(windows, samples, 1), workers=workers))
 
     def draw() -> None:
@@ -545,7 +547,7 @@ def _try(case: Case, settings: Settings, threads: int, pipe: Connection) -> None
     try:
         torch.set_num_threads(threads)
         job = prepare(case, settings)
-        if case.contestant.endswith(COMPILED):
+        if case.candidate.endswith(COMPILED):
             job()
         before = _largest_memory(settings.device)
         if settings.device == "cpu" and sys.platform == "linux":
@@ -610,7 +612,7 @@ def seconds_of(job: Job, device: torch.device, calls: int = 1) -> float:
     return (time.perf_counter() - started) / calls
 
 
-class Peak:
+class GemmPeak:
     """Operations a second of a square matrix product: the best of three, now."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -625,7 +627,7 @@ class Peak:
         return 2 * self.size**3 / min(seconds_of(product, self.device) for _ in range(3))
 
 
-def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]:
+def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | Skipped]:
     """Try every case of a group, then time those that passed in rounds."""
     device = torch.device(settings.device)
     _give_back()
@@ -634,7 +636,7 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
         why = obstacle(case, settings)
         found = why or (None if case.part == "loading" else trial(case, settings))
         if isinstance(found, str):
-            yield NotRun(**dataclasses.asdict(case), why=found)
+            yield Skipped(**dataclasses.asdict(case), why=found)
         else:
             tried.append((case, found))
     jobs: list[tuple[Case, Job | None, int, Trial | None, float | None]] = []
@@ -648,7 +650,7 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
         result = job()  # a warm-up, and what came out
         took = time.perf_counter() - started
         difference = None
-        if result is not None and not (case.part == "loss" or case.contestant == "bs_roformer"):
+        if result is not None and not (case.part == "loss" or case.candidate == "bs_roformer"):
             if first is None:
                 first = result.double()
             difference = float((result.double() - first).norm() / first.norm())
@@ -658,7 +660,7 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
         del result
     if not jobs:
         return
-    peak = Peak(device, DTYPES[cases[0].dtype])
+    peak = GemmPeak(device, DTYPES[cases[0].dtype])
     times: list[list[float]] = [[] for _ in jobs]
     peaks: list[list[float]] = [[] for _ in jobs]
     before = peak()
@@ -688,9 +690,9 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Row | NotRun]
         )
 
 
-def run(settings: Settings) -> Iterator[Row | NotRun]:
+def run(settings: Settings) -> Iterator[Row | Skipped]:
     """All cases of all groups; what was too long or too large at one length is not tried at a greater one."""
-    beyond: dict[tuple[str, ...], NotRun] = {}
+    beyond: dict[tuple[str, ...], Skipped] = {}
     for group in groups(settings):
         tried = []
         for case in group:
@@ -699,15 +701,15 @@ def run(settings: Settings) -> Iterator[Row | NotRun]:
                 tried.append(case)
             else:
                 why = known.why if known.why.startswith("at ") else f"at {known.seconds:g} s: {known.why}"
-                yield NotRun(**dataclasses.asdict(case), why=why)
+                yield Skipped(**dataclasses.asdict(case), why=why)
         for found in measure(tried, settings):
-            if isinstance(found, NotRun):
+            if isinstance(found, Skipped):
                 beyond[_without_length(found)] = found
             yield found
 
 
 def _without_length(case: Case) -> tuple[str, ...]:
-    return case.part, case.axis, case.dtype, case.mode, case.contestant
+    return case.part, case.axis, case.dtype, case.mode, case.candidate
 
 
 def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
@@ -744,7 +746,7 @@ def results_table(rows: Sequence[Row], part: str) -> list[dict[str, Any]]:
                 **({"axis": row.axis} if row.axis else {}),
                 "type": row.dtype,
                 "pass": row.mode,
-                "contestant": row.contestant,
+                "candidate": row.candidate,
                 "median (ms)": _milliseconds(row.median),
                 "quartiles (ms)": f"{_milliseconds(low)} to {_milliseconds(high)}",
                 "times the first": row.against(first),
@@ -774,7 +776,7 @@ def growth_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for long in rows:
         for short in rows:
             if _without_length(short) == _without_length(long) and long.seconds == 4 * short.seconds:
-                hidden = long.contestant.endswith(COMPILED)
+                hidden = long.candidate.endswith(COMPILED)
                 sizes = [None if hidden or one.memory is None or one.before is None else one.memory - one.before
                          for one in (long, short)]  # fmt: skip
                 lines.append(
@@ -782,7 +784,7 @@ def growth_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
                         "part": " ".join(filter(None, (long.part, long.axis))),
                         "type": long.dtype,
                         "pass": long.mode,
-                        "contestant": long.contestant,
+                        "candidate": long.candidate,
                         "lengths": f"{long.seconds:g} s against {short.seconds:g} s",
                         "time": long.median / short.median,
                         "memory": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
@@ -801,13 +803,13 @@ def loading_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             one.rate / one.units
             for one in rows
             if (one.part, one.seconds, one.mode) == ("model", row.seconds, BACKWARD)
-            and one.contestant in ("chunked", "fused", "chunked" + COMPILED)
+            and one.candidate in ("chunked", "fused", "chunked" + COMPILED)
         ]
         fastest = max(steps, default=None)
         lines.append(
             {
                 "example (s)": f"{row.seconds:g}",
-                "read from": row.contestant,
+                "read from": row.candidate,
                 "read a second": row.rate,
                 "taken a second": fastest if fastest is None else f"{fastest:.3f}",
                 "keeps up": None if fastest is None else f"{row.rate / fastest:,.0f} times over",
@@ -831,7 +833,7 @@ def claim_table(rows: Sequence[Row], dtype: str = "float32") -> list[dict[str, A
         found: Mapping[float, tuple[Row, Row]] = {
             a.seconds: (a, b)
             for a, b in itertools.product(rows, rows)
-            if _job_of(a) == _job_of(b) and (a.part, a.contestant, b.contestant) == (part, slow, fast)
+            if _job_of(a) == _job_of(b) and (a.part, a.candidate, b.candidate) == (part, slow, fast)
             and a.dtype == dtype and (a.mode == BACKWARD or part == "loading")
         }  # fmt: skip
         a, b = found[max(found)] if found else (None, None)

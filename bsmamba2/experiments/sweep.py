@@ -3,7 +3,7 @@
 grid → cells → one papermill process each, here or on a Dask cluster → what each one found, or why it failed
 
 A cell that fails leaves the others alone. A cell that has finished is not run again; one that was interrupted goes
-on where it was, as its run does (`bsmamba2.runs`).
+on where it was, as its run does (`bsmamba2.training.run_dir`).
 
 Book: "Scaling up".
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridPoint:
     """One run of the grid.
 
     Attributes:
@@ -40,7 +40,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """What became of a cell: its `summary.json`, or the error.
 
     Attributes:
@@ -50,13 +50,13 @@ class Outcome:
         seconds: what it took now; 0 when it was finished before.
     """
 
-    cell: Cell
+    cell: GridPoint
     summary: dict[str, Any] | None
     error: str
     seconds: float
 
 
-def cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], folder: Path) -> list[Cell]:
+def cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], folder: Path) -> list[GridPoint]:
     """Every combination of the grid's values, each with its folder in `folder`.
 
     Raises:
@@ -74,14 +74,14 @@ def cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], folder: P
         differing = dict(zip(grid, chosen, strict=True))
         name = ",".join(f"{key}={re.sub(r'[^A-Za-z0-9.+-]+', '_', str(value))}" for key, value in differing.items())
         parameters = {**fixed, **differing, "output_dir": str(folder.resolve() / name)}
-        made.append(Cell(name, parameters, folder.resolve() / name))
+        made.append(GridPoint(name, parameters, folder.resolve() / name))
     names = [cell.name for cell in made]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"grid: {', '.join(twice)} stands there twice")
     return made
 
 
-def run_grid(made: Sequence[Cell], notebook: Path, *, workers: int = 2, scheduler: str = "") -> Iterator[Outcome]:
+def run_grid(made: Sequence[GridPoint], notebook: Path, *, workers: int = 2, scheduler: str = "") -> Iterator[Result]:
     """Run the cells, `workers` at a time here, or on the Dask cluster whose scheduler has this address.
 
     Yields each outcome as it comes. A cluster's workers need this package, and the folders at the same paths.
@@ -107,7 +107,7 @@ def run_grid(made: Sequence[Cell], notebook: Path, *, workers: int = 2, schedule
             pool.shutdown(cancel_futures=True)
 
 
-def run_cell(cell: Cell, notebook: Path, threads: int | None = None) -> Outcome:
+def run_cell(cell: GridPoint, notebook: Path, threads: int | None = None) -> Result:
     """Run one cell in a process of its own, unless it has finished before.
 
     Args:
@@ -118,15 +118,15 @@ def run_cell(cell: Cell, notebook: Path, threads: int | None = None) -> Outcome:
     try:
         return _run_cell(cell, notebook, threads)
     except OSError as error:  # a full disk, a folder that cannot be written to
-        return Outcome(cell, None, str(error), 0.0)
+        return Result(cell, None, str(error), 0.0)
 
 
-def _run_cell(cell: Cell, notebook: Path, threads: int | None) -> Outcome:
+def _run_cell(cell: GridPoint, notebook: Path, threads: int | None) -> Result:
     told = cell.folder / "parameters.json"
     summary = cell.folder / "summary.json"
     wanted = json.dumps(cell.parameters, indent=1, sort_keys=True)
     if told.exists() and told.read_text(encoding="utf-8") == wanted and (found := _read(summary)) is not None:
-        return Outcome(cell, found, "", 0.0)
+        return Result(cell, found, "", 0.0)
     cell.folder.mkdir(parents=True, exist_ok=True)
     summary.unlink(missing_ok=True)
     told.write_text(wanted, encoding="utf-8")
@@ -148,8 +148,8 @@ def _run_cell(cell: Cell, notebook: Path, threads: int | None) -> Outcome:
     found = _read(summary)
     if done.returncode or found is None:
         lines = [line for line in done.stdout.splitlines() if line.strip()] if done.returncode else []
-        return Outcome(cell, None, "\n".join(lines[-3:]) or "it wrote no summary.json that can be read", seconds)
-    return Outcome(cell, found, "", seconds)
+        return Result(cell, None, "\n".join(lines[-3:]) or "it wrote no summary.json that can be read", seconds)
+    return Result(cell, found, "", seconds)
 
 
 def _read(summary: Path) -> dict[str, Any] | None:
@@ -161,7 +161,7 @@ def _read(summary: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _on_cluster(made: Sequence[Cell], notebook: Path, scheduler: str) -> Iterator[Outcome]:
+def _on_cluster(made: Sequence[GridPoint], notebook: Path, scheduler: str) -> Iterator[Result]:
     try:
         import distributed
     except ImportError as error:
@@ -173,4 +173,4 @@ def _on_cluster(made: Sequence[Cell], notebook: Path, scheduler: str) -> Iterato
             if future.status == "finished":
                 yield future.result()
             else:  # the worker itself went away
-                yield Outcome(by_key[future.key], None, f"{future.exception()!r}", 0.0)
+                yield Result(by_key[future.key], None, f"{future.exception()!r}", 0.0)

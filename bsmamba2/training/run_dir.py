@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 
-from .checkpoints import save_checkpoint, write_whole
-from .model import BSMamba2
-from .processes import from_first, gather, rank, world
-from .train import Batch, Step, Trainer
+from ..checkpoints import save_checkpoint, write_whole
+from ..model import BSMamba2
+from ..train import Batch, Step, Trainer
+from .distributed import all_gather_object, broadcast_object, rank, world_size
 
 try:
     import fcntl
@@ -90,7 +90,7 @@ class Run:
                 raise RunError(f"{name}={value!r} must be a positive whole number of steps")
         self.folder, self.trainer, self.validate = folder, trainer, validate
         self.save_every, self.validate_every, self.checkpoints = save_every, validate_every, checkpoints
-        self.settings = json.loads(json.dumps({**(settings or {}), "processes": world()}))
+        self.settings = json.loads(json.dumps({**(settings or {}), "processes": world_size()}))
         self.defaults = json.loads(json.dumps(dict(defaults or {})))
         self.best: tuple[float, int] | None = None
         self.damaged: list[Path] = []
@@ -131,7 +131,7 @@ class Run:
                     usdr = self._validated() if last or step.number % self.validate_every == 0 else {}
                     line = {**asdict(step), "seconds": round(time.monotonic() - started, 4), **usdr}
                     write(line)
-                    leave = any(gather(stop.is_set()))
+                    leave = any(all_gather_object(stop.is_set()))
                     if last or leave or step.number % self.save_every == 0:
                         self.save()
                     started = time.monotonic()
@@ -151,7 +151,7 @@ class Run:
             OSError: when they cannot be written, a full disk for one; the older ones are still there.
         """
         path = self.folder / f"state-{self.trainer.number:08d}.pt"
-        random_numbers = gather(_random_state(self.trainer.device))
+        random_numbers = all_gather_object(_random_state(self.trainer.device))
         if self.writer:
             state = {**self.trainer.state(), "settings": json.dumps(self.settings), "best": self.best}
             buffer = io.BytesIO()
@@ -183,7 +183,7 @@ class Run:
 
     def _take_up(self) -> None:
         """Load the newest state that can be read, in every process."""
-        payload = from_first(self._newest() if self.writer else None)
+        payload = broadcast_object(self._newest() if self.writer else None)
         if payload is None:
             return
         state = _load(payload)

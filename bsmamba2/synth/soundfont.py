@@ -2,7 +2,7 @@
 
 notes → note on, note off → FluidSynth → (c, t)
 
-A sound font (`.sf2`) holds recordings of instruments, note by note. `bsmamba2.songs` can give parts of its songs to
+A sound font (`.sf2`) holds recordings of instruments, note by note. `bsmamba2.synth.songs` can give parts of its songs to
 one; nothing else needs it. FluidSynth is a library of the system, `pyfluidsynth` its Python binding.
 
 Axes: c channel (2), t sample. Times in seconds, pitches in MIDI numbers.

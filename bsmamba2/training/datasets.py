@@ -25,9 +25,9 @@ import soundfile
 import torch
 from torch import Tensor
 
-from .checkpoints import write_whole
-from .data import Windows, salient_windows
-from .songs import STEMS, Song
+from ..checkpoints import write_whole
+from ..data import Windows, salient_windows
+from ..synth.songs import STEMS, Song
 
 AUDIO = (".wav", ".flac", ".ogg")
 
@@ -102,7 +102,7 @@ class FileTrack:
         return str(self.stems[stem])
 
 
-def open_folder(
+def index_dataset(
     folder: Path, samples: int, *, stems: Sequence[str] = STEMS, sample_rate: int = 44_100, channels: int = 2
 ) -> tuple[list[FileTrack], list[FileTrack], list[str], list[Path]]:
     """Look at every file's header.
@@ -162,7 +162,7 @@ def scan(
     and time of change; files for which these are the same are not read again, but for those that could not be read.
 
     Args:
-        tracks: as `open_folder` gives them.
+        tracks: as `index_dataset` gives them.
         samples: length of a window.
         cache: a file, which need not be there.
         others: files of no track that are to be looked through too, so that all faults are told at once.
