@@ -160,7 +160,7 @@ kernels: $(ENV)
 	@test $(KERNELS) -nt $(ENV) || { MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 	  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)' && \
 	  touch $(KERNELS); }
-	$(THREAD) $(BIN)/pytest tests/kernels
+	$(THREAD) $(BIN)/pytest tests/interpreter
 else
 kernels:
 	@echo 'Not run: the tests of the fused kernels need Triton, which comes with torch on Linux.'

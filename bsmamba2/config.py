@@ -62,9 +62,9 @@ class ModelConfig:
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
                     raise ValueError(f"{field.name}={value!r} must be a sequence")
                 object.__setattr__(self, field.name, tuple(value))
-            elif not _is_positive_integer(value):
+            elif not is_positive_int(value):
                 raise ValueError(f"{field.name}={value!r} must be a positive whole number")
-        if not self.freqs_per_bands or not all(_is_positive_integer(width) for width in self.freqs_per_bands):
+        if not self.freqs_per_bands or not all(is_positive_int(width) for width in self.freqs_per_bands):
             raise ValueError(f"freqs_per_bands={self.freqs_per_bands!r} must be positive whole numbers of bins")
         if sum(self.freqs_per_bands) != self.bins:
             raise ValueError(
@@ -130,7 +130,8 @@ class ModelConfig:
         return cls(**values)
 
 
-def _is_positive_integer(value: object) -> bool:
+def is_positive_int(value: object) -> bool:
+    """Whether a value is a whole number above 0; True and False are not numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -1,8 +1,8 @@
-"""The training loss: how far apart two signals are, sample by sample and spectrum by spectrum.
+"""Training losses: the published one, L1 of the waveform and of complex STFTs of several resolutions,
 
     L = 10 · mean|ŝ − s| + Σ_w mean|STFT_w(ŝ) − STFT_w(s)|
 
-and one that asks for nearly what uSDR does, the error's energy relative to the mixture's in dB.
+and an SNR loss, the error's energy relative to the mixture's in dB, which asks for nearly what uSDR does.
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556; of `snr_loss` see there.
 Axis letters: see `bsmamba2.config`.
@@ -30,7 +30,7 @@ def bsmamba2_loss(
     hop_length: int = 147,
     time_weight: float = 10.0,
 ) -> Tensor:
-    """The published loss: the mean modulus of the difference, and `spectral_loss` for every window, summed.
+    """Published training loss: L1 of the waveform plus multi-resolution complex STFT loss (`spectral_loss`).
 
     Args:
         estimate: ŝ, (..., samples); longer than half the longest window.
@@ -50,26 +50,25 @@ def bsmamba2_loss(
     return time_weight * difference.abs().mean() + spectral
 
 
-def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, most: float = 30.0) -> Tensor:
-    """The error's energy relative to the mixture's, in dB; without τ the negative SNR and a constant of the example.
+def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, max_snr_db: float = 30.0) -> Tensor:
+    """SNR loss with a soft threshold: the error's energy relative to the mixture's, in dB.
 
-        L = 10 log₁₀ (Σ(ŝ − s)² + τ Σx² + ε) − 10 log₁₀ (Σx² + ε)        τ = 10^(−most/10), ε = 1e-7
+        L = 10 log₁₀ (Σ(ŝ − s)² + τ Σx² + ε) − 10 log₁₀ (Σx² + ε)        τ = 10^(−max_snr_db/10), ε = 1e-7
 
     One value per example, over its channels and samples, then their mean: nearly what a mean of uSDR over songs asks
-    for. A target that is silent has the same formula.
+    for. Without τ it is the negative SNR plus a constant of the example. A silent target has the same formula.
 
     Differs from the published model, whose loss is `bsmamba2_loss`. Within an example, where the model is not sure, a
-    mean of moduli is best served by the likelier of two guesses, a mean of squares by their mean. Between examples the
-    logarithm counts: there a guess that is sometimes very good pays more than one that is always fair.
+    mean of moduli is best served by the likelier of two guesses, a mean of squares by their mean.
 
     Source: the soft threshold is that of Wisdom et al. (arXiv:2011.00803), who measure it from the target, and from the
-    mixture only where the target is silent. From the mixture, a voice v dB below it is asked for a uSDR of `most` − v.
+    mixture only where the target is silent.
 
     Args:
         estimate: ŝ, (b, c, samples).
         target: s, of the same shape.
         mixture: x, of the same shape.
-        most: where an error so far below the mixture, in dB, is reached, half of the pull is gone.
+        max_snr_db: where an error so far below the mixture, in dB, is reached, half of the pull is gone.
 
     Returns:
         Scalar, float32 or wider.
@@ -84,11 +83,11 @@ def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, most: float =
     difference = _difference(estimate, target)
     error = difference.square().flatten(1).sum(1)
     whole = mixture.to(difference.dtype).square().flatten(1).sum(1)
-    return 10 * (torch.log10(error + 10 ** (-most / 10) * whole + 1e-7) - torch.log10(whole + 1e-7)).mean()
+    return 10 * (torch.log10(error + 10 ** (-max_snr_db / 10) * whole + 1e-7) - torch.log10(whole + 1e-7)).mean()
 
 
 def spectral_loss(difference: Tensor, window: int, hop_length: int = 147) -> Tensor:
-    """mean|STFT_w(ŝ − s)|: the modulus of the complex difference, so that phase counts.
+    """Complex STFT loss at one resolution, mean|STFT_w(ŝ − s)|: the difference is complex, so that phase counts.
 
     The STFT is linear: the transform of the difference is the difference of the transforms.
     n_fft = max(w, 2048), a periodic Hann window padded with zeros to n_fft, centred, reflected edges.
@@ -120,9 +119,9 @@ class _MeanModulus(torch.autograd.Function):
     def forward(ctx: Any, signals: Tensor, window: int, hop_length: int) -> Tensor:
         # On a CPU one signal at a time: its spectrum stays in cache, and the whole takes less than half as long.
         parts = signals.split(1) if signals.device.type == "cpu" else (signals,)
-        wanted = ctx.needs_input_grad[0]
-        means, gradients = zip(*(_mean_modulus(part, window, hop_length, wanted) for part in parts), strict=True)
-        if wanted:
+        needs_grad = ctx.needs_input_grad[0]
+        means, gradients = zip(*(_mean_modulus(part, window, hop_length, needs_grad) for part in parts), strict=True)
+        if needs_grad:
             ctx.save_for_backward(torch.cat(gradients) / len(parts))
         return torch.stack(means).mean()
 
@@ -133,8 +132,8 @@ class _MeanModulus(torch.autograd.Function):
         return gradient * gradients[0], None, None
 
 
-def _mean_modulus(signals: Tensor, window: int, hop_length: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Mean of |STFT| over signals (s, samples), frames and bins; where wanted its gradient, (s, samples)."""
+def _mean_modulus(signals: Tensor, window: int, hop_length: int, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Mean of |STFT| over signals (s, samples), frames and bins; where needed its gradient, (s, samples)."""
     samples, n_fft = signals.shape[-1], max(window, 2048)
     edge, frames = n_fft // 2, samples // hop_length + 1
     hann = torch.hann_window(window, dtype=signals.dtype, device=signals.device)
@@ -145,7 +144,7 @@ def _mean_modulus(signals: Tensor, window: int, hop_length: int, wanted: bool) -
     spectrum = torch.fft.rfft(cut, n_fft)
     modulus = spectrum.abs()
     mean = modulus.mean()
-    if not wanted:
+    if not needs_grad:
         return mean, None
     spectrum *= modulus.clamp_(min=torch.finfo(modulus.dtype).tiny).reciprocal_()  # a division takes five times as long
     spectrum[..., 1:-1] *= 0.5  # `irfft` counts every bin but the first and last twice

@@ -1,18 +1,19 @@
-"""How good a separation is, and what it does where nobody sings.
+"""Metrics of a separated voice, and of what it does where nobody sings.
 
-| function | unit | best | asks |
+| function | unit | best | measures |
 |---|---|---|---|
-| `csdr`, `usdr`, `si_sdr` | dB | +inf | how much of the song's voice is right |
-| `bleed` | 0 to 100 | 100 | what is heard too much (bleedless) or too little (fullness), on a scale of hearing |
-| `leak` | dB, dBFS | −inf | what is left of the band where the voice is silent |
+| `csdr`, `usdr`, `si_sdr` | dB | +inf | signal to distortion: how much of the song's voice is right |
+| `bleed` | 0 to 100 | 100 | what is too loud (bleedless) or too quiet (fullness), on mel bands |
+| `silence_leakage` | dB, dBFS | −inf | how much accompaniment is left where the voice is silent |
 | `onsets` | ms, dB | 0, −inf | how late the voice comes back after silence, and how wrong |
 
-Signals are (c, samples): s the target of one song, ŝ its estimate, m the mixture; full scale is 1. Sums run over all
-samples and channels named, in float64. Book: "Measuring". Sources: `usdr` as in the Music Demixing Challenge 2021
-(arXiv:2108.13559); `csdr` after the SDR of BSS Eval v4 (Stöter, Liutkus and Ito, arXiv:1804.06267); `si_sdr` from Le
-Roux, Wisdom, Erdogan and Hershey (arXiv:1811.02508); `bleed` as in the training toolbox
-ZFTurbo/Music-Source-Separation-Training; `leak` and `onsets` are this project's own. Axis letters: see
-`bsmamba2.config`.
+Signals are (c, samples): s the reference of one song, ŝ its estimate, m the mixture; full scale is 1. Sums run over all
+samples and channels named, in float64. Every function raises `ValueError` when the shapes differ or hold no samples.
+
+Book: "Measuring". Sources: `usdr` as in the Music Demixing Challenge 2021 (arXiv:2108.13559); `csdr` after the SDR of
+BSS Eval v4 (Stöter, Liutkus and Ito, arXiv:1804.06267); `si_sdr` from Le Roux, Wisdom, Erdogan and Hershey
+(arXiv:1811.02508); `bleed` as in the training toolbox ZFTurbo/Music-Source-Separation-Training; `silence_leakage` and
+`onsets` are this project's own. Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -25,185 +26,117 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-FLOOR = 1e-3
-"""Below this modulus (−60 dBFS) a sample is silent; the floor of the published choice of training windows too."""
-SHORTEST = 0.25
-"""Seconds that silence must last to be a region."""
+SILENCE_THRESHOLD = 1e-3
+"""Below this modulus (−60 dBFS) a sample is silent; training windows are chosen by the same threshold."""
+MIN_SILENCE_S = 0.25
+"""Shortest silence, in seconds, that is a region."""
+MEL_N_FFT, MEL_HOP, N_MELS = 4096, 1024, 512
+"""Window and hop of `bleed` in samples, and its mel bands from 0 Hz to half the sample rate."""
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""Pairs (reference, estimate) of signals (c, samples)."""
 
 
 def usdr(reference: Tensor, estimate: Tensor) -> float:
-    """Energy of the reference over energy of the error, over the whole song.
+    """Utterance-level SDR in dB: energy of the reference over energy of the error, over the whole song.
 
         uSDR = 10 · log10((Σ s² + 1e-7) / (Σ (s − ŝ)² + 1e-7))
 
     Silence as an estimate scores 0 dB. When the reference is silent, 0 dB is the best there is.
-
-    Args:
-        reference: s, (c, samples).
-        estimate: ŝ, of the same shape.
-
-    Returns:
-        Decibels.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
     """
     signal, error = _energies(reference, estimate)
     return float(10 * torch.log10((signal.sum() + 1e-7) / (error.sum() + 1e-7)))
 
 
-def csdr(
-    reference: Tensor,
-    estimate: Tensor,
-    sample_rate: int = 44_100,
-    *,
-    beside: Sequence[tuple[Tensor, Tensor]] = (),
-) -> float:
-    """The median of `csdr_seconds`, dropped seconds left out.
+def csdr(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, other_sources: Pairs = ()) -> float:
+    """Chunk-level SDR in dB: the median of `csdr_seconds`, dropped seconds left out.
 
-    Returns:
-        Decibels; NaN when no second is left, for a silent reference and for a silent estimate among others.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
+    NaN when no second is left, for a silent reference and for a silent estimate among others.
     """
-    ratios = csdr_seconds(reference, estimate, sample_rate, beside=beside)
-    heard = ratios[~ratios.isnan()]
-    return _median(heard) if len(heard) else math.nan
+    ratios = csdr_seconds(reference, estimate, sample_rate, other_sources=other_sources)
+    ordered = ratios[~ratios.isnan()].sort().values
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]  # one or two, infinite ones allowed
+    return float(middle.mean()) if len(ordered) else math.nan
 
 
 def csdr_seconds(
-    reference: Tensor,
-    estimate: Tensor,
-    sample_rate: int = 44_100,
-    *,
-    beside: Sequence[tuple[Tensor, Tensor]] = (),
+    reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, other_sources: Pairs = ()
 ) -> Tensor:
-    """The energy ratio of every whole second; the tail shorter than a second is dropped.
+    """SDR of every whole second, as in BSS Eval v4; the tail shorter than a second is dropped.
 
         SDR_i = 10 · log10(Σ s² / Σ (s − ŝ)²)   over second i
 
     A second is dropped (NaN) in which the channels of the reference, or those of the estimate, sum to zero in
-    every sample: so a silent second counts neither for nor against. An exact second is +inf.
-
-    Args:
-        reference: s, (c, samples).
-        estimate: ŝ, of the same shape.
-        sample_rate: samples in a second.
-        beside: pairs like (s, ŝ) of the other sources that are evaluated together with this one. They do not enter the
-            ratios; but a second in which one of them is silent is dropped for all.
-
-    Returns:
-        Decibels, (seconds,), float64.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
+    every sample: so a silent second counts neither for nor against. An exact second is +inf. `other_sources` are pairs
+    (s, ŝ) of sources that are evaluated together with this one: they do not enter the ratios, but a second in which one
+    of them is silent is dropped for all. Returns decibels, (seconds,), float64.
     """
-    for pair in ((reference, estimate), *beside):
+    seconds = []  # (c, seconds, samples of a second): s and ŝ of this source, then of the others
+    for pair in ((reference, estimate), *other_sources):
         _check(*pair)
         if pair[0].shape != reference.shape:
-            raise ValueError(f"beside: {tuple(pair[0].shape)} must have the reference's {tuple(reference.shape)}")
-    signals, estimates, *others = (
-        _by_second(part, sample_rate) for pair in ((reference, estimate), *beside) for part in pair
-    )
-    energies = []  # of signal and error, second by second: what is computed of one stays in the processor's cache
-    for s, found in zip(signals.unbind(1), estimates.unbind(1), strict=True):
-        wide = s.double().flatten()
-        error = wide - found.double().flatten()
-        energies.append(torch.stack((wide @ wide, error @ error)))
-    signal, noise = torch.stack(energies).T if energies else torch.empty(2, 0, dtype=torch.float64)
-    ratios = 10 * torch.log10(signal / noise)
-    for part in (signals, estimates, *others):
-        ratios[_silent(part)] = math.nan
+            raise ValueError(f"other_sources: {tuple(pair[0].shape)} must have the shape {tuple(reference.shape)}")
+        count = reference.shape[-1] // sample_rate
+        seconds += [part[:, : count * sample_rate].unflatten(-1, (count, sample_rate)) for part in pair]
+    energies = []  # second by second, so that the products stay in the processor's cache
+    for s, s_hat in zip(seconds[0].unbind(1), seconds[1].unbind(1), strict=True):
+        signal = s.double().flatten()
+        error = signal - s_hat.double().flatten()
+        energies.append(torch.stack((signal @ signal, error @ error)))
+    numerator, denominator = torch.stack(energies).T if energies else torch.empty(2, 0, dtype=torch.float64)
+    ratios = 10 * torch.log10(numerator / denominator)
+    for part in seconds:
+        silent = ~(part[..., ::101].double().sum(0) != 0).any(-1)  # a few samples settle most seconds
+        silent[silent.clone()] = ~(part[:, silent].double().sum(0) != 0).any(-1)
+        ratios[silent] = math.nan
     return ratios
 
 
-def _silent(seconds: Tensor) -> Tensor:
-    """Where the channels sum to zero in every sample: (c, seconds, samples) → (seconds,). A few tell of most."""
-    silent = ~(seconds[..., ::101].double().sum(0) != 0).any(-1)
-    silent[silent.clone()] = ~(seconds[:, silent].double().sum(0) != 0).any(-1)
-    return silent
-
-
 def si_sdr(reference: Tensor, estimate: Tensor) -> float:
-    """Energy of the reference, scaled to fit best, over energy of what is left; the estimate's level does not matter.
+    """Scale-invariant SDR in dB: the reference is scaled to fit the estimate best, so that its level does not matter.
 
         SI-SDR = 10 · log10(Σ (α s)² / Σ (α s − ŝ)²)      α = Σ ŝ s / Σ s²
 
-    One α for all channels; no mean is taken off.
-
-    Args:
-        reference: s, (c, samples).
-        estimate: ŝ, of the same shape.
-
-    Returns:
-        Decibels: +inf for s times any factor, −inf for an estimate with nothing of s in it (or beyond ±250,
-        where numbers are rounded); NaN when the reference or the estimate is silent: no scale is best then.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
+    One α for all channels; no mean is taken off. +inf for s times any factor, −inf for an estimate with nothing of s in
+    it (or beyond ±250, where numbers are rounded); NaN when the reference or the estimate is silent: no scale is best.
     """
     _check(reference, estimate)
-    s, found = reference.double().flatten(), estimate.double().flatten()
-    scaled = (found @ s) / (s @ s) * s
-    rest = scaled - found
-    return float(10 * torch.log10((scaled @ scaled) / (rest @ rest))) if found.any() else math.nan
-
-
-# --- bleed and fullness -----------------------------------------------------------------------------------
+    s, s_hat = reference.double().flatten(), estimate.double().flatten()
+    scaled = (s_hat @ s) / (s @ s) * s
+    error = scaled - s_hat
+    return float(10 * torch.log10((scaled @ scaled) / (error @ error))) if s_hat.any() else math.nan
 
 
 @dataclass(frozen=True)
 class Bleed:
-    """What `bleed` returns: two numbers from 0 to 100, 100 the best."""
+    """Bleedless and fullness: two numbers from 0 to 100, 100 the best."""
 
     bleedless: float
     fullness: float
 
 
-def bleed(
-    reference: Tensor,
-    estimate: Tensor,
-    sample_rate: int = 44_100,
-    *,
-    n_fft: int = 4096,
-    hop_length: int = 1024,
-    bands: int = 512,
-) -> Bleed:
-    """How much the estimate has too much and too little of, on mel bands in dB.
+def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Bleed:
+    """Bleedless and fullness: how much the estimate has too much and too little of, on mel bands in dB.
 
         L(x) = max(20 · log10 max(|STFT x| · mel, 1e-10), max − 80)      d = L(ŝ) − L(s)
         bleedless = 100 / (1 + mean of the d above 0)      fullness = 100 / (1 + |mean of the d below 0|)
 
-    max is over the whole signal, each its own; no d on a side counts as a mean of 0. Channels are kept apart
-    and averaged over with all else. Periodic Hann window, centred, zeros at the edges.
+    max is over the whole signal, each its own; no d on a side counts as a mean of 0. Channels are kept apart and
+    averaged over with all else. Periodic Hann window, centred, zeros at the edges. Both are 100 for a perfect
+    estimate. Silence is a level like another, −200 dB: two silent signals give 100 and 100; a silent estimate of a
+    voice has a fullness below 1 and a bleedless of 100.
     Differs from the published model: its evaluation has n_fft 2048 and hop 441, and passes estimate and reference
     swapped, so that its two figures change places.
-
-    Args:
-        reference: s, (c, samples).
-        estimate: ŝ, of the same shape.
-        sample_rate: in hertz.
-        n_fft: window and transform, in samples.
-        hop_length: samples between frames.
-        bands: mel bands from 0 Hz to half the sample rate.
-
-    Returns:
-        Both; 100 for a perfect estimate. Silence is a level like another, −200 dB: two silent signals give 100 and
-        100; a silent estimate of a voice has a fullness below 1 and a bleedless of 100.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
     """
     _check(reference, estimate)
-    mel = mel_filters(sample_rate, n_fft, bands)
-    window = torch.hann_window(n_fft, dtype=torch.float64)
+    mel = mel_filters(sample_rate, MEL_N_FFT, N_MELS)
+    window = torch.hann_window(MEL_N_FFT, dtype=torch.float64)
 
     def level(signal: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(signal.cpu().double(), (n_fft // 2, n_fft // 2))
-        frames = padded.unfold(-1, n_fft, hop_length)  # (c, t, n_fft), a view: a few at a time become memory
-        parts = [torch.fft.rfft(part * window).abs() @ mel.T for part in frames.split(512, dim=1)]
-        decibels = 20 * torch.log10(torch.cat(parts, dim=1).clamp(min=1e-10))  # (c, t, bands)
+        padded = torch.nn.functional.pad(signal.cpu().double(), (MEL_N_FFT // 2, MEL_N_FFT // 2))
+        frames = padded.unfold(-1, MEL_N_FFT, MEL_HOP).split(512, dim=1)  # (c, t, n_fft), a view: no whole copy
+        magnitudes = torch.cat([torch.fft.rfft(part * window).abs() @ mel.T for part in frames], dim=1)
+        decibels = 20 * torch.log10(magnitudes.clamp(min=1e-10))  # (c, t, mel band)
         return decibels.clamp(min=float(decibels.max()) - 80)
 
     difference = level(estimate) - level(reference)
@@ -215,19 +148,19 @@ def bleed(
 
 
 @lru_cache(maxsize=4)
-def mel_filters(sample_rate: int, n_fft: int, bands: int) -> Tensor:
-    """Triangles on Slaney's mel scale, each of area 1 over hertz: (bands, f) float64.
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
+    """Mel filter bank: triangles on Slaney's scale, each of area 1 over hertz, (n_mels, f) float64.
 
         mel(hz) = 3 · hz / 200                           below 1000 Hz
                   15 + 27 · ln(hz / 1000) / ln 6.4       from there on
 
-    `bands + 2` points lie evenly on this scale from 0 Hz to half the sample rate; triangle i rises from point i to
+    `n_mels + 2` points lie evenly on this scale from 0 Hz to half the sample rate; triangle i rises from point i to
     point i + 1 and falls to point i + 2.
     """
     step = math.log(6.4) / 27
     top = sample_rate / 2
     highest = 15 + math.log(top / 1000) / step if top > 1000 else 0.015 * top
-    points = torch.linspace(0, highest, bands + 2, dtype=torch.float64)
+    points = torch.linspace(0, highest, n_mels + 2, dtype=torch.float64)
     hertz = torch.where(points < 15, points / 0.015, 1000 * torch.exp(step * (points - 15)))
     bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
     low, middle, high = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
@@ -235,32 +168,27 @@ def mel_filters(sample_rate: int, n_fft: int, bands: int) -> Tensor:
     return triangles * 2 / (high - low)
 
 
-# --- silence ----------------------------------------------------------------------------------------------
-
-
 def silent_regions(
-    reference: Tensor, sample_rate: int = 44_100, *, floor: float = FLOOR, shortest: float = SHORTEST
+    reference: Tensor,
+    sample_rate: int = 44_100,
+    *,
+    threshold: float = SILENCE_THRESHOLD,
+    min_silence: float = MIN_SILENCE_S,
 ) -> list[tuple[int, int]]:
-    """Where the reference is silent: every sample of every channel below `floor`, for at least `shortest`.
+    """Silent regions of a signal (c, samples): every sample of every channel is below the threshold.
 
-    Args:
-        reference: s, (c, samples).
-        sample_rate: in hertz.
-        floor: modulus that counts as sound, full scale 1.
-        shortest: length of the shortest region, in seconds.
-
-    Returns:
-        (first sample, first sample after it) of each region, in order; they do not touch.
+    The threshold is a modulus, full scale 1; regions last at least `min_silence` seconds. Returns (first sample, first
+    sample after it) of each region, in order; they do not touch.
     """
-    quiet = torch.nn.functional.pad((reference.abs() < floor).all(0).cpu().int(), (1, 1))
+    quiet = torch.nn.functional.pad((reference.abs() < threshold).all(0).cpu().int(), (1, 1))
     edges = quiet.diff()
     starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-    return [(a, b) for a, b in zip(starts, ends, strict=True) if b - a >= shortest * sample_rate]
+    return [(a, b) for a, b in zip(starts, ends, strict=True) if b - a >= min_silence * sample_rate]
 
 
 @dataclass(frozen=True)
-class Leak:
-    """What `leak` returns.
+class SilenceLeakage:
+    """Level of the error in the silent regions of the reference.
 
     Attributes:
         relative: dB, relative to the mixture in the same places.
@@ -273,48 +201,26 @@ class Leak:
     seconds: float
 
 
-def leak(
-    reference: Tensor,
-    estimate: Tensor,
-    mixture: Tensor,
-    sample_rate: int = 44_100,
-    *,
-    floor: float = FLOOR,
-    shortest: float = SHORTEST,
-) -> Leak:
-    """What the estimate lets through where the reference is silent, R = `silent_regions`; cSDR cannot hear it.
+def silence_leakage(reference: Tensor, estimate: Tensor, mixture: Tensor, sample_rate: int = 44_100) -> SilenceLeakage:
+    """Leakage into the silent regions R of the reference (`silent_regions`), which cSDR drops.
 
         relative = 10 · log10(Σ_R (ŝ − s)² / Σ_R m²)      absolute = 10 · log10(mean_R (ŝ − s)²)
 
-    The error is ŝ less what little the reference has there, so that a perfect estimate leaks nothing. The mixture
-    handed back leaks 0 dB, where the reference is exactly zero. A sine of full scale has −3 dBFS.
-
-    Args:
-        reference: s, (c, samples).
-        estimate: ŝ, of the same shape.
-        mixture: m, of the same shape.
-        sample_rate: in hertz.
-        floor: see `silent_regions`.
-        shortest: see `silent_regions`, in seconds.
-
-    Returns:
-        −inf dB for an estimate that is exact there. Without a silent region both levels are NaN and the seconds 0.
-        Where the mixture is silent too, the relative level is +inf, or NaN when nothing leaks.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
+    The error is ŝ less what little the reference has there, so that a perfect estimate leaks nothing: −inf dB. The
+    mixture handed back leaks 0 dB, where the reference is exactly zero. A sine of full scale has −3 dBFS. Without a
+    silent region both levels are NaN and the seconds 0. Where the mixture is silent too, the relative level is +inf, or
+    NaN when nothing leaks.
     """
     _, error = _energies(reference, estimate)
-    loud, _ = _energies(mixture, reference)
-    regions = silent_regions(reference, sample_rate, floor=floor, shortest=shortest)
+    mixed, _ = _energies(mixture, reference)
+    regions = silent_regions(reference, sample_rate)
     if not regions:
-        return Leak(math.nan, math.nan, 0.0)
-    leaked = torch.cat([error[:, start:end] for start, end in regions], dim=-1)
-    there = torch.cat([loud[:, start:end] for start, end in regions], dim=-1)
-    return Leak(
-        relative=float(10 * torch.log10(leaked.sum() / there.sum())),
-        absolute=float(10 * torch.log10(leaked.mean())),
-        seconds=leaked.shape[-1] / sample_rate,
+        return SilenceLeakage(math.nan, math.nan, 0.0)
+    error, mixed = (torch.cat([part[:, start:end] for start, end in regions], dim=-1) for part in (error, mixed))
+    return SilenceLeakage(
+        relative=float(10 * torch.log10(error.sum() / mixed.sum())),
+        absolute=float(10 * torch.log10(error.mean())),
+        seconds=error.shape[-1] / sample_rate,
     )
 
 
@@ -333,74 +239,32 @@ class Onset:
     error: float
 
 
-def onsets(
-    reference: Tensor,
-    estimate: Tensor,
-    sample_rate: int = 44_100,
-    *,
-    floor: float = FLOOR,
-    shortest: float = SHORTEST,
-    window: float = 0.2,
-) -> list[Onset]:
-    """How late and how wrong the estimate is where the voice comes back: at n₀, the end of a silent region.
+def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, window: float = 0.2) -> list[Onset]:
+    """Onset delay and error: how late and how wrong the estimate is at n₀, the end of a silent region.
 
         t(x) = least n ≥ 0 with |x(n₀ + n)| ≥ ¼ · max |s(n₀ … n₀ + w)|      delay = t(ŝ) − t(s)
         error = 10 · log10(Σ (s − ŝ)² / Σ s²)   over n₀ … n₀ + w
 
-    |x(n)| is the largest of the channels; w is the window, and the estimate is waited for that long after t(s). An
-    estimate that is the voice d late has a delay of d; one that fades in slowly, or 12 dB too low, has a longer
-    one. The delay does not ask whether what comes is the voice: the error does. A song that begins with the
-    voice has no onset there.
-
-    Args:
-        reference: s, (c, samples).
-        estimate: ŝ, of the same shape.
-        sample_rate: in hertz.
-        floor: see `silent_regions`.
-        shortest: see `silent_regions`, in seconds.
-        window: w, in seconds.
-
-    Returns:
-        The onsets in order; none for a silent reference and for one that is never silent.
-
-    Raises:
-        ValueError: when the shapes differ or hold no samples.
+    |x(n)| is the largest of the channels; w is the window in seconds, and the estimate is waited for that long after
+    t(s). An estimate that is the voice d late has a delay of d; one that fades in slowly, or 12 dB too low, has a
+    longer one. The delay does not ask whether what comes is the voice: the error does. A song that begins with the
+    voice has no onset there; neither a silent reference nor one that is never silent has any.
     """
     signal, error = _energies(reference, estimate)
-    voice, found = reference.abs().amax(0).double().cpu(), estimate.abs().amax(0).double().cpu()
+    voice, estimated = reference.abs().amax(0).double().cpu(), estimate.abs().amax(0).double().cpu()
     samples, width = len(voice), max(1, round(window * sample_rate))
     result = []
-    for _, start in silent_regions(reference, sample_rate, floor=floor, shortest=shortest):
+    for _, start in silent_regions(reference, sample_rate):
         if start == samples:
             continue
         end = min(start + width, samples)
-        threshold = float(voice[start:end].max()) / 4
-        here = int((voice[start:end] >= threshold).nonzero()[0, 0])
-        there = (found[start : start + here + width] >= threshold).nonzero()
-        result.append(
-            Onset(
-                time=start / sample_rate,
-                delay=1000 * (int(there[0, 0]) - here) / sample_rate if len(there) else math.inf,
-                error=float(10 * torch.log10(error[:, start:end].sum() / signal[:, start:end].sum())),
-            )
-        )
+        level = float(voice[start:end].max()) / 4
+        due = int((voice[start:end] >= level).nonzero()[0, 0])
+        loud = (estimated[start : start + due + width] >= level).nonzero()
+        delay = 1000 * (int(loud[0, 0]) - due) / sample_rate if len(loud) else math.inf
+        ratio = error[:, start:end].sum() / signal[:, start:end].sum()
+        result.append(Onset(time=start / sample_rate, delay=delay, error=float(10 * torch.log10(ratio))))
     return result
-
-
-# --- sums -------------------------------------------------------------------------------------------------
-
-
-def _by_second(values: Tensor, sample_rate: int) -> Tensor:
-    """(c, samples) → (c, seconds, samples of a second), the tail dropped."""
-    seconds = values.shape[-1] // sample_rate
-    return values[:, : seconds * sample_rate].unflatten(-1, (seconds, sample_rate))
-
-
-def _median(values: Tensor) -> float:
-    """The mean of the two middle values, infinite ones allowed."""
-    ordered = values.sort().values
-    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
-    return float(middle.mean())
 
 
 def _energies(reference: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor]:
@@ -413,6 +277,6 @@ def _energies(reference: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor]:
 def _check(reference: Tensor, estimate: Tensor) -> None:
     if reference.shape != estimate.shape or reference.dim() != 2 or not reference.numel():
         raise ValueError(
-            f"reference {tuple(reference.shape)} and estimate {tuple(estimate.shape)} must both be (c, samples), "
-            f"not empty"
+            f"reference {tuple(reference.shape)} and estimate {tuple(estimate.shape)} "
+            "must both be (c, samples), not empty"
         )

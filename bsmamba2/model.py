@@ -19,13 +19,12 @@ from . import ssd
 from .bands import BandSplit, UnitNorm
 from .config import ModelConfig
 from .dual_path import DualPath, SequenceLayer
-from .kernels import loops, triton
-from .mamba2 import Mamba2, Memory
+from .mamba2 import Mamba2, MixerState
 from .masks import MaskEstimator
 from .spectrogram import istft, stft
 
-StreamingState = list[list[Memory]]
-"""What a model must know of the past of a song: for each layer, for each block of sequences (`DualPath.step`)."""
+StreamingState = list[MixerState]
+"""The recurrent state of a model between two segments of a song: for each layer, that of its forward time mixers."""
 
 
 class BSMamba2(nn.Module):
@@ -33,8 +32,7 @@ class BSMamba2(nn.Module):
 
     Args:
         config: the architecture; `ModelConfig()` is the published one.
-        scan: "auto" (by the device of the input), "recurrent", "matrix", "chunked", "native" or "fused",
-            see `bsmamba2.kernels.triton`; or any function with the signature in `bsmamba2.ssd`.
+        scan: "recurrent", "matrix", "chunked", or any function with the signature in `bsmamba2.ssd`.
         sequence_layer: makes the layer that reads a sequence in one direction, (b, length, d) to the
             same; a Mamba-2 mixer of the configuration's size when absent. This is the seam for
             ablations: pass one that makes an LSTM or attention.
@@ -45,14 +43,13 @@ class BSMamba2(nn.Module):
 
     Raises:
         ValueError: for another name of a scan, or heads that do not fill the inner width.
-        kernels.BackendError: for "fused" or "native" on a machine that cannot run it.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        scan: ssd.Scan | str = "auto",
+        scan: ssd.Scan | str = ssd.chunked,
         sequence_layer: SequenceLayer | None = None,
     ) -> None:
         super().__init__()
@@ -65,7 +62,7 @@ class BSMamba2(nn.Module):
             headdim=config.headdim,
             expand=config.expand,
             d_conv=config.d_conv,
-            scan=triton.choose(scan),
+            scan=ssd.resolve_scan(scan),
         )
         self.band_split = BandSplit(config.freqs_per_bands, config.channels, config.dim)
         self.layers = nn.ModuleList(DualPath(config.dim, sequence_layer or mixer) for _ in range(config.depth))
@@ -109,43 +106,36 @@ class BSMamba2(nn.Module):
         x = self.band_split(spectrogram)  # (b, t, k, d)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = checkpoint(_within, loops.asked(), layer, x, use_reentrant=False) if recompute else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         x = self.final_norm(x)
         return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1)
 
     def stream_masks(
-        self, spectrogram: Tensor, memories: StreamingState | None, frames: int
+        self, spectrogram: Tensor, state: StreamingState | None, frames: int
     ) -> tuple[Tensor, StreamingState]:
-        """The masks of a piece of a song, going on from the piece before.
+        """The complex masks of one segment of a song, continuing from the segment before.
 
-        Along time, the forward direction knows all of the past by its memory, the backward one only the look-ahead. The
-        memory is that at the end of the piece, not of the look-ahead: the frames ahead come again with the next piece,
-        which knows more of their future.
+        Along time, the forward direction knows all of the past by its state, the backward one only the look-ahead. The
+        state is that at the end of the segment, not of the look-ahead: the frames ahead come again with the next
+        segment, which knows more of their future.
 
         Args:
-            spectrogram: complex (b, c, f, t): the piece, and its look-ahead behind it.
-            memories: what the piece before returned; none at the start of a song.
-            frames: of the piece, from 1 to t.
+            spectrogram: complex (b, c, f, t): the segment, followed by its look-ahead.
+            state: as returned for the segment before; none at the start of a song.
+            frames: of the segment, from 1 to t.
 
         Returns:
-            (b, stem, c, f, frames), and the memories for the next piece.
+            (b, stem, c, f, frames), and the state for the next segment.
 
         Raises:
-            ValueError: for `frames` out of range, or layers without a memory to carry.
+            ValueError: for `frames` out of range, or layers without a state to carry.
         """
         if not 0 < frames <= spectrogram.shape[-1]:
             raise ValueError(f"frames={frames} must be from 1 to the {spectrogram.shape[-1]} of the spectrogram")
         x = self.band_split(spectrogram)  # (b, t, k, d)
-        after = []
-        for number, layer in enumerate(cast("list[DualPath]", self.layers)):
-            x, memory = layer.step(x, memories[number] if memories else None, frames)
-            after.append(memory)
+        states: StreamingState = []
+        for i, layer in enumerate(cast("list[DualPath]", self.layers)):
+            x, after = layer.step(x, state[i] if state else None, frames)
+            states.append(after)
         x = self.final_norm(x[:, :frames])
-        return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1), after
-
-
-def _within(compiled: bool, layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by the same kernels whenever it is called."""
-    with loops.compiled(compiled):
-        y: Tensor = layer(x)
-        return y
+        return torch.stack([estimator(x) for estimator in self.mask_estimators], dim=1), states

@@ -1,189 +1,35 @@
-"""Checkpoints: names and values both ways, faults named, nothing of a file run, saves whole or not at all."""
+"""Checkpoints: round trips, which weights are read, and faults that are named."""
 
-import collections
 import contextlib
 import dataclasses
-import datetime
-import errno
-import json
 import os
 import pickle
 import random
 import re
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from checkpoint_files import LAYOUTS, TINY, assert_equal, lightning, published_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
-from bsmamba2 import checkpoints as module
-from bsmamba2.checkpoints import (
-    CheckpointError,
-    describe_known_file,
-    from_published,
-    infer_config,
-    read_checkpoint,
-    to_published,
-)
-
-FIXTURE = Path(__file__).parent / "data" / "published_model_small.safetensors"
-LAYOUTS = ("bsmamba2", "published", "lightning")
-TINY = ModelConfig(
-    dim=16, depth=2, freqs_per_bands=(2, 3, 4, 8), stems=("vocals", "rest"), n_fft=32, hop_length=8,
-    d_state=8, headdim=16, expand=2, mask_expand=2,
-)  # fmt: skip
+from bsmamba2 import BSMamba2, ModelConfig, checkpoints, load_checkpoint, save_checkpoint, ssd
+from bsmamba2.checkpoints import CheckpointError, read_checkpoint
+from bsmamba2.published_layout import to_published
 
 
-@pytest.fixture(scope="module")
-def fixture() -> dict[str, Tensor]:
-    return safetensors.torch.load_file(FIXTURE)
-
-
-@pytest.fixture(scope="module")
-def published(fixture) -> dict[str, Tensor]:
-    """The fixture's weights under their published names."""
-    return {name.removeprefix("weights."): x for name, x in fixture.items() if name.startswith("weights.")}
+@pytest.fixture
+def published() -> dict[str, Tensor]:
+    return published_weights()
 
 
 @pytest.fixture
 def model() -> BSMamba2:
     torch.manual_seed(0)
     return BSMamba2(TINY)
-
-
-def lightning(state: dict[str, Tensor], ema: object = None, **entries: object) -> dict[str, object]:
-    """A checkpoint as Lightning and the EMA callback of the authors' training code write it."""
-    moments = {i: {"step": torch.ones(()), "exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(state.values())}
-    optimiser: dict[str, object] = {"state": moments, "param_groups": [{"lr": 5e-4, "params": list(moments)}]}
-    if ema is not None:
-        optimiser = {"opt": optimiser, "ema": ema, "current_step": 7, "decay": 0.999, "every_n_steps": 1}
-    windows = {name: torch.hann_window(8) for name in ("featurizer.window", "multi_featurizer.0.window")}
-    return {
-        "epoch": 1,
-        "global_step": 7,
-        "pytorch-lightning_version": "2.0.0",
-        "state_dict": windows | {f"model.{name}": x for name, x in state.items()},
-        "optimizer_states": [optimiser],
-        "lr_schedulers": [],
-    } | entries
-
-
-def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
-
-
-# The published layout
-
-
-@pytest.mark.parametrize("layout", ["published", "lightning", "safetensors"])
-def test_published_file_computes_what_the_published_model_does(layout, fixture, published, tmp_path):
-    path = tmp_path / "misleading.safetensors"  # the content says what it is, not the name
-    if layout == "safetensors":
-        path = tmp_path / "misleading.ckpt"
-        safetensors.torch.save_file(published, path)
-    else:
-        torch.save(published if layout == "published" else lightning(published), path)
-    loaded = read_checkpoint(path)
-    assert loaded.layout == ("published" if layout == "safetensors" else layout)
-    assert loaded.weights == "raw"
-    assert loaded.config == ModelConfig(
-        dim=32, depth=2, freqs_per_bands=(2, 2, 4, 12, 13), stems=("stem_0", "stem_1"), n_fft=64, hop_length=16
-    )
-    model = load_checkpoint(path)
-    assert not model.training
-    with torch.no_grad():
-        output = model.apply_to_spectrogram(torch.view_as_complex(fixture["input.spectrogram"]))
-    reference = fixture["output.spectrogram"]  # (b, stem, c, f, t, 2)
-    difference = (torch.view_as_real(output) - reference).abs().amax((0, 1, 2, 3, 5))  # (t,)
-    scale = reference.abs().amax((0, 1, 2, 3, 5))
-    assert (scale == 0).nonzero().flatten().tolist() == [20, 21, 22, 23]
-    assert (difference[scale == 0] == 0).all()
-    assert (difference <= 1e-5 * scale).all()
-
-
-def test_names_both_ways_on_the_fixture(published):
-    ours = from_published(published)
-    config = infer_config({name: tuple(x.shape) for name, x in ours.items()})
-    assert {name: x.shape for name, x in ours.items()} == {
-        name: x.shape for name, x in BSMamba2(config).state_dict().items()
-    }
-    assert_equal(to_published(ours), published)
-    assert list(to_published(ours)) == list(published)
-    transposed = published["layers.1.0.linear.weight"][:, :, 0].T
-    assert torch.equal(ours["layers.1.time.merge.weight"], transposed)
-    assert torch.equal(
-        ours["layers.0.band.backwards.norm.weight"], published["layers.0.1.backward_blocks.0.norm.weight"]
-    )
-    assert to_published({"other": transposed}) == {"other": transposed} == from_published({"other": transposed})
-
-
-def test_names_of_the_paper_preset():
-    state = module._blank(ModelConfig()).state_dict()
-    names = to_published(state)
-    assert len(names) == 675
-    assert sum(x.numel() for x in names.values()) == 48_098_188
-    block = [f"layers.{i}.{j}.{way}_blocks.0." for i in range(6) for j in (0, 1) for way in ("forward", "backward")]
-    parts = ["norm.weight"] + [
-        f"mixer.{part}"
-        for part in (
-            "dt_bias",
-            "A_log",
-            "D",
-            "in_proj.weight",
-            "conv1d.weight",
-            "conv1d.bias",
-            "norm.weight",
-            "out_proj.weight",
-        )
-    ]
-    assert names.keys() == (
-        {f"band_split.to_features.{k}.{end}" for k in range(62) for end in ("0.gamma", "1.weight", "1.bias")}
-        | {head + part for head in block for part in parts}
-        | {f"layers.{i}.{j}.linear.{part}" for i in range(6) for j in (0, 1) for part in ("weight", "bias")}
-        | {"final_norm.gamma"}
-        | {
-            f"mask_estimators.0.to_freqs.{k}.0.{n}.{part}"
-            for k in range(62) for n in (0, 2) for part in ("weight", "bias")
-        }
-    )  # fmt: skip
-    assert names["layers.5.1.linear.weight"].shape == (512, 256, 1)
-    assert from_published(names).keys() == state.keys()
-    assert infer_config({name: tuple(x.shape) for name, x in state.items()}) == ModelConfig()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"channels": 1},
-        {"stems": ("vocals",)},
-        {"layers": 1, "state": 4, "expand": 4, "d_conv": 3, "headdim": 8, "mask_expand": 3},
-        {"bands": (65, 400, 560), "n_fft": 2048, "hop_length": 441, "channels": 1},
-    ],
-)
-def test_configuration_from_the_tensors(changes, tmp_path):
-    config = dataclasses.replace(TINY, **changes)
-    save_checkpoint(BSMamba2(config), tmp_path / "model.ckpt", layout="published")
-    inferred = load_checkpoint(tmp_path / "model.ckpt").config
-    stems = config.stems if len(config.stems) == 1 else ("stem_0", "stem_1")
-    assert json.loads(inferred.to_json()) == json.loads(config.to_json()) | {"stems": list(stems)}
-
-
-def test_given_configuration_wins_and_an_odd_size_needs_it(model, tmp_path):
-    save_checkpoint(model, tmp_path / "a.ckpt", layout="published")
-    assert load_checkpoint(tmp_path / "a.ckpt", config=TINY).config == TINY
-    odd = BSMamba2(ModelConfig(dim=16, depth=1, freqs_per_bands=(20, 29), n_fft=96, hop_length=24, headdim=16))
-    save_checkpoint(odd, tmp_path / "b.ckpt", layout="published")
-    with pytest.raises(CheckpointError, match=r"b\.ckpt.*power of two.*config="):
-        load_checkpoint(tmp_path / "b.ckpt")
-    assert_equal(load_checkpoint(tmp_path / "b.ckpt", config=odd.config).state_dict(), odd.state_dict())
 
 
 # Round trips
@@ -240,7 +86,7 @@ def test_plain_state_dict_of_ours_and_old_torch_format(model, published, tmp_pat
 
 
 def test_paper_size_loads_fast(tmp_path):
-    model = module._blank(ModelConfig())
+    model = checkpoints._empty_model(ModelConfig())
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
     torch.save(to_published(model.state_dict()), tmp_path / "paper.ckpt")
@@ -286,87 +132,6 @@ def test_ema_that_is_not_there_or_does_not_fit(published, tmp_path):
         load_checkpoint(path, weights="best")
 
 
-class Config(dict):  # a foreign class with items and a state of its own, as OmegaConf and Lightning write
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.flags = {"readonly": True}
-
-
-def test_foreign_classes_do_not_hinder(published, tmp_path):
-    foreign = {
-        "hyper_parameters": Config(dim=256, when=datetime.timedelta(1), where=Path("/data")),
-        "hparams_type": Config,
-        "callbacks": {"x": collections.defaultdict(list, a=1)},
-    }
-    torch.save(lightning(published, **foreign), tmp_path / "m")
-    allowed = set(torch.serialization.get_safe_globals())
-    assert_equal(to_published(load_checkpoint(tmp_path / "m").state_dict()), published)
-    assert set(torch.serialization.get_safe_globals()) == allowed
-    torch.save(lightning(published, **foreign), tmp_path / "old", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"old .*it calls for \S*Config"):
-        load_checkpoint(tmp_path / "old")
-
-
-# Nothing in a file is executed
-
-
-class Malicious:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("place", ["beside", "tensor", "whole", "nested"])
-@pytest.mark.parametrize("kind", ["system", "eval", "popen", "getattr", "bare"])
-def test_malicious_pickle_never_runs(kind, place, legacy, published, tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "m.ckpt"
-    code = f"open({str(marker)!r}, 'w').close()"
-    evil = {
-        "system": Malicious(os.system, f"touch {marker}"),
-        "eval": Malicious(eval, code),
-        "popen": Malicious(subprocess.check_call, ["touch", str(marker)]),
-        "getattr": Malicious(getattr, Malicious(eval, code), "__class__"),
-        "bare": Malicious(os.mkdir, str(marker)),
-    }[kind]
-    content = {
-        "beside": lightning(published, hyper_parameters=evil),
-        "nested": lightning(published, [*published.values(), evil]),
-        "tensor": published | {"final_norm.gamma": evil},
-        "whole": evil,
-    }[place]
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    try:
-        loaded = load_checkpoint(path)
-        refusal = None
-    except CheckpointError as error:
-        refusal = str(error)
-    if refusal:
-        assert str(path) in refusal
-        assert "weights_only=False" not in refusal  # torch proposes it
-    else:  # read, with the call left inert
-        assert place in ("beside", "nested")
-        assert not legacy
-        assert_equal(to_published(loaded.state_dict()), published)
-    assert not marker.exists()
-    with path.open("rb") as file:  # the file is not a dud: it does run where it is let
-        torch.load(file, weights_only=False)
-    assert marker.exists()
-
-
-def test_bare_pickle_never_runs(tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "m.ckpt"
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        path.write_bytes(pickle.dumps(Malicious(os.system, f"touch {marker}"), protocol))
-        with pytest.raises(CheckpointError, match=r"m\.ckpt"):
-            load_checkpoint(path)
-        assert not marker.exists()
-    pickle.loads(path.read_bytes())
-    assert marker.exists()
-
-
 # Faults are named
 
 
@@ -378,7 +143,7 @@ def test_every_fault_of_a_single_tensor_is_named():
         rest = {other: x for other, x in whole.items() if other != name}
         wrong = torch.zeros((*tensor.shape[:-1], tensor.shape[-1] + 2))
         misshapen = f"1 tensors of the wrong shape: {name}: "
-        for on_bad_file, words in (
+        for fault, words in (
             (rest, f"1 tensors missing: {name}."),
             (whole | {name: wrong}, f"{misshapen}{tuple(wrong.shape)}, expected {tuple(tensor.shape)}."),
             (whole | {name: tensor[None]}, f"{misshapen}(1, "),
@@ -386,18 +151,18 @@ def test_every_fault_of_a_single_tensor_is_named():
             (whole | {f"x.{name}": tensor}, f"1 tensors unexpected: x.{name}."),
         ):
             with pytest.raises(CheckpointError) as raised:
-                check(on_bad_file)
+                check(fault)
             assert words in str(raised.value)
 
 
 def check(state: dict[str, Tensor]) -> None:
     """What reading a published file does after the bytes are read (the many cases above need no disk)."""
-    original = module._read_tensors
-    module._read_tensors = lambda path: (dict(state), [], False, {})
+    original = checkpoints._read_tensors
+    checkpoints._read_tensors = lambda path: (dict(state), [], False, {})
     try:
         load_checkpoint("m")
     finally:
-        module._read_tensors = original
+        checkpoints._read_tensors = original
 
 
 def test_many_faults_are_counted(published, tmp_path):
@@ -431,7 +196,7 @@ def test_bad_values_are_named(layout, fault, words, model, tmp_path):
     state = model.state_dict()
     state["band_split.bands.1.linear.bias"] = fault(state["band_split.bands.1.linear.bias"])
     if layout == "bsmamba2":
-        metadata = {"bsmamba2.format": "1", "bsmamba2.config": TINY.to_json()}
+        metadata = {"bsmamba2.format": "2", "bsmamba2.config": TINY.to_json()}
         safetensors.torch.save_file(state, path, metadata)
     else:
         torch.save(to_published(state) if layout == "published" else lightning(to_published(state)), path)
@@ -474,31 +239,6 @@ def test_files_that_are_no_checkpoints(name, content, words, tmp_path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({}, "holds no tensors"),
-        ([1, 2], "holds no tensors but"),
-        (torch.zeros(3), "holds no tensors but"),
-        ({"state_dict": {}}, "holds no tensors"),
-        ({"state_dict": {"model.a": 1}}, "entry 'a' is no tensor but int"),
-        ({"model": {"a": torch.zeros(1)}}, "entry 'model' is no tensor but dict"),
-        ({3: torch.zeros(1)}, "entry 3 is no tensor"),
-        (
-            {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)},
-            "of 2 tensors none is of BSMamba2: conv1",
-        ),
-        ({"final_norm.gamma": torch.zeros(8)}, "no usable configuration: no tensor shows"),
-        ({"layers.1000000000.0.linear.bias": torch.zeros(8)}, "no usable configuration"),
-    ],
-)
-def test_torch_files_of_something_else(content, words, tmp_path):
-    path = tmp_path / "m.ckpt"
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}.*{words}"):
-        load_checkpoint(path)
-
-
 def stored(**changes: object) -> str:
     return dataclasses.replace(TINY, **changes).to_json()
 
@@ -506,18 +246,19 @@ def stored(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"bsmamba2.format": "2"}, "has format '2', this is format 1: update"),
+        ({"bsmamba2.format": "3"}, "has format '3', this is format 2: update"),
+        ({"bsmamba2.format": "1"}, "has format '1', this is format 2: it is older than the first release"),
         ({"bsmamba2.config": "{"}, "no usable configuration"),
         ({"bsmamba2.config": "[]"}, "no usable configuration"),
         ({"bsmamba2.config": "3"}, "no usable configuration"),
-        ({"bsmamba2.config": '{"depth": 3}'}, "no usable configuration: unknown configuration field 'depth'"),
+        ({"bsmamba2.config": '{"layers": 3}'}, "no usable configuration: unknown configuration field 'layers'"),
         ({"bsmamba2.config": '{"dim": -3}'}, "no usable configuration: dim=-3"),
         ({"bsmamba2.config": "{}"}, "does not fit a BSMamba2 with 675"),
-        ({"bsmamba2.config": stored(layers=1_000_000_000)}, "are too few"),
+        ({"bsmamba2.config": stored(depth=1_000_000_000)}, "are too few"),
         ({"bsmamba2.config": stored(dim=16_000_000_000)}, "no usable configuration"),
-        ({"bsmamba2.config": stored(layers=3)}, "40 tensors missing: layers.2"),
-        ({"bsmamba2.config": stored(layers=1)}, "40 tensors unexpected: layers.1"),
-        ({"bsmamba2.config": stored(state=9)}, "24 tensors of the wrong shape"),
+        ({"bsmamba2.config": stored(depth=3)}, "40 tensors missing: layers.2"),
+        ({"bsmamba2.config": stored(depth=1)}, "40 tensors unexpected: layers.1"),
+        ({"bsmamba2.config": stored(d_state=9)}, "24 tensors of the wrong shape"),
     ],
 )
 def test_bad_metadata(metadata, words, model, tmp_path):
@@ -582,78 +323,6 @@ def test_damage_anywhere_is_a_checkpoint_error_or_none(layout, whole_files, tmp_
             load_checkpoint(path)
 
 
-# Saving: whole or not at all
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("target", "error"),
-    [
-        ("os.fsync", OSError(errno.EIO, "input/output error")),
-        ("os.fsync", OSError(errno.ENOSPC, "no space left on device")),
-        ("pathlib.Path.replace", PermissionError(errno.EACCES, "denied")),
-        ("pathlib.Path.replace", KeyboardInterrupt()),
-    ],
-)
-def test_a_save_that_fails_leaves_the_old_file(layout, target, error, model, tmp_path, monkeypatch):
-    path = tmp_path / "m"
-    save_checkpoint(model, path)
-    before = path.read_bytes()
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(target, fail)
-    with pytest.raises(type(error)) as raised:
-        save_checkpoint(BSMamba2(TINY), path, layout=layout)
-    monkeypatch.undo()
-    if isinstance(error, OSError):
-        assert str(path) in str(raised.value)
-        assert "nothing was changed" in str(raised.value)
-        assert raised.value.errno == error.errno
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
-
-
-@pytest.fixture
-def full_disk(tmp_path):
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk cannot be mounted here: {error}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_full_disk(layout, model, full_disk):
-    path = full_disk / "m"
-    save_checkpoint(model, path)
-    before = path.read_bytes()
-    with pytest.raises(OSError, match=r"cannot save .*No space left") as raised:
-        save_checkpoint(BSMamba2(dataclasses.replace(TINY, dim=64)), path, layout=layout)
-    assert raised.value.errno == errno.ENOSPC
-    assert raised.value.filename == str(path)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in full_disk.iterdir()] == ["m"]
-
-
-def test_saving_replaces_and_keeps_links_and_rights(model, tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real" / "m")
-    save_checkpoint(BSMamba2(TINY), tmp_path / "link")
-    save_checkpoint(model, str(tmp_path / "link"))
-    assert (tmp_path / "link").is_symlink()
-    assert_equal(load_checkpoint(tmp_path / "real" / "m").state_dict(), model.state_dict())
-    (tmp_path / "plain").touch()
-    assert (tmp_path / "real" / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        save_checkpoint(model, tmp_path / "no folder" / "m")
-
-
 def test_what_cannot_be_saved(model, tmp_path):
     path = tmp_path / "m"
     with pytest.raises(ValueError, match="layout='onnx' must be"):
@@ -673,16 +342,8 @@ def test_what_cannot_be_saved(model, tmp_path):
     assert not path.exists()
 
 
-def test_identify(tmp_path, monkeypatch):
-    path = tmp_path / "m"
-    path.write_bytes(b"abc")
-    assert describe_known_file(path) is None
-    assert sorted(size for size, _ in module.KNOWN_FILES.values()) == [192_610_602, 770_628_060]
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    monkeypatch.setattr(module, "KNOWN_FILES", {digest: (3, "three letters")})
-    assert describe_known_file(path) == "three letters; no licence is stated for the weights"
-    path.write_bytes(b"abd")
-    assert describe_known_file(path) is None
-    monkeypatch.setattr(module.hashlib, "file_digest", None)  # another size: not even hashed
-    path.write_bytes(b"abcd")
-    assert describe_known_file(path) is None
+def test_the_scan_is_an_argument(model, tmp_path):
+    save_checkpoint(model, tmp_path / "m")
+    assert load_checkpoint(tmp_path / "m").layers[0].time.forwards.mixer.scan is ssd.chunked
+    for scan in ("matrix", ssd.matrix):
+        assert load_checkpoint(tmp_path / "m", scan=scan).layers[0].time.forwards.mixer.scan is ssd.matrix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +19,10 @@ from bsmamba2.metrics import (
     bleed,
     csdr,
     csdr_seconds,
-    leak,
     mel_filters,
     onsets,
     si_sdr,
+    silence_leakage,
     silent_regions,
     usdr,
 )
@@ -58,7 +59,7 @@ def by_museval(museval: ModuleType, pairs: list[tuple[Tensor, Tensor]], rate: in
         warnings.simplefilter("ignore")
         return torch.from_numpy(
             museval.bss_eval(
-                references, estimates, compute_permutation=False, window=rate, hop_length=rate, filters_len=64,
+                references, estimates, compute_permutation=False, window=rate, hop=rate, filters_len=64,
                 framewise_filters=False, bsseval_sources_version=False,
             )[0]
         )  # fmt: skip
@@ -92,11 +93,11 @@ def test_csdr_is_the_sdr_of_bss_eval(case: str, museval: ModuleType) -> None:
     pairs = CASES[case]
     expected = by_museval(museval, pairs, 2000)
     for i, (reference, estimate) in enumerate(pairs):
-        beside = [pair for j, pair in enumerate(pairs) if j != i]
-        found = csdr_seconds(reference, estimate, 2000, beside=beside)
+        other_sources = [pair for j, pair in enumerate(pairs) if j != i]
+        found = csdr_seconds(reference, estimate, 2000, other_sources=other_sources)
         torch.testing.assert_close(found, expected[i], rtol=0, atol=1e-9, equal_nan=True)
         median = float(np.nanmedian(expected[i]))
-        assert csdr(reference, estimate, 2000, beside=beside) == pytest.approx(median, abs=1e-9)
+        assert csdr(reference, estimate, 2000, other_sources=other_sources) == pytest.approx(median, abs=1e-9)
     assert expected.isnan().any() == ("silent" in case or "cancel" in case)
 
 
@@ -118,8 +119,8 @@ def test_csdr_of_nothing_to_hear_is_nan_and_of_the_truth_infinite() -> None:
     assert math.isnan(csdr(0 * s, s, 2000))
     assert math.isnan(csdr(s, 0 * s, 2000))
     assert math.isnan(csdr(s[:, :1999], s[:, :1999], 2000))  # no whole second
-    with pytest.raises(ValueError, match="beside"):
-        csdr(s, s, 2000, beside=[(s[:, :-1], s[:, :-1])])
+    with pytest.raises(ValueError, match="other_sources"):
+        csdr(s, s, 2000, other_sources=[(s[:, :-1], s[:, :-1])])
 
 
 # --- ratios over the song ---------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def test_silent_regions_are_found_to_the_sample() -> None:
     s[0, 2000:2600] = 0  # in one channel only
     s[:, 2700:] = -0.0009
     assert silent_regions(s, RATE) == [(0, 300), (1000, 1250), (2700, 3000)]
-    assert silent_regions(s, RATE, shortest=0.249) == [(0, 300), (1000, 1250), (1500, 1749), (2700, 3000)]
-    assert silent_regions(s, RATE, floor=1e-4) == [(0, 300)]
+    assert silent_regions(s, RATE, min_silence=0.249) == [(0, 300), (1000, 1250), (1500, 1749), (2700, 3000)]
+    assert silent_regions(s, RATE, threshold=1e-4) == [(0, 300)]
     assert silent_regions(torch.zeros(1, 400), RATE) == [(0, 400)]
     assert silent_regions(torch.ones(1, 400), RATE) == []
 
@@ -217,32 +218,32 @@ def test_leak_of_a_known_level() -> None:
     s[:, 1000:2000] = 0.5
     band = torch.full((2, 4000), 0.2)  # constant: mean square 0.04, −14 dBFS
     mixture = s + band
-    found = leak(s, s + 0.1 * band, mixture, RATE)
+    found = silence_leakage(s, s + 0.1 * band, mixture, RATE)
     assert found.relative == pytest.approx(-20, abs=1e-5)
     assert found.absolute == pytest.approx(20 * math.log10(0.02), abs=1e-5)
     assert found.seconds == 3
-    assert leak(s, mixture, mixture, RATE).relative == pytest.approx(0, abs=1e-6)
-    assert leak(s, s, mixture, RATE).relative == leak(s, s, mixture, RATE).absolute == -math.inf
+    assert silence_leakage(s, mixture, mixture, RATE).relative == pytest.approx(0, abs=1e-6)
+    assert silence_leakage(s, s, mixture, RATE).relative == silence_leakage(s, s, mixture, RATE).absolute == -math.inf
     wrong_voice = s + 0.1 * band
     wrong_voice[:, 1000:2000] = 0  # what happens to the voice is no leak
-    assert leak(s, wrong_voice, mixture, RATE) == found
+    assert silence_leakage(s, wrong_voice, mixture, RATE) == found
 
 
 def test_leak_counts_only_what_the_reference_lacks() -> None:
     s = torch.full((1, 1000), 0.0005)
-    assert leak(s, s, s + 0.1, RATE).absolute == -math.inf
-    assert leak(s, 3 * s, s + 0.1, RATE).absolute == pytest.approx(-60, abs=1e-5)
+    assert silence_leakage(s, s, s + 0.1, RATE).absolute == -math.inf
+    assert silence_leakage(s, 3 * s, s + 0.1, RATE).absolute == pytest.approx(-60, abs=1e-5)
 
 
 def test_leak_where_there_is_nothing_to_say() -> None:
     s = torch.zeros(1, 1000)
-    nothing = leak(s + 0.5, s, s + 0.5, RATE)
+    nothing = silence_leakage(s + 0.5, s, s + 0.5, RATE)
     assert math.isnan(nothing.relative)
     assert math.isnan(nothing.absolute)
     assert nothing.seconds == 0
-    assert math.isnan(leak(s, s, s, RATE).relative)
-    assert leak(s, s + 0.1, s, RATE).relative == math.inf
-    assert leak(s, s + 0.1, s, RATE).absolute == pytest.approx(-20, abs=1e-5)
+    assert math.isnan(silence_leakage(s, s, s, RATE).relative)
+    assert silence_leakage(s, s + 0.1, s, RATE).relative == math.inf
+    assert silence_leakage(s, s + 0.1, s, RATE).absolute == pytest.approx(-20, abs=1e-5)
 
 
 def test_csdr_does_not_notice_a_leak_ten_times_as_loud_and_leak_says_twenty_decibels() -> None:
@@ -252,7 +253,7 @@ def test_csdr_does_not_notice_a_leak_ten_times_as_loud_and_leak_says_twenty_deci
     band = noise(2, 5 * RATE, seed=1)
     quiet, loud = (s + 0.3 * (1 - gate) * band + gain * gate * band for gain in (0.05, 0.5))
     assert csdr(s, quiet, RATE) == csdr(s, loud, RATE)
-    one, ten = leak(s, quiet, s + band, RATE), leak(s, loud, s + band, RATE)
+    one, ten = silence_leakage(s, quiet, s + band, RATE), silence_leakage(s, loud, s + band, RATE)
     assert ten.relative - one.relative == pytest.approx(20, abs=1e-9)
     assert ten.absolute - one.absolute == pytest.approx(20, abs=1e-9)
     assert one.relative == pytest.approx(20 * math.log10(0.05), abs=1e-9)
@@ -339,3 +340,42 @@ def test_other_shapes_are_refused(metric) -> None:  # type: ignore[no-untyped-de
         metric(torch.zeros(2, 5), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="not empty"):
         metric(torch.zeros(2, 0), torch.zeros(2, 0))
+
+
+# --- uSDR and cSDR ----------------------------------------------------------------------------------------
+
+
+def test_usdr_of_signals_whose_value_is_known() -> None:
+    s = torch.randn(2, 44_100)
+    assert usdr(s, torch.zeros_like(s)) == pytest.approx(0)
+    assert usdr(s, 0.9 * s) == pytest.approx(20, abs=1e-3)
+    assert usdr(s, -s) == pytest.approx(-20 * math.log10(2), abs=1e-3)
+    assert usdr(0 * s, 0 * s) == pytest.approx(0)
+    assert usdr(0 * s, s) < -100
+
+
+def test_csdr_drops_silent_seconds_and_the_tail() -> None:
+    s = torch.randn(2, 44_100 * 5 + 20_000)
+    estimate = s * torch.tensor([0.9, 0.5, 0.9, 0.5, 0.9]).repeat_interleave(44_100).tolist()[0]
+    assert csdr(s, estimate) == pytest.approx(20, abs=1e-3)
+    gains = torch.ones(s.shape[1])
+    for second, gain in enumerate((0.9, 0.99, 0.5, 0.9, 0.9)):
+        gains[second * 44_100 : (second + 1) * 44_100] = gain
+    assert csdr(s, s * gains) == pytest.approx(20, abs=1e-3)  # the median of 20, 40, 6, 20, 20
+    silent = s.clone()
+    silent[:, 44_100 : 3 * 44_100] = 0
+    leak = silent + 10 * (silent == 0)
+    leak[:, :44_100] *= 0.9
+    leak[:, 3 * 44_100 :] *= 0.9
+    assert csdr(silent, leak) == pytest.approx(20, abs=1e-3)
+    assert csdr(s, s) == math.inf
+    assert math.isnan(csdr(0 * s, s))
+    opposite = torch.stack([s[0], -s[0]])  # channels that sum to zero count as silence
+    assert math.isnan(csdr(opposite, s))
+
+
+def test_metrics_refuse_other_shapes() -> None:
+    with pytest.raises(ValueError, match=re.escape("(2, 5)")):
+        usdr(torch.zeros(2, 5), torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="not empty"):
+        csdr(torch.zeros(2, 0), torch.zeros(2, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import TINY, relative
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, ModelConfig, ssd
-from bsmamba2.bands import deinterleave, generate_bands, interleave, published_bands
 
 Weights = dict[str, Tensor]
 
@@ -72,16 +70,6 @@ def test_size_at_the_paper_preset() -> None:
     assert (mixer.in_proj.out_features, mixer.conv1d.out_channels, len(mixer.A_log)) == (2 * 1024 + 256 + 16, 1280, 16)
 
 
-def test_initial_values() -> None:
-    torch.manual_seed(0)
-    mixer = BSMamba2(ModelConfig(depth=1)).layers[0].time.forwards.mixer
-    steps = nn.functional.softplus(mixer.dt_bias)
-    assert 1e-3 * 0.999 < steps.min() < steps.max() < 1e-1 * 1.001
-    assert 1 <= mixer.A_log.exp().min() < mixer.A_log.exp().max() <= 16
-    assert mixer.D.eq(1).all()
-    assert mixer.norm.weight.eq(1).all()
-
-
 @pytest.mark.parametrize("level", [1.0, 1e-7, 0.0])
 def test_gradients_are_finite_in_sound_and_silence(tiny: BSMamba2, level: float) -> None:
     audio = (torch.randn(2, 2, 1000) * level).requires_grad_()
@@ -121,33 +109,6 @@ def test_channels_are_separated_jointly(tiny: BSMamba2) -> None:
     changed = audio.clone()
     changed[:, 1] = torch.randn(800)
     assert (tiny(audio)[:, :, 0] - tiny(changed)[:, :, 0]).abs().max() > 1e-6
-
-
-def test_time_and_bands_are_not_scrambled(tiny: BSMamba2) -> None:
-    """A model whose band axis does nothing must treat each band by itself (a missing transpose mixes them)."""
-    layer = tiny.layers[0]
-    with torch.no_grad():
-        for parameter in layer.band.parameters():
-            parameter.zero_()
-    x = torch.randn(1, 20, 4, 16)
-    changed = x.clone()
-    changed[:, :, 2] += 1
-    difference = (layer(x) - layer(changed)).abs().amax((0, 1, 3))
-    assert difference[2] > 1e-3
-    assert not difference[[0, 1, 3]].any()
-
-
-def test_both_directions_and_both_axes_are_heard(tiny: BSMamba2) -> None:
-    x = torch.randn(1, 20, 4, 16)
-    changed = x.clone()
-    changed[0, 10, 2] += 1
-    heard = (tiny.layers[0](x) - tiny.layers[0](changed)).abs().amax(-1)[0]  # (t, k)
-    assert (heard > 0).all()
-
-
-def test_directions_have_their_own_weights(tiny: BSMamba2) -> None:
-    block = tiny.layers[0].time
-    assert not torch.equal(block.forwards.mixer.in_proj.weight, block.backwards.mixer.in_proj.weight)
 
 
 def test_the_sequence_layer_is_one_argument() -> None:
@@ -191,80 +152,3 @@ def test_wrong_audio_is_named(tiny: BSMamba2, shape: tuple[int, ...], message: s
 def test_wrong_spectrogram_is_named(tiny: BSMamba2) -> None:
     with pytest.raises(ValueError, match="f=65"):
         tiny.apply_to_spectrogram(torch.zeros(1, 2, 64, 5, dtype=torch.complex64))
-
-
-# --- bands ------------------------------------------------------------------------------------------------
-
-
-def test_published_bands() -> None:
-    bands = published_bands()
-    assert (len(bands), sum(bands), bands[0], bands[-2:]) == (62, 1025, 2, (128, 129))
-
-
-@pytest.mark.parametrize("count", [1, 2, 31, 48, 62, 200, 512])
-def test_generated_bands_fill_the_spectrum_and_widen(count: int) -> None:
-    bands = generate_bands(count)
-    assert (len(bands), sum(bands)) == (count, 1025)
-    assert min(bands) >= 2
-    assert all(low <= high + 1 for low, high in pairwise(bands))  # but for rounding
-
-
-@pytest.mark.parametrize(("arguments", "message"), [((600,), "600 bands"), ((0,), "0 bands")])
-def test_bands_that_do_not_fit(arguments: tuple[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate_bands(*arguments)
-
-
-def test_feature_order_is_frequency_then_channel_then_part() -> None:
-    spectrogram = torch.randn(1, 2, 3, 1, dtype=torch.complex64)
-    features = interleave(spectrogram)[0, 0]
-    expected = [
-        part
-        for f in range(3)
-        for c in range(2)
-        for part in (spectrogram[0, c, f, 0].real, spectrogram[0, c, f, 0].imag)
-    ]
-    assert torch.equal(features, torch.stack(expected))
-    assert torch.equal(deinterleave(interleave(spectrogram), 2), spectrogram)
-
-
-def test_unit_norm_lifts_near_silence_and_keeps_silence() -> None:
-    norm = BSMamba2(TINY).band_split.bands[0].norm
-    x = torch.randn(16)
-    torch.testing.assert_close(norm(x * 1e-9), norm(x))
-    assert not norm(torch.zeros(16)).any()
-    assert norm(x).norm().item() == pytest.approx(4.0)
-
-
-# --- configuration ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dim": 0}, "dim=0"),
-        ({"dim": 2.5}, "dim=2.5"),
-        ({"layers": True}, "layers=True"),
-        ({"bands": (1, 2)}, "bands cover 3 bins"),
-        ({"bands": "all"}, "bands='all'"),
-        ({"stems": ()}, "stems"),
-        ({"stems": ("a", "a")}, "twice"),
-        ({"hop_length": 1500}, "hop_length=1500"),
-        ({"headdim": 60}, "headdim=60"),
-    ],
-)
-def test_a_bad_configuration_is_named(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ModelConfig(**changes)
-
-
-def test_configuration_round_trip_and_unknown_names() -> None:
-    import json
-
-    for preset in ("paper", "compact", "small"):
-        config = ModelConfig.preset(preset)
-        assert ModelConfig.from_mapping(json.loads(config.to_json())) == config
-    with pytest.raises(ValueError, match="'tiny' is not one of paper, compact, small"):
-        ModelConfig.preset("tiny")
-    with pytest.raises(ValueError, match="unknown configuration field 'depth'"):
-        ModelConfig.from_mapping({"depth": 6})

@@ -113,23 +113,6 @@ def test_a_huge_step_among_small_ones_keeps_its_precision() -> None:
     assert_same(ssd.chunked, inputs, bound=1e-5)
 
 
-@pytest.mark.parametrize("octaves", [0.5, 2.0, 3.7, 40.0, 1000.0])
-def test_rows_are_cut_where_factors_would_leave_the_range_of_a_float(octaves: float) -> None:
-    # One head decays by so much in each frame, the other hardly: the blocks serve both.
-    steps = torch.tensor([octaves, 1e-3]).double().expand(64, 1, 2)
-    sums = -steps.cumsum(0)
-    blocks = ssd._blocks(sums)
-    assert [first for first, _ in blocks] == [0, *(end for _, end in blocks[:-1])]
-    assert blocks[-1][1] == 64
-    assert all((end - first - 1) * octaves <= ssd.SPAN for first, end in blocks)
-    shortest = 1 if octaves > ssd.JUMP else ssd.SPAN / octaves - 1
-    assert all(end - first >= shortest for first, end in blocks[:-1])
-
-    x, dt, A, B, C, D, _ = problem(64, decay=1.0)
-    A = torch.tensor([-octaves, -1e-3]).double() * torch.tensor(2.0).log()
-    assert_same(ssd.chunked, [x, torch.ones_like(dt), A, B, C, D, problem(64)[6]])
-
-
 @pytest.mark.parametrize(
     ("place", "value"), [(0, math.nan), (0, math.inf), (1, math.nan), (1, math.inf), (2, math.nan)]
 )
@@ -139,43 +122,11 @@ def test_what_is_no_number_comes_out_as_such(place: int, value: float) -> None:
     assert not ssd.chunked(*inputs).isfinite().all()
 
 
-def test_a_head_that_keeps_nothing_is_as_in_the_loop() -> None:
-    inputs = [part.float() for part in problem(20)[:6]]
-    inputs[2][0] = -math.inf
-    torch.testing.assert_close(ssd.chunked(*inputs), ssd.recurrent(*inputs))
-
-
-def test_levels_cost_only_the_heads_that_forget() -> None:
-    steps = torch.tensor([40.0, 1e-3, 3.0, 3.0]).double().expand(64, 1, 4)  # 2560, 0, 192, 192 octaves
-    found = list(ssd._levels(-steps.cumsum(0), torch.ones(64, 1, 4)))
-    kinds = [(number, heads.start, heads.stop) for number, heads, *_ in found]
-    assert kinds == [(0, 0, 4), (1, 0, 1), (1, 2, 4), *[(number, 0, 1) for number in range(2, 22)]]
-    assert all(part.isfinite().all() for _, _, *parts in found for part in parts)
-
-
 @pytest.mark.parametrize("decay", [3.0, 30.0, 300.0])
 def test_levels_are_exact_along_many_chunks(decay: float) -> None:
     inputs = problem(150, 4, dt=1.0, decay=decay, n=6)
     for chunk in (16, 64, 150):
         assert_same(partial(ssd.chunked, chunk=chunk), inputs)
-
-
-def test_without_levels_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = problem(64, dt=1.0, decay=20.0)[:6]
-    expected = ssd.recurrent(*inputs)
-    inputs = [part.float() for part in inputs]
-    with torch.no_grad():
-        assert relative(ssd.chunked(*inputs), expected) < 1e-5
-        monkeypatch.setattr(ssd, "SPAN", 1e6)
-        assert not relative(ssd.chunked(*inputs), expected) < 1e-5
-
-
-def test_without_blocks_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = problem(64, dt=1.0, decay=20.0)
-    assert_same(ssd.chunked, inputs)
-    monkeypatch.setattr(ssd, "_blocks", lambda sums: [(0, len(sums))])
-    with pytest.raises(AssertionError):
-        assert_same(ssd.chunked, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,8 +1,8 @@
-// Explorables: pictures and sounds that follow a slider, from numbers that the page brings with it.
+// Explorables: figures and audio players that follow sliders, from data embedded in the page.
 //
-// <div class="explorable" data-kind="curves|bands|listen"> holds range inputs, a .drawing, a .told (a live region) and a
-// <script type="application/json">: {common, settings}. The settings run through all positions of the sliders, the last
-// slider fastest; each has a sentence, `told`, and what its kind draws. Written by bsmamba2.show.explorable.
+// <div class="explorable" data-kind="curves|bands|listen"> holds range inputs, a .drawing, a .caption (a live region) and a
+// <script type="application/json">: {common, settings}. The settings cover all positions of the sliders, the last slider
+// fastest; each has a `caption`, a sentence, and the data that its kind draws. Written by bsmamba2.teaching.plotting.explorable.
 "use strict";
 
 (() => {
@@ -19,7 +19,7 @@
 
   const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
 
-  // --- scales: a value to a place between 0 and 1 ---
+  // --- scales: from a value to a position between 0 and 1 ---
 
   function scale(kind, low, high) {
     // "hertz" is linear to 1 kHz and logarithmic above, as in the figures of the book.
@@ -54,7 +54,7 @@
 
   // --- kinds ---
 
-  // Lines over one pair of axes, panel below panel. A setting gives `mark`, a place on fixed lines, or `y`, new lines.
+  // Lines over one pair of axes, panel below panel. A setting gives `mark`, a point on fixed lines, or `y`, new lines.
   function curves(drawing, common, setting, width) {
     common.panels.forEach((panel, i) => {
       const height = 210, { svg, x, x0, y0, inner } = frame(drawing, panel, width, height);
@@ -119,7 +119,7 @@
   function start(box) {
     const { common, settings } = JSON.parse(box.querySelector('script[type="application/json"]').textContent);
     const sliders = [...box.querySelectorAll('input[type="range"]')];
-    const drawing = box.querySelector(".drawing"), told = box.querySelector(".told");
+    const drawing = box.querySelector(".drawing"), caption = box.querySelector(".caption");
     const names = sliders.map((slider) => JSON.parse(slider.dataset.values));
     let width = 0;
 
@@ -132,7 +132,7 @@
         slider.setAttribute("aria-valuetext", value);
         box.querySelector(`output[for="${slider.id}"]`).textContent = value;
       });
-      if (told.textContent !== settings[index].told) told.textContent = settings[index].told;
+      if (caption.textContent !== settings[index].caption) caption.textContent = settings[index].caption;
     }
 
     new ResizeObserver(() => {
@@ -140,7 +140,7 @@
       if (now === width) return;
       const first = width === 0;
       width = now;
-      if (first || box.dataset.kind !== "listen") draw(); // a player that plays is not drawn anew
+      if (first || box.dataset.kind !== "listen") draw(); // redrawing would stop a player
     }).observe(drawing);
     sliders.forEach((slider) => slider.addEventListener("input", draw));
   }

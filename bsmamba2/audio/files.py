@@ -1,189 +1,140 @@
-"""Audio files in and out, in pieces: WAV, FLAC, OGG and MP3, through soundfile.
+"""Read audio files block by block: libsndfile where it reads a format right, FFmpeg (through PyAV) for all others.
 
-A file is read as float32, integers divided by their full scale, so that what the file calls full is 1. What is written
-appears whole or not at all, and never clips unsaid (`StemWriter`).
+libsndfile reads WAV, FLAC, Ogg Vorbis, AIFF, CAF and AU; FFmpeg MP3, M4A (AAC, ALAC), Opus, WMA, WebM, and the sound of
+video files. Samples come as float32, integers divided by their full scale, so that the file's full scale is 1.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+import av
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
-from . import mp3
-
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".rf64", ".caf")
-"""Names of files that a folder is searched for, in any case."""
+SUFFIXES = (
+    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".w64", ".rf64"),
+    *(".caf", ".m4a", ".m4b", ".aac", ".wma", ".mka", ".mp4", ".mkv", ".mov", ".webm"),
+)
+"""Suffixes of the files that a folder is searched for, in any case."""
 
 RATES = (1_000, 768_000)
-"""Lowest and highest sample rate that is believed, in hertz: below there is no voice, above there is no recorder."""
+"""Lowest and highest sample rate that is accepted, in hertz: beyond them the header of a file is wrong."""
 
 BLOCK = 1 << 16
-"""Frames read at a time. (Minutes of Vorbis written in one call crash libsndfile: so pieces there, too.)"""
+"""Samples read at a time in each channel."""
 
-
-@dataclass(frozen=True)
-class Format:
-    """How a result is stored.
-
-    Attributes:
-        suffix: of the file's name.
-        container: soundfile's name of the format.
-        subtype: soundfile's name of the encoding.
-        bits: of a sample, 0 for a lossy encoding.
-        bounded: whether samples beyond ±1 would clip.
-    """
-
-    suffix: str
-    container: str
-    subtype: str
-    bits: int
-    bounded: bool = True
-
-
-FORMATS = {
-    "wav": Format(".wav", "WAV", "FLOAT", 32, bounded=False),
-    "wav24": Format(".wav", "WAV", "PCM_24", 24),
-    "wav16": Format(".wav", "WAV", "PCM_16", 16),
-    "flac": Format(".flac", "FLAC", "PCM_24", 24),
-    "ogg": Format(".ogg", "OGG", "VORBIS", 0),
-    "mp3": Format(".mp3", "MP3", "MPEG_LAYER_III", 0),
-}
+_LIBSNDFILE_MAGIC = (b"RIFF", b"RF64", b"riff", b"FORM", b"caff", b"fLaC", b"OggS", b".snd")
+_FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
+_AGAIN = "get the whole file again"
 
 
 class AudioError(ValueError):
-    """A file that cannot be used: the message names it, says why, and what to do."""
+    """A file that cannot be used: the message names it, gives the reason, and the fix."""
 
 
 class AudioReader:
-    """A file open for reading, as a context manager.
+    """Audio file reader, as a context manager.
 
     Attributes:
         rate: sample rate, in hertz.
         channels: c.
-        frames: samples in each channel, as the file's head has it; of an MP3 without a count, as its frames are found.
+        frames: samples in each channel. FFmpeg's formats are decoded once to count them: what the container hides
+            (an encoder's delay and padding) is left out.
 
     Args:
         path: the file.
 
     Raises:
-        AudioError: for a file that is missing, no regular file, no audio, cut short or empty, or has a rate outside
-            `RATES`.
+        AudioError: for a file that is missing, not a regular file, not audio, truncated or empty, or has a rate
+            outside `RATES`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        mend = "give a WAV, FLAC, OGG or MP3 file"
         try:
             if self.path.exists() and not self.path.is_file():
-                raise AudioError(f"{self.path}: is no regular file; {mend}")
-            with self.path.open("rb") as raw:
-                if not raw.read(1):
-                    raise AudioError(f"{self.path}: is empty, 0 bytes; {mend}")
-            counted = mp3.with_count(self.path)
+                raise AudioError(f"{self.path}: is no regular file; {_FORMATS}")
+            self._raw = self.path.open("rb", buffering=0)
         except FileNotFoundError as error:
-            raise AudioError(f"{self.path}: does not exist; {mend}") from error
+            raise AudioError(f"{self.path}: does not exist; {_FORMATS}") from error
         except OSError as error:
-            raise AudioError(f"{self.path}: cannot be read ({_reason(error)}); change that, or leave it out") from error
-        with contextlib.ExitStack() as opened:
-            if counted is not None:
-                opened.callback(counted.close)
-            try:
-                with self._quiet():
-                    self._file = opened.enter_context(soundfile.SoundFile(counted or _openable(self.path)))
-            except soundfile.LibsndfileError as error:
-                raise AudioError(f"{self.path}: cannot be read as audio ({_reason(error)}); {mend}") from error
-            self.rate: int = self._file.samplerate
-            self.channels: int = self._file.channels
-            self.frames: int = self._file.frames
-            self._check_head()
-            self._close = opened.pop_all().close
+            raise AudioError(f"{self.path}: cannot be read ({reason(error)}); change that, or leave it out") from error
+        try:
+            self._decoder = self._open()
+            self.rate, self.channels, self.frames = self._decoder.rate, self._decoder.channels, self._decoder.frames
+            self._check_header()
+        except BaseException:
+            self._raw.close()
+            raise
 
-    def _check_head(self) -> None:
+    def _open(self) -> _LibsndfileDecoder | _FFmpegDecoder:
+        head = self._raw.read(64)
+        if not head:
+            raise AudioError(f"{self.path}: is empty, 0 bytes; {_FORMATS}")
+        refusal: Exception | None = None
+        if head.startswith(_LIBSNDFILE_MAGIC) and b"OpusHead" not in head:
+            try:
+                return _LibsndfileDecoder(self._raw)
+            except soundfile.LibsndfileError as error:
+                refusal = error
+        try:
+            return _FFmpegDecoder(self._raw)
+        except _Damaged as error:
+            raise self._damaged(error) from error
+        except av.FFmpegError as error:
+            reasons = reason(refusal or error)
+            raise AudioError(f"{self.path}: cannot be read as audio ({reasons}); {_FORMATS}") from error
+
+    def _check_header(self) -> None:
         low, high = RATES
         if not low <= self.rate <= high:
             raise AudioError(
                 f"{self.path}: {self.rate:,} Hz is no rate that music is recorded at ({low:,} to {high:,} Hz); "
                 f"write the right rate into its head, or resample it"
             )
-        # libsndfile takes a chunk that ends too early as it is, and says so in its log alone. Programs that write
-        # into a pipe leave a size of 0 or just below or at 2^31 or 2^32 behind, which means nothing.
-        sizes = re.findall(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE)
-        short = [int(claimed) for claimed, there in sizes if int(there) + 1 < int(claimed)]
-        if any((size + 0x10000) % (1 << 31) > 0x10000 for size in short) or not _ogg_ends(self.path):
-            raise AudioError(f"{self.path}: is cut short: its end is missing; get the whole file again")
+        if self._decoder.truncated or not _ogg_ends(self._raw):
+            raise AudioError(f"{self.path}: is cut short: its end is missing; {_AGAIN}")
         if not self.frames:
             raise AudioError(f"{self.path}: holds no samples; give a song")
         if self.frames >= (1 << 63) - 1:  # a FLAC that was written into a pipe
-            raise AudioError(f"{self.path}: does not say how long it is; write it anew, as WAV for example")
+            raise AudioError(f"{self.path}: does not say how long it is; convert it, to WAV for example")
 
     def blocks(self) -> Iterator[Tensor]:
-        """The samples from the start: pieces (c, up to `BLOCK`) float32.
+        """The samples from the start: blocks (c, up to `BLOCK`) float32.
 
         Raises:
             AudioError: when samples are NaN or infinite, or the data are damaged or end before `frames`.
         """
-        found = 0
-        while True:
-            try:
-                with self._quiet():
-                    block = self._file.read(BLOCK, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
-                raise AudioError(
-                    f"{self.path}: is damaged or cut short after {found / self.rate:.1f} s ({_reason(error)}); "
-                    f"get the whole file again"
-                ) from error
-            if not len(block):
-                break
-            if not np.isfinite(block).all():
-                raise AudioError(f"{self.path}: holds NaN or infinite samples; repair or export it again")
-            found += len(block)
-            yield torch.from_numpy(block.T.copy())
-        # Decoders of MP3 begin late or leave out a frame or two where one says less than it should.
-        if found < self.frames - (self.rate if self._file.format == "MP3" else 0):
-            raise AudioError(
-                f"{self.path}: is damaged or cut short: {found / self.rate:.1f} of {self.frames / self.rate:.1f} s "
-                f"can be read; get the whole file again"
-            )
+        try:
+            for block in self._decoder.blocks():
+                if not np.isfinite(block).all():
+                    raise AudioError(f"{self.path}: holds NaN or infinite samples; repair or export it again")
+                yield torch.from_numpy(block)
+        except _Damaged as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: _Damaged) -> AudioError:
+        return AudioError(f"{self.path}: is damaged or cut short {error}; {_AGAIN}")
 
     def __enter__(self) -> AudioReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """libmpg123 writes its own remarks on a damaged MP3 to standard error, past Python: here they go nowhere."""
-        if self.path.suffix.lower() != ".mp3":
-            yield
-            return
-        kept = os.dup(2)
-        try:
-            with Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+        self._raw.close()
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
-    """A whole file: (c, samples) float32, and its rate in hertz.
+    """Read a whole audio file: (c, samples) float32, and its rate in hertz.
 
     Raises:
         AudioError: as `AudioReader` and its `blocks`.
@@ -192,245 +143,174 @@ def read(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
         return torch.cat(list(file.blocks()), dim=-1), file.rate
 
 
-def write(path: str | os.PathLike[str], audio: Tensor, sample_rate: int, format: str = "wav") -> float:
-    """Write one file, (c, samples); returns the gain, as `StemWriter` has it.
+class _Damaged(Exception):
+    """Data that cannot be decoded, or end too early: the message says where."""
 
-    Raises:
-        AudioError: as `StemWriter`.
-    """
-    with StemWriter({"audio": Path(path)}, sample_rate, audio.shape[0], format, frames=audio.shape[1]) as results:
-        for block in audio.split(BLOCK, dim=-1):
-            results.write({"audio": block})
-    return results.gain
+    def __init__(self, samples: float, rate: int, of: float | None = None, cause: Exception | None = None) -> None:
+        seconds = f"{samples / rate:.1f}"
+        super().__init__(
+            f"after {seconds} s ({reason(cause)})" if cause else f": {seconds} of {(of or 0) / rate:.1f} s can be read"
+        )
 
 
-class StemWriter:
-    """Files that belong together, of one rate, length and number of channels, written piece by piece.
+class _LibsndfileDecoder:
+    """Decoder of the formats that libsndfile reads."""
 
-    Until the block ends without an error, they have names that begin with a dot, in the folders where they are to
-    stand; then each takes its own name. After an error nothing of them is left.
+    def __init__(self, raw: io.FileIO) -> None:
+        raw.seek(0)
+        self._file = soundfile.SoundFile(raw.fileno(), closefd=False)  # without a name: its suffix decides nothing
+        self.rate: int = self._file.samplerate
+        self.channels: int = self._file.channels
+        self.frames: int = self._file.frames
+        # libsndfile takes a chunk that ends too early as it is, and says so in its log alone. Programs that write
+        # into a pipe leave a size of 0 or just below or at 2^31 or 2^32 behind, which means nothing.
+        sizes = re.findall(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE)
+        short = [int(claimed) for claimed, actual in sizes if int(actual) + 1 < int(claimed)]
+        self.truncated = any((size + 0x10000) % (1 << 31) > 0x10000 for size in short)
 
-    32-bit float (`wav`) holds every level. The other formats end at ±1: there the samples wait in 32-bit float until
-    the highest peak of all the files is known, and when it passes 1 all are made quieter by the same `gain`, so
-    that they still add up. Integer samples are rounded to the nearest, without dither: what was read from
-    16 bits, and not changed, is written back as the same 16 bits.
+    def blocks(self) -> Iterator[np.ndarray]:
+        """(c, up to `BLOCK`) float32."""
+        samples = 0
+        while True:
+            try:
+                block = self._file.read(BLOCK, dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError as error:
+                raise _Damaged(samples, self.rate, cause=error) from error
+            if not len(block):
+                break
+            samples += len(block)
+            yield block.T.copy()
+        if samples < self.frames:
+            raise _Damaged(samples, self.rate, of=self.frames)
 
-    Args:
-        paths: name → file.
-        rate: in hertz.
-        channels: c.
-        format: a key of `FORMATS`.
-        frames: samples to come in each channel, about: it decides whether a WAV file needs 64-bit sizes.
 
-    Raises:
-        AudioError: for a rate or number of channels that the format does not have, a folder that cannot be written,
-            a full disk.
-        ValueError: for an unknown format.
-    """
+class _FFmpegDecoder:
+    """Decoder of all that FFmpeg reads; it decodes the file once to count its samples and to find damage early."""
 
-    def __init__(
-        self, paths: Mapping[str, Path], rate: int, channels: int, format: str = "wav", *, frames: int
-    ) -> None:
-        if format not in FORMATS:
-            raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
-        self.paths, self.rate, self.channels, self.frames = dict(paths), rate, channels, frames
-        self.format = FORMATS[format]
-        self.gain = 1.0
-        self.peak = 0.0
-        self._open: dict[str, _Part] = {}
-        self._check()
+    truncated = False
 
-    def _check(self) -> None:
-        """Whether the encoder takes this rate and these channels, before anything long begins."""
-        try:
-            with soundfile.SoundFile(
-                io.BytesIO(), "w", self.rate, self.channels, self.format.subtype, format=self.format.container
-            ) as trial:
-                trial.write(np.zeros((1, self.channels), dtype="float32"))
-        except (soundfile.LibsndfileError, ValueError, AssertionError) as error:
-            raise AudioError(
-                f"{next(iter(self.paths.values()))}: {self.rate:,} Hz with {self.channels} channels cannot be written "
-                f"as {self.format.container} {self.format.subtype}; choose --format wav"
-            ) from error
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self._stated: float | None = None  # seconds, by the container
+        self.rate = self.channels = self.frames = 0
+        for frame in self._decode():
+            if not self.frames:
+                self.rate, self.channels = frame.rate, frame.layout.nb_channels
+            elif (frame.rate, frame.layout.nb_channels) != (self.rate, self.channels):
+                raise _Damaged(self.frames, self.rate, cause=ValueError("another rate or number of channels follows"))
+            self.frames += _length(frame)
+        stated = (self._stated or 0.0) * self.rate
+        if self.frames < stated - self.rate / 10:  # some durations are rounded, or count an encoder's delay
+            raise _Damaged(self.frames, self.rate, of=stated)
+        # The edit list of an MP4 may end in the last frame or two. Its duration may be rounded, to 1/600 s at worst.
+        if stated and self._is_mp4 and self.rate / 600 < self.frames - stated < 4096:
+            self.frames = round(stated)
 
-    def __enter__(self) -> StemWriter:
-        try:
-            for name, path in self.paths.items():
-                self._open[name] = _Part(path, self.rate, self.channels, FORMATS["wav"], self.frames)
-        except BaseException:
-            self._discard()
-            raise
-        return self
-
-    def write(self, audio: Mapping[str, Tensor]) -> None:
-        """The next samples of each file: name → (c, samples).
-
-        Raises:
-            AudioError: when they cannot be written.
-        """
-        for name, part in self._open.items():
-            if not audio[name].numel():
-                continue
-            self.peak = max(self.peak, float(audio[name].abs().max()))
-            part.write(audio[name].T.contiguous().numpy())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._discard()
-
-    def _finish(self) -> None:
-        for part in self._open.values():
-            part.close()
-        if self.format.bounded:
-            top = 1 - 2.0 ** (1 - self.format.bits) if self.format.bits else 1.0
-            self.gain = top / self.peak if self.peak > 1 else 1.0
-            for name in self.paths:
-                waiting = self._open[name]
-                encoded = _Part(self.paths[name], self.rate, self.channels, self.format, self.frames)
-                self._open[name] = encoded
+    def _decode(self) -> Iterator[av.AudioFrame]:
+        self._raw.seek(0)
+        container: Any = av.open(self._raw, io_open=_open_nothing, metadata_errors="ignore")
+        with container:
+            stream = container.streams.best("audio")
+            if stream is None:
+                raise av.InvalidDataError(0, "no sound in it")
+            for other in container.streams:
+                if other is not stream:
+                    other.discard = "all"
+            format = container.format.name
+            self._is_mp4 = "mp4" in format
+            samples = 0
+            for packet in container.demux(stream):
+                if self._stated is None:
+                    self._stated = _stated_duration(container, stream, packet.pos, self._raw)
                 try:
-                    with AudioReader(waiting.beside) as file:
-                        for block in file.blocks():
-                            encoded.write(_quantise(block.T.numpy() * np.float32(self.gain), self.format.bits))
-                    encoded.close()
-                finally:
-                    waiting.discard()
-        for part in self._open.values():
-            part.appear()
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    if format == "mp3":  # a tag between two frames, say: decoders of MP3 go on with the next frame
+                        continue
+                    if not samples:
+                        raise
+                    raise _Damaged(samples, stream.rate, cause=error) from error
+                for frame in frames:
+                    samples += frame.samples
+                    yield frame
+            if not samples:
+                raise av.InvalidDataError(0, "no sound in it")
 
-    def _discard(self) -> None:
-        for part in self._open.values():
-            part.discard()
-
-
-def _quantise(frames: np.ndarray, bits: int) -> np.ndarray:
-    """±1 float32 → integers of so many bits, in the upper bits of what soundfile takes; 0 bits: as they are."""
-    if not bits:
-        return np.ascontiguousarray(frames)
-    scale = 2 ** (bits - 1)
-    whole = np.clip(np.rint(frames.astype("float64") * scale), -scale, scale - 1)
-    return whole.astype("int16") if bits == 16 else whole.astype("int32") << (32 - bits)
-
-
-@dataclass
-class _Part:
-    """One file on its way: written beside its place, renamed when whole."""
-
-    path: Path
-    rate: int
-    channels: int
-    format: Format
-    frames: int
-    beside: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.beside = self.path.with_name(f".bsmamba2-{secrets.token_hex(8)}.part")
-        # Sizes in a WAV file have 32 bits; RF64 is the same file with 64-bit sizes, and keeps the suffix.
-        size = self.frames * self.channels * max(self.format.bits, 8) // 8
-        container = "RF64" if self.format.container == "WAV" and size > 0xFFFF0000 else self.format.container
-        try:
-            self._sink = _Sink(self.beside)
-        except OSError as error:
-            raise self._error(error) from error
-        try:
-            self._file = soundfile.SoundFile(
-                self._sink, "w", self.rate, self.channels, self.format.subtype, format=container
-            )
-        except soundfile.LibsndfileError as error:
-            self._sink.close()
-            self.beside.unlink(missing_ok=True)
-            raise self._error(self._sink.error or error) from error
-
-    def write(self, frames: np.ndarray) -> None:
-        for start in range(0, len(frames), BLOCK):
-            self._call(self._file.write, frames[start : start + BLOCK])
-
-    def close(self) -> None:
-        self._call(self._file.close)
-        try:
-            os.fsync(self._sink.fileno())
-            self._sink.close()
-        except OSError as error:
-            raise self._error(error) from error
-
-    def appear(self) -> None:
-        try:
-            self.beside.replace(self.path)
-        except OSError as error:
-            raise self._error(error) from error
-
-    def discard(self) -> None:
-        """Close and delete, unless the file has appeared."""
-        with contextlib.suppress(soundfile.LibsndfileError, AssertionError):  # of a file that is thrown away
-            self._file.close()
-        self._sink.close()
-        self.beside.unlink(missing_ok=True)
-
-    def _call(self, function: Any, *arguments: object) -> None:
-        try:
-            function(*arguments)
-        except (soundfile.LibsndfileError, AssertionError) as error:  # soundfile asserts that all was written
-            raise self._error(self._sink.error or error) from error
-        if self._sink.error is not None:
-            raise self._error(self._sink.error)
-
-    def _error(self, error: Exception) -> AudioError:
-        mend = "give another folder with -o, or make room"
-        return AudioError(f"{self.path}: cannot be written ({_reason(error)}); {mend}")
+    def blocks(self) -> Iterator[np.ndarray]:
+        """(c, up to `BLOCK`) float32."""
+        pending: list[np.ndarray] = []
+        samples = pending_samples = 0
+        for frame in self._decode():
+            array = _float32(frame)[:, : min(_length(frame), self.frames - samples)]
+            samples += array.shape[1]
+            pending.append(array)
+            pending_samples += array.shape[1]
+            if pending_samples >= BLOCK or samples == self.frames:
+                yield from np.split(np.concatenate(pending, axis=1), range(BLOCK, pending_samples, BLOCK), axis=1)
+                pending, pending_samples = [], 0
 
 
-class _Sink(io.FileIO):
-    """A file for libsndfile to write: its callbacks may not raise, so the first error is kept here."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "xb+")
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view, written = memoryview(data), 0
-        try:
-            while written < len(view):
-                written += self._store(view[written:])
-        except OSError as error:
-            self.error = self.error or error
-        return written
-
-    def _store(self, data: memoryview) -> int:
-        return super().write(data)
+def _stated_duration(container: Any, stream: Any, first_packet: int | None, raw: io.FileIO) -> float:
+    """Duration in seconds that a container states, 0 where FFmpeg only guesses it from the file's size."""
+    format = container.format.name
+    if format in ("aac", "ac3", "eac3", "dts", "mpegts"):
+        return 0.0
+    if format == "mp3":  # an encoder's first frame, which is no sound, may count the others
+        start = max(0, (first_packet or 0) - 2048)
+        tag = re.search(rb"(?:Xing|Info)...(.)(....)", _read_at(raw, start, (first_packet or 0) - start), re.DOTALL)
+        if not tag or not tag[1][0] & 1 or not any(tag[2]):
+            return 0.0
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
 
 
-def _openable(path: Path) -> str | bytes:
-    """A name as soundfile takes it: bytes where it is no text (a name in an old encoding, on Linux)."""
-    name = os.fspath(path)
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(path)
-    return name
+def _length(frame: av.AudioFrame) -> int:
+    """Samples of a decoded frame that count: fewer than it has where the container says that it lasts shorter."""
+    exact = frame.time_base is not None and frame.time_base * frame.rate == 1 and frame.duration
+    return min(frame.samples, frame.duration) if exact else frame.samples
 
 
-def _reason(error: Exception) -> str:
+def _float32(frame: av.AudioFrame) -> np.ndarray:
+    """The samples of a decoded frame, (c, samples) float32, full scale 1."""
+    array = frame.to_ndarray()
+    if not frame.format.is_planar:
+        array = array.reshape(frame.samples, -1).T
+    if array.dtype == np.uint8:
+        array = array.astype("int8") - np.int8(-128)
+    scale = 1.0 if array.dtype.kind == "f" else 2.0 ** (1 - 8 * array.dtype.itemsize)
+    return (array * scale).astype("float32")
+
+
+def _open_nothing(url: str, *_: object) -> NoReturn:
+    """A playlist may name other files, or addresses: none is opened."""
+    raise PermissionError(f"{url}: named by another file")
+
+
+def reason(error: Exception) -> str:
     """What an error says, without the file's name, which stands in front of it already."""
     if isinstance(error, soundfile.LibsndfileError):
         return str(error.error_string).strip().rstrip(".")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | av.FFmpegError):
         return error.strerror or type(error).__name__
     return str(error) or type(error).__name__
 
 
-def _ogg_ends(path: Path) -> bool:
+def _read_at(raw: io.FileIO, start: int, size: int) -> bytes:
+    """Bytes of a file from a place on; its position stays, which decoders rely on."""
+    position = raw.tell()
+    raw.seek(start)
+    data = raw.read(size)
+    raw.seek(position)
+    return data
+
+
+def _ogg_ends(raw: io.FileIO) -> bool:
     """Whether the last page of an Ogg stream is marked as the last (RFC 3533); True for any other file."""
-    with path.open("rb") as file:
-        if file.read(4) != b"OggS":
-            return True
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - (1 << 16) - 282))  # longer than the longest page
-        tail = file.read()
+    if _read_at(raw, 0, 4) != b"OggS":
+        return True
+    longest_page = (1 << 16) + 282
+    tail = _read_at(raw, max(0, os.fstat(raw.fileno()).st_size - longest_page), longest_page)
     last = tail.rfind(b"OggS")
     return last >= 0 and len(tail) > last + 5 and bool(tail[last + 5] & 4)
 
@@ -438,30 +318,30 @@ def _ogg_ends(path: Path) -> bool:
 def find_audio_files(
     folder: str | os.PathLike[str], *, without: Iterable[Path] = ()
 ) -> tuple[list[Path], list[AudioError]]:
-    """The audio files in a folder and the folders below it, by suffix, in order of their names; and what went wrong.
+    """Find audio files in a folder and the folders below it, by suffix, sorted by name; and what went wrong.
 
     Hidden files and folders are left out, and so are the folders `without`; links to folders are not followed.
     A folder that cannot be read is an error in the second list, and so is one without any audio file.
     """
     folder = Path(folder)
-    left_out = {path.resolve() for path in without}
-    found: list[Path] = []
+    excluded = {path.resolve() for path in without}
+    songs: list[Path] = []
     errors: list[AudioError] = []
 
     def note(error: OSError) -> None:
         errors.append(
-            AudioError(f"{error.filename}: the folder cannot be read ({_reason(error)}); change its permissions")
+            AudioError(f"{error.filename}: the folder cannot be read ({reason(error)}); change its permissions")
         )
 
-    for place, folders, files in os.walk(folder, onerror=note):
+    for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (Path(place) / name).resolve() not in left_out
+            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in excluded
         )
-        found += [
-            Path(place) / name
-            for name in sorted(files)
+        songs += [
+            Path(parent) / name
+            for name in sorted(names)
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
         ]
-    if not found and not errors:
-        errors.append(AudioError(f"{folder}: the folder holds no WAV, FLAC, OGG or MP3 file; give one that does"))
-    return found, errors
+    if not songs and not errors:
+        errors.append(AudioError(f"{folder}: the folder holds no WAV, FLAC, OGG, MP3 or M4A file; give one that does"))
+    return songs, errors

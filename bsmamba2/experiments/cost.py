@@ -1,9 +1,10 @@
-"""What a model costs: parameters, floating-point operations, memory for training, time of a step on a given device.
+"""Cost of training: parameters, floating-point operations, memory, and the time of a step on a given device.
 
-Multiplications and additions are counted in matrix products alone, two for each pair; transforms and element-by-element
-work are left out there, and come in with the time, where they are limited by memory's speed.
-
-Letters: q frames of a chunk of the scan, e = h·p the inner width of a mixer; the others as in `bsmamba2.config`.
+Torch counts the operations (`FlopCounterMode`), on one sequence of each axis, and autograd's saved tensors, on tensors
+that have shapes and no data. The model is accelerated with the backend "chunked", which runs on a CPU without a
+compiler: the compiled kernels compute the same matrix products in chunks of other lengths, and save as much or less.
+Only matrix products count as operations, two for each multiplication and addition; transforms and element-wise work
+appear in the time, as memory traffic.
 
 Book: "Scaling up". Axis letters: see `bsmamba2.config`.
 """
@@ -14,16 +15,20 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
+from ..dual_path import DualPath
+from ..kernels import accelerate
+from ..kernels.chunked import chunked
 from ..losses import bsmamba2_loss
 from ..model import BSMamba2
-from ..ssd import CHUNK
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TRAINING_STATE = 20
@@ -32,7 +37,7 @@ TRAINING_STATE = 20
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step of training on one batch costs one device, nothing accumulated.
+    """Operations and memory of a training step on one batch on one device, without accumulation.
 
     Operations are floating-point ones, memory is in bytes.
 
@@ -40,9 +45,9 @@ class Cost:
         parameters: weights of the model.
         flops_per_second: operations to separate one second of audio.
         forward: operations of the forward pass, by part.
-        step: operations of a training step: forward, backward, and what checkpointing computes again.
+        step: operations of a training step: forward, backward, and the recomputation by gradient checkpointing.
         state: memory for weights, gradients, moments and moving average.
-        activations: memory for what the backward pass needs, at its highest.
+        activations: memory for the tensors that the backward pass needs, at its highest.
         traffic: bytes that a step moves through memory, an estimate.
     """
 
@@ -55,9 +60,9 @@ class Cost:
     traffic: float
 
     def seconds(self, flops: float, bandwidth: float) -> float:
-        """Estimated time of a step, for a device with this peak in operations and this one in bytes a second.
+        """Estimated time of a step on a device with this peak in FLOP/s and this one in bytes/s.
 
-        Products at their peak, then everything else at memory's peak: no real device reaches either.
+        Matrix products at their peak, then everything else at the memory's peak: real devices reach neither.
         """
         return self.step / flops + self.traffic / bandwidth
 
@@ -71,7 +76,7 @@ def training_cost(
     gradient_checkpointing: bool = False,
     loss_hop: int = 147,
 ) -> Cost:
-    """The cost of a training step on a batch; no weights are made and nothing is computed.
+    """The cost of a training step on a batch, without running it.
 
     Raises:
         ValueError: for a batch below 1, an unknown type, or less audio than the loss needs.
@@ -83,90 +88,116 @@ def training_cost(
         raise ValueError(f"seconds={seconds!r}: the loss needs more than 2048 samples, and these are {samples}")
     frames = samples // config.hop_length + 1
     forward = {part: batch * flops for part, flops in forward_flops(config, frames).items()}
-    backward = batch * backward_flops(config, frames)
-    again = forward["time"] + forward["band"] if gradient_checkpointing else 0
+    recomputed = forward["time"] + forward["band"] if gradient_checkpointing else 0
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in BSMamba2(config).parameters())
-    kept = activation_bytes(config, samples, dtype, loss_hop)
-    everything = batch * (kept.ends + config.depth * kept.layer)
+    saved = activation_bytes(config, samples, dtype, loss_hop)
+    everything = batch * (saved.ends + config.depth * saved.layer)
     activations = (
-        batch * (config.depth * kept.layer_input + max(kept.layer, kept.loss) + kept.ends - kept.loss)
+        batch * (config.depth * saved.layer_input + max(saved.layer, saved.loss) + saved.ends - saved.loss)
         if gradient_checkpointing
         else everything
     )
     return Cost(
         parameters=parameters,
-        flops_per_second=sum(forward_flops(config, frames).values()) / seconds,
+        flops_per_second=sum(forward.values()) / batch / seconds,
         forward=forward,
-        step=sum(forward.values()) + backward + again,
+        step=sum(forward.values()) + batch * backward_flops(config, frames) + recomputed,
         state=TRAINING_STATE * parameters,
         activations=activations,
-        # What is kept is written once and read twice, its gradient likewise; what is computed again once more.
+        # Saved tensors are written once and read twice, so are their gradients; recomputed ones once more.
         traffic=(6 + 3 * gradient_checkpointing) * everything + 2 * TRAINING_STATE * parameters,
     )
 
 
-def forward_flops(config: ModelConfig, frames: int, chunk: int = CHUNK) -> dict[str, float]:
-    """Operations of the forward pass for one example, by part; in chunks of `CHUNK` frames where gradients are kept."""
-    d, k = config.dim, len(config.freqs_per_bands)
-    numbers = 2 * config.channels * config.bins  # a frame's real numbers
-    hidden = config.mask_expand * d
-    masks = k * 2 * d * hidden + 2 * hidden * 2 * numbers
-    return {
-        "band split": frames * 2.0 * numbers * d,
-        "time": config.depth * frames * k * block_flops(config, frames, chunk),
-        "band": config.depth * frames * k * block_flops(config, k, chunk),
-        "masks": float(len(config.stems) * frames * masks),
-    }
+# --- operations -------------------------------------------------------------------------------------------
+
+
+def forward_flops(config: ModelConfig, frames: int, *, gradients: bool = True) -> dict[str, float]:
+    """Floating-point operations of the forward pass for one example, by part.
+
+    Args:
+        frames: of the spectrogram.
+        gradients: whether a backward pass follows. Without one, the scan's chunks are longer.
+    """
+    return {part: forward for part, (forward, _) in _model_flops(config, frames, gradients).items()}
 
 
 def backward_flops(config: ModelConfig, frames: int) -> float:
-    """Operations of the backward pass for one example: two products for each of the forward pass, and the scan's."""
-    k = len(config.freqs_per_bands)
-    once = sum(forward_flops(config, frames).values())
-    mixers = 2 * config.depth * frames * k  # of each axis, for every frame and band
-    scans = sum(
-        mixers * (scan_backward_flops(config, length) - 2 * scan_flops(config, length)) for length in (frames, k)
-    )
-    return 2 * once + scans
+    """Floating-point operations of the backward pass for one example."""
+    return sum(backward for _, backward in _model_flops(config, frames, True).values())
 
 
-def block_flops(config: ModelConfig, length: int, chunk: int = CHUNK) -> float:
-    """A bidirectional block, for one position: two mixers, and the Linear that merges them."""
-    d, e, n, h = config.dim, config.inner, config.d_state, config.heads
-    projections = 2.0 * d * (2 * e + 2 * n + h) + 2 * e * d
-    return 2 * (projections + scan_flops(config, length, chunk)) + 2 * 2 * d * d
+@functools.cache
+def mixer_flops(config: ModelConfig, length: int, *, gradients: bool = True) -> tuple[float, float]:
+    """Floating-point operations of a mixer's forward and backward pass for one sequence."""
+    mixer = cast(DualPath, _zero_model(config).layers[0]).time.forwards.mixer
+    x = torch.zeros(1, length, config.dim, requires_grad=gradients)
+    return _count(lambda: mixer(x), 1, gradients)
 
 
-def scan_flops(config: ModelConfig, length: int, chunk: int = CHUNK) -> float:
-    """`ssd.chunked`, for one position: G and what it mixes inside a chunk; into and out of the state between chunks.
-
-    A little more where a head's decays span several levels.
-    """
-    q, between = _chunks(length, chunk)
-    return 2.0 * q * (config.d_state + config.inner) + between * 4 * config.d_state * config.inner
-
-
-def scan_backward_flops(config: ModelConfig, length: int) -> float:
-    """Its backward pass: G again, dB, dC; dG, dx, y inside a chunk again. The states again, and five more products."""
-    q, between = _chunks(length, CHUNK)
-    n, e = config.d_state, config.inner
-    return 6.0 * q * n + 6 * q * e + between * 12 * n * e
+@functools.cache
+def scan_flops(config: ModelConfig, length: int, *, gradients: bool = True) -> tuple[float, float]:
+    """Floating-point operations of the scan's forward and backward pass for one sequence."""
+    h, p, n = config.heads, config.headdim, config.d_state
+    shapes = ((1, length, h, p), (1, length, h), (h,), (1, length, n), (1, length, n))  # x, dt, A, B, C
+    inputs = [torch.zeros(shape, requires_grad=gradients) for shape in shapes]
+    return _count(lambda: chunked(*inputs), 1, gradients)
 
 
-def _chunks(length: int, chunk: int) -> tuple[int, float]:
-    """Frames of a chunk, and the share of chunks that have one before them."""
-    chunks = -(-length // chunk)
-    return -(-length // chunks), 1 - 1 / chunks
+@functools.cache
+def _model_flops(config: ModelConfig, frames: int, gradients: bool) -> dict[str, tuple[float, float]]:
+    """Part → operations of its forward and its backward pass, counted on one sequence of zeros along each axis."""
+    bands, model = len(config.freqs_per_bands), _zero_model(config)
+    layer = cast(DualPath, model.layers[0])
+    frame = torch.zeros(1, config.channels, config.bins, 1, dtype=torch.complex64)
+    features = torch.zeros(1, 1, bands, config.dim, requires_grad=gradients)
+    sequence = torch.zeros(1, frames, config.dim, requires_grad=gradients)
+    return {
+        "band split": _count(lambda: model.band_split(frame), frames, gradients),
+        "time": _count(lambda: layer.time(sequence), bands * config.depth, gradients),
+        "band": _count(lambda: layer.band(features[0]), frames * config.depth, gradients),
+        "masks": _count(lambda: torch.stack([f(features) for f in model.mask_estimators]), frames, gradients),
+    }
+
+
+def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[float, float]:
+    """Operations of a forward and a backward pass that occur so many times."""
+    with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as forward:
+        output = run()
+    with FlopCounterMode(display=False) as backward:
+        if gradients:
+            output.abs().sum().backward()
+    return float(times * forward.get_total_flops()), float(times * backward.get_total_flops())
+
+
+def _zero_model(config: ModelConfig) -> BSMamba2:
+    """`_one_layer` with all weights zero; random ones would take longer, and change the state of the generator."""
+    with torch.device("meta"):
+        model = _one_layer(config)
+    model.to_empty(device="cpu")
+    for weight in model.parameters():
+        nn.init.zeros_(weight)
+    return model
+
+
+def _one_layer(config: ModelConfig) -> BSMamba2:
+    """A model with one dual-path layer, since all layers cost the same."""
+    model = BSMamba2(dataclasses.replace(config, depth=1))
+    accelerate(model, "chunked")
+    return model
+
+
+# --- memory -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes that the forward pass of one example keeps for the backward pass.
+class SavedBytes:
+    """Bytes that the forward pass of one example saves for the backward pass.
 
     Attributes:
         layer: in one dual-path layer.
-        layer_input: what goes into it.
+        layer_input: its input.
         loss: in the loss.
         ends: everywhere but in the layers, the loss included.
     """
@@ -178,25 +209,21 @@ class Kept:
 
 
 @functools.cache
-def activation_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> Kept:
-    """Run the forward pass on tensors that have shapes and no content, and add up what autograd would keep.
-
-    All layers are alike, so a model of one and that layer by itself will do. What is kept grows with the number of
-    frames, so a second of audio is enough.
-    """
+def activation_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> SavedBytes:
+    """Add up the tensors that autograd saves in the forward pass of one example, from at most a second of it."""
     short = min(samples, max(config.sample_rate, 2 * 2048))
     frames, short_frames = samples // config.hop_length + 1, short // config.hop_length + 1
     scale = frames / short_frames
     with FakeTensorMode():
-        model = BSMamba2(dataclasses.replace(config, depth=1), scan="chunked")
+        model = _one_layer(config)
         mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
         features = torch.empty(1, short_frames, len(config.freqs_per_bands), config.dim, requires_grad=True)
         estimate = torch.empty(1, config.channels, short, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            whole = scale * _kept(lambda: model.apply_to_spectrogram(mixture))
-            layer = scale * _kept(lambda: model.layers[0](features))
-        loss = scale * _kept(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop_length=loss_hop))
-    return Kept(
+            whole = scale * _saved_bytes(lambda: model.apply_to_spectrogram(mixture))
+            layer = scale * _saved_bytes(lambda: model.layers[0](features))
+        loss = scale * _saved_bytes(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop_length=loss_hop))
+    return SavedBytes(
         layer=layer,
         layer_input=float(frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]),
         loss=loss,
@@ -204,27 +231,16 @@ def activation_bytes(config: ModelConfig, samples: int, dtype: str = "float32", 
     )
 
 
-def _kept(run: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps of what is run."""
-    saved = _Saved()
-    with saved:
-        run()
-    return saved.bytes
+def _saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Bytes of the tensors that autograd saves, each once, weights left out."""
+    storages: dict[int, torch.UntypedStorage] = {}
 
-
-class _Saved(saved_tensors_hooks):
-    """Adds up the memory of the tensors that autograd keeps, each once, weights left out."""
-
-    def __init__(self) -> None:
-        super().__init__(self.add, lambda tensor: tensor)
-        self.seen: dict[int, torch.UntypedStorage] = {}
-
-    def add(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
+    def save(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            self.seen[storage._cdata] = storage
+            storages[storage._cdata] = storage
         return tensor
 
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.seen.values())
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())

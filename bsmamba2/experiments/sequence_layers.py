@@ -1,12 +1,14 @@
-"""Other layers that read a sequence: an LSTM and self-attention in the place of a Mamba-2 mixer, at its size.
+"""Sequence layers to put in place of a Mamba-2 mixer, with as many parameters: an LSTM and self-attention.
 
-    LSTM        x → LSTM of width w → Linear                                   sees the past
-    Attention   x → q, k, v of every head, turned by their place → softmax(q kᵀ / √p) v → Linear, then a
-                feed-forward of width w                                        sees everything
+    LSTM        x → LSTM of width w → Linear                                         causal
+    Attention   x → q, k, v of every head, with rotary positions → softmax(q kᵀ / √p) v → Linear,
+                then a feed-forward of width w                                       sees the whole sequence
 
-Both are (b, length, d) → (b, length, d) without a residual, as `bsmamba2.mamba2.Mamba2` is, so that
-`BSMamba2(config, sequence_layer=…)` takes any of them; norm and residual are those of the bidirectional block. The one
-free width w of each is chosen so that it has as many parameters as the Mamba-2 mixer of the same configuration.
+Both map (b, length, d) → (b, length, d) without a residual, as `bsmamba2.mamba2.Mamba2` does, so that
+`BSMamba2(config, sequence_layer=…)` takes any of them; the bidirectional block adds the norm and the residual. The
+width w is chosen so that the layer has as many parameters as the Mamba-2 mixer of the same configuration.
+
+To add a layer: write a module with the signature `(dim, width)` and add `"name": partial(_fitted, Layer)` to `LAYERS`.
 
 Book: "Does Mamba meet silence?". Sources: Hochreiter and Schmidhuber, Long Short-Term Memory (1997); Vaswani and
 others, arXiv:1706.03762; Su and others, arXiv:2104.09864 (rotary positions). Axis letters: see `bsmamba2.config`.
@@ -14,6 +16,7 @@ others, arXiv:1706.03762; Su and others, arXiv:2104.09864 (rotary positions). Ax
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 
@@ -23,17 +26,16 @@ from torch.nn import functional
 
 from ..config import ModelConfig
 from ..dual_path import SequenceLayer
-from ..kernels import triton
 from ..mamba2 import Mamba2, RMSNorm
 
-TOLERANCE = 0.01
-"""How far the parameters of two layers may lie apart, as a share, to be called equal."""
-BASE = 10_000.0
-"""Of the rotary positions: the slowest pair of features turns once in about 2π · BASE frames."""
+BUDGET_TOLERANCE = 0.01
+"""Two layers have the same size when their numbers of parameters differ by at most this fraction."""
+ROPE_BASE = 10_000.0
+"""Base of the rotary positions: the slowest pair of features makes one turn in about 2π · ROPE_BASE frames."""
 
 
 class LSTM(nn.Module):
-    """A long short-term memory that sees the past, and a Linear back to d.
+    """A long short-term memory (causal), and a Linear back to d.
 
     Args:
         dim: d.
@@ -55,8 +57,8 @@ class Attention(nn.Module):
 
         a = out_proj(softmax(q kᵀ / √p) v),   y = a + W₂ gelu(W₁ rms(u + a))
 
-    u is what comes in: the block around it has normed it already (pre-norm), and adds y to its own input. It looks both
-    ways, so in a bidirectional block two of them read the same frames, the second one backwards.
+    u is the input, which the block around it has normed already (pre-norm); the block adds y to its own input.
+    Attention looks both ways, so the two layers of a bidirectional block read the same frames, one of them backwards.
 
     Args:
         dim: d.
@@ -64,7 +66,7 @@ class Attention(nn.Module):
         headdim: p; even, and a divisor of d.
 
     Raises:
-        ValueError: for another head width.
+        ValueError: for a headdim that is odd or does not divide d.
     """
 
     def __init__(self, dim: int, width: int, *, headdim: int = 16) -> None:
@@ -80,91 +82,89 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, length, d) → (b, length, d)."""
         q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.headdim)).permute(2, 0, 3, 1, 4)  # (b, h, length, p)
-        y = functional.scaled_dot_product_attention(rotate(q), rotate(k), v)
+        y = functional.scaled_dot_product_attention(apply_rotary(q), apply_rotary(k), v)
         attended = self.out_proj(y.transpose(1, 2).flatten(-2))
         return attended + self.feed_forward(self.norm(x + attended))
 
 
-def rotate(x: Tensor, first: int = 0) -> Tensor:
-    """Turn pairs of features by angles that grow with the place in the sequence.
+def apply_rotary(x: Tensor, offset: int = 0) -> Tensor:
+    """Rotary position embedding: rotate pairs of features by angles that grow with the frame number.
 
-        (x_i, x_{i + p/2}) at place j  ↦  the pair turned by j · BASE^(−2i/p),   i < p/2
+        (x_i, x_{i + p/2}) in frame j  ↦  the pair rotated by j · ROPE_BASE^(−2i/p),   i < p/2
 
-    The product of a q turned at place j and a k turned at place m depends on j − m alone.
+    The product of a q rotated for frame j and a k rotated for frame m depends only on j − m.
 
     Args:
         x: (..., length, p), p even.
-        first: place of the first frame.
+        offset: number of the first frame.
+
+    Returns:
+        (..., length, p).
     """
     half = x.shape[-1] // 2
-    speed = BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(first, first + x.shape[-2], device=x.device)[:, None] * speed
+    speed = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(offset, offset + x.shape[-2], device=x.device)[:, None] * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-# --- one budget -------------------------------------------------------------------------------------------
+# --- equal numbers of parameters --------------------------------------------------------------------------
 
 
-def parameters(layer: nn.Module) -> int:
-    """How many numbers it learns."""
-    return sum(one.numel() for one in layer.parameters())
-
-
-def budget(config: ModelConfig) -> int:
-    """Parameters of the Mamba-2 mixer of a configuration: what the other layers may have too."""
-    with torch.device("meta"):
-        return parameters(_mamba2(config)())
-
-
-def choose(name: str, config: ModelConfig) -> SequenceLayer:
-    """A maker of layers, for the `sequence_layer` of a `BSMamba2` of this configuration.
+def make_layer(name: str, config: ModelConfig) -> SequenceLayer:
+    """A constructor of sequence layers, for the `sequence_layer` of a `BSMamba2` of this configuration.
 
     Args:
-        name: "mamba2", "lstm" or "attention".
-        config: gives d, and the size of the Mamba-2 mixer that the others are held to.
+        name: one of `LAYERS`: "mamba2", "lstm" or "attention".
+        config: gives d, and the size of the Mamba-2 mixer that the other layers are fitted to.
 
     Raises:
-        ValueError: for another name, or where no width brings the layer within `TOLERANCE` of the mixer's parameters.
+        ValueError: for an unknown name, or when no width brings the layer within `BUDGET_TOLERANCE` of the mixer's
+            number of parameters.
     """
-    if name not in KINDS:
-        raise ValueError(f"layer {name!r} is not one of {', '.join(KINDS)}")
-    return KINDS[name](config)
+    if name not in LAYERS:
+        raise ValueError(f"layer {name!r} is not one of {', '.join(LAYERS)}")
+    return LAYERS[name](config)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable parameters of a module."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def parameter_budget(config: ModelConfig) -> int:
+    """Number of parameters of the Mamba-2 mixer of a configuration, which the other layers are fitted to."""
+    with torch.device("meta"):
+        return count_parameters(_mamba2(config)())
 
 
 def _mamba2(config: ModelConfig) -> SequenceLayer:
     sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
-    return partial(Mamba2, config.dim, **sizes, scan=triton.choose("auto"))
+    return partial(Mamba2, config.dim, **sizes)
 
 
-def _fitted(kind: Callable[[int, int], nn.Module], config: ModelConfig) -> SequenceLayer:
+def _fitted(layer: Callable[[int, int], nn.Module], config: ModelConfig) -> SequenceLayer:
     """The layer with the width whose number of parameters is nearest to the budget."""
-    wanted = budget(config)
+    budget = parameter_budget(config)
 
     def count(width: int) -> int:
         with torch.device("meta"):
-            return parameters(kind(config.dim, width))
+            return count_parameters(layer(config.dim, width))
 
-    high = 1
-    while count(high) < wanted:
-        high *= 2
-    low = high // 2
-    while high - low > 1:  # count(low) < wanted <= count(high), but for low = 0
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(middle) >= wanted else (middle, high)
-    width = min((one for one in (low, high) if one), key=lambda one: abs(count(one) - wanted))
-    if abs(count(width) - wanted) > TOLERANCE * wanted:
+    larger = 1 + bisect_left(range(1, 1 << 16), budget, key=count)  # the first width that reaches the budget
+    width = min((max(1, larger - 1), larger), key=lambda width: abs(count(width) - budget))
+    if abs(count(width) - budget) > BUDGET_TOLERANCE * budget:
         raise ValueError(
-            f"no width brings this layer within {TOLERANCE:.0%} of {wanted} parameters (dim={config.dim}): nearest are "
-            f"{count(width)}; change state or expand a little"
+            f"no width brings this layer within {BUDGET_TOLERANCE:.0%} of {budget} parameters (dim={config.dim}): the "
+            f"nearest has {count(width)}; change d_state or expand a little"
         )
-    return partial(kind, config.dim, width)
+    return partial(layer, config.dim, width)
 
 
-KINDS: dict[str, Callable[[ModelConfig], SequenceLayer]] = {
+LAYERS: dict[str, Callable[[ModelConfig], SequenceLayer]] = {
     "mamba2": _mamba2,
     "lstm": partial(_fitted, LSTM),
     "attention": partial(_fitted, Attention),
 }
-"""Name → from a configuration, a maker of layers."""
+"""Name → function that takes a configuration and returns a constructor of layers."""

@@ -1,10 +1,10 @@
-"""Does Mamba meet silence? The same small model with three sequence layers, trained alike, on ever sparser singing.
+"""Does Mamba meet silence? One small model with three sequence layers, trained alike, on ever sparser singing.
 
-layer, seed → model → training → songs of every occupancy, in segments of every length → rows → all runs in one file
+layer, seed → model → training → songs at every occupancy, in segments of every length → rows → all runs in one file
 
-What is equal in two runs of one seed: the songs, the batches and their order, the number of steps, the optimiser, the
-initial weights of everything but the sequence layers, and, within 1 %, the number of parameters of these. The songs
-that are scored are the same for all runs, and the band of one song is the same at every occupancy.
+Two runs with the same seed share the songs, the batches and their order, the number of steps, the optimiser, the
+initial weights of everything but the sequence layers and, within 1 %, the number of parameters of these. All runs are
+scored on the same songs, and a song has the same accompaniment at every occupancy.
 
 Book: "Does Mamba meet silence?". Axis letters: see `bsmamba2.config`.
 """
@@ -27,13 +27,16 @@ from .. import metrics
 from ..bands import generate_bands
 from ..config import ModelConfig
 from ..data import Remixer
+from ..kernels import accelerate
 from ..model import BSMamba2
 from ..separate import separate
-from ..synth.songs import Song, songs, synthesise
+from ..settings import COUNT, NOT_NEGATIVE, check_settings, setting
+from ..synth import Song, synthesise, synthesise_songs
 from ..train import TrainConfig, Trainer
-from ..training.run_dir import Run
+from ..training.run_dir import RunDir
 from . import sequence_layers
 
+POSITIVE = "(0, inf)"
 MODEL = ModelConfig(
     dim=48,
     depth=1,
@@ -49,87 +52,60 @@ MODEL = ModelConfig(
 """Smaller than the preset `small`, and at 16 kHz, which keeps most of a voice: a run takes two minutes on two cores."""
 
 TEST_SEED = 2_000_000
-"""Of the first song that is scored; the songs to learn from have other seeds."""
+"""Seed of the first test song; the training songs have other seeds."""
 
-MEASURES = ("usdr", "vocal_segments", "leak", "onset")
-"""The measures of a row: see `measure`."""
+METRICS = ("usdr", "vocal_usdr", "silence_leakage", "onset")
+"""The metrics of a row: see `score`."""
 
-COLUMNS = ("song", "occupancy", "segment", *MEASURES, "mixture")
+COLUMNS = ("song", "occupancy", "segment", *METRICS, "mixture")
 """All fields of a row."""
 
-ENTERING = (
-    "bands", "config", "data", "dual_path", "kernels", "layers", "losses", "mamba2", "masks", "metrics", "model",
-    "runs", "separate", "silence", "songs", "spectrogram", "ssd", "train",
+SOURCES = (
+    "bands.py", "config.py", "data.py", "dual_path.py", "losses.py", "mamba2.py", "masks.py", "metrics.py", "model.py",
+    "separate.py", "spectrogram.py", "ssd.py", "train.py", "kernels", "synth", "training/run_dir.py",
+    "experiments/sequence_layers.py", "experiments/silence.py",
 )  # fmt: skip
-"""Files of the module on which a run's numbers may depend."""
+"""Files and folders of the package on which a run's numbers may depend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """The parameters of one run; checked on creation, `ValueError` names the one that is wrong.
+    """The parameters of one run, checked on creation; a `ValueError` names the one that is wrong."""
 
-    Attributes:
-        layer: one of `layers.KINDS`.
-        seed: of the initial weights, the songs to learn from and the batches.
-        steps: of the optimiser.
-        lr: the highest learning rate, after a warm-up and before a half cosine to zero.
-        segment: length of a training example, in seconds.
-        batch: examples in a batch.
-        songs: to learn from.
-        seconds_per_song: their length.
-        test_songs: to score, each at every occupancy.
-        test_seconds: their length.
-        occupancies: shares of the time that is sung in the songs that are scored.
-        segments: lengths into which they are cut, in seconds.
-        save_every: steps between two states that a stopped run goes on from.
-    """
-
-    layer: str = "mamba2"
-    seed: int = 0
-    steps: int = 300
-    lr: float = 4e-3
-    segment: float = 4.0
-    batch: int = 2
-    songs: int = 96
-    seconds_per_song: float = 8.0
-    test_songs: int = 8
-    test_seconds: float = 16.0
-    occupancies: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-    segments: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
-    save_every: int = 50
+    layer: str = setting("mamba2", "the sequence layer", tuple(sequence_layers.LAYERS))
+    seed: int = setting(0, "of the initial weights, the training songs and the batches", within=NOT_NEGATIVE)
+    steps: int = setting(300, "optimiser steps", within=COUNT)
+    lr: float = setting(4e-3, "highest learning rate, between a warm-up and a half cosine to zero", within=POSITIVE)
+    segment: float = setting(4.0, "length of a training example, in seconds", within=POSITIVE)
+    batch: int = setting(2, "examples in a batch", within=COUNT)
+    songs: int = setting(96, "training songs", within=COUNT)
+    seconds_per_song: float = setting(8.0, "length of a training song", within=POSITIVE)
+    test_songs: int = setting(8, "songs to score, each at every occupancy", within=COUNT)
+    test_seconds: float = setting(16.0, "length of a test song", within=POSITIVE)
+    occupancies: tuple[float, ...] = setting(
+        (0.05, 0.1, 0.25, 0.5, 0.75, 1.0), "fractions of the test songs' duration that are sung", within="(0, 1]"
+    )
+    segments: tuple[float, ...] = setting(
+        (1.0, 2.0, 4.0, 8.0, 16.0), "lengths into which the test songs are cut, in seconds", within=POSITIVE
+    )
+    save_every: int = setting(50, "steps between two saved states", within=COUNT)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name in ("occupancies", "segments"):
-            values = getattr(self, name)
-            if isinstance(values, list):  # as JSON and YAML have it
-                object.__setattr__(self, name, values := tuple(values))
-            if not isinstance(values, tuple) or not values or not all(map(_is_positive, values)):
-                raise ValueError(f"{name}={values!r} must be positive numbers, at least one")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}={values!r} names one twice")
-        if self.layer not in sequence_layers.KINDS:
-            raise ValueError(f"layer={self.layer!r} must be one of {', '.join(sequence_layers.KINDS)}")
-        for name in ("steps", "batch", "songs", "test_songs", "save_every", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name in ("lr", "segment", "seconds_per_song", "test_seconds"):
-            if not _is_positive(getattr(self, name)):
-                hint = "; in YAML write 1.0e-3, not 1e-3" if isinstance(getattr(self, name), str) else ""
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number{hint}")
-        if max(self.occupancies) > 1:
-            raise ValueError(f"occupancies={self.occupancies!r} must be shares, at most 1")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} names one twice")
         if max(self.segments) > self.test_seconds:
             raise ValueError(f"segments={self.segments!r} must not be longer than test_seconds={self.test_seconds!r}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Experiment:
-        """An experiment from names and values; `output_dir`, where its run lies, is passed over.
+        """An experiment from names and values; `output_dir`, the folder of its run, is ignored.
 
         Raises:
-            ValueError: for a name that is no parameter, or a value out of range.
+            ValueError: for an unknown name, or a value out of range.
         """
-        names = [one.name for one in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls)]
         given = {name: value for name, value in values.items() if name != "output_dir"}
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(f"unknown parameters {', '.join(unknown)}; known: {', '.join(names)}")
@@ -145,34 +121,30 @@ class Experiment:
 
 
 def build(experiment: Experiment) -> BSMamba2:
-    """The untrained model: for one seed, all but the sequence layers begin with the same weights whatever the layer.
+    """The untrained model; with one seed, all weights outside the sequence layers are the same for every layer.
 
     Raises:
-        ValueError: when the layer cannot be brought to the Mamba-2 mixer's size.
+        ValueError: when the layer cannot be fitted to the Mamba-2 mixer's number of parameters.
     """
     torch.manual_seed(experiment.seed)
-    model = BSMamba2(MODEL, sequence_layer=sequence_layers.choose(experiment.layer, MODEL))
+    model = BSMamba2(MODEL, sequence_layer=sequence_layers.make_layer(experiment.layer, MODEL))
     torch.manual_seed(experiment.seed)
-    first = BSMamba2(MODEL)
-    shared = {name: part for name, part in first.state_dict().items() if ".mixer." not in name}
+    reference = BSMamba2(MODEL)
+    shared = {name: weight for name, weight in reference.state_dict().items() if ".mixer." not in name}
     model.load_state_dict(shared, strict=False)
     return model
 
 
 def batches(experiment: Experiment) -> Remixer:
-    """The supply of training examples; the layer has no part in it."""
-    tracks = songs(
-        experiment.songs,
-        seed=experiment.seed,
-        seconds=experiment.seconds_per_song,
-        sample_rate=MODEL.sample_rate,
+    """The training batches, which do not depend on the layer."""
+    tracks = synthesise_songs(
+        experiment.songs, seed=experiment.seed, seconds=experiment.seconds_per_song, sample_rate=MODEL.sample_rate
     )
-    samples = round(experiment.segment * MODEL.sample_rate)
-    return Remixer(tracks, samples, experiment.batch, seed=experiment.seed)
+    return Remixer(tracks, round(experiment.segment * MODEL.sample_rate), experiment.batch, seed=experiment.seed)
 
 
-def start(experiment: Experiment, folder: Path) -> Run:
-    """The run in its folder, from the beginning or taken up where it was (`bsmamba2.training.run_dir`).
+def start(experiment: Experiment, folder: Path) -> RunDir:
+    """The training run in its folder: new, or resumed from its last state (`bsmamba2.training.run_dir`).
 
     Raises:
         RunError: when the folder's run has other parameters.
@@ -185,141 +157,141 @@ def start(experiment: Experiment, folder: Path) -> Run:
         loss_hop=320,
         loss_windows=(2048, 1024, 512),
     )
-    settings = {name: value for name, value in experiment.to_mapping().items() if name in _OF_TRAINING}
-    settings["code"] = code()
-    trainer = Trainer(build(experiment), config)
-    return Run(folder, trainer, settings=settings, save_every=experiment.save_every, checkpoints=False)
-
-
-_OF_TRAINING = ("layer", "seed", "segment", "batch", "songs", "seconds_per_song")
+    names = ("layer", "seed", "segment", "batch", "songs", "seconds_per_song")
+    settings = {name: getattr(experiment, name) for name in names} | {"source_hash": source_hash()}
+    model = build(experiment)
+    accelerate(model)
+    trainer = Trainer(model, config)
+    return RunDir(folder, trainer, settings=settings, save_every=experiment.save_every, checkpoints=False)
 
 
 def scored_song(number: int, occupancy: float, seconds: float) -> Song:
-    """Song `number` of those that are scored: another occupancy has the same band."""
+    """Test song `number`; its accompaniment is the same at every occupancy."""
     return synthesise(TEST_SEED + number, seconds=seconds, occupancy=occupancy, sample_rate=MODEL.sample_rate)
 
 
-def measure(song: Song, estimate: Tensor) -> dict[str, float | None]:
-    """What an estimate of a song's vocals is worth, in dB; none where a measure has nothing to say.
+def score(song: Song, estimate: Tensor) -> dict[str, float | None]:
+    """The metrics of an estimate of a song's vocals, in dB; None where a metric is not defined.
 
-    - `usdr`: over the whole song, `metrics.usdr`;
-    - `vocal_segments`: the same over what is left of the song without its silent regions;
-    - `leak`: what is let through in the silent regions, relative to the mixture, `metrics.leak`;
-    - `onset`: error in the 0.2 s after silence, the median over the song's onsets, `metrics.onsets`.
+    - `usdr`: uSDR of the whole song;
+    - `vocal_usdr`: uSDR of the song without its silent regions;
+    - `silence_leakage`: level of the estimate in the silent regions, relative to the mixture there;
+    - `onset`: error in the first 0.2 s after a silence, the median over the song's onsets.
 
     Args:
         song: at any rate; its vocals are the reference.
         estimate: (c, samples).
     """
     voice, rate = song.vocals, song.sample_rate
-    heard = torch.ones(song.samples, dtype=torch.bool)
+    sounding = torch.ones(song.samples, dtype=torch.bool)
     for first, end in metrics.silent_regions(voice, rate):
-        heard[first:end] = False
-    onsets = [one.error for one in metrics.onsets(voice, estimate, rate)]
-    found = {
+        sounding[first:end] = False
+    onsets = [onset.error for onset in metrics.onsets(voice, estimate, rate)]
+    values = {
         "usdr": metrics.usdr(voice, estimate),
-        "vocal_segments": metrics.usdr(voice[:, heard], estimate[:, heard]) if heard.any() else math.nan,
-        "leak": metrics.leak(voice, estimate, song.mixture, rate).relative,
+        "vocal_usdr": metrics.usdr(voice[:, sounding], estimate[:, sounding]) if sounding.any() else math.nan,
+        "silence_leakage": metrics.silence_leakage(voice, estimate, song.mixture, rate).relative,
         "onset": statistics.median(onsets or [math.nan]),
     }
-    return {name: round(value, 3) if math.isfinite(value) else None for name, value in found.items()}
+    return {name: round(value, 3) if math.isfinite(value) else None for name, value in values.items()}
 
 
-def rows(model: BSMamba2, song: Song, number: int, occupancy: float, segments: Sequence[float]) -> list[dict[str, Any]]:
-    """A song through the model, once for each segment length: segments end to end, nothing overlaps.
+def score_segments(
+    model: BSMamba2, song: Song, number: int, occupancy: float, segments: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Separate a song once for each segment length, with segments end to end, and score it: a row for each length.
 
     Args:
-        model: of one stem.
+        model: with one stem.
         song: at the model's rate.
-        number, occupancy: what the rows are told apart by.
+        number, occupancy: of the song, as the rows name it.
         segments: in seconds.
     """
-    made = []
+    mixture = round(metrics.usdr(song.vocals, song.mixture), 3)
+    rows = []
     for segment in segments:
         with torch.inference_mode():
             estimate = separate(model, song.mixture, segment=segment, overlap=0.0, batch=max(1, round(8 / segment)))[0]
-        mixture = round(metrics.usdr(song.vocals, song.mixture), 3)
-        row = {"song": number, "occupancy": occupancy, "segment": segment, **measure(song, estimate)}
-        made.append({**row, "mixture": mixture})
-    return made
+        row = {"song": number, "occupancy": occupancy, "segment": segment, **score(song, estimate)}
+        rows.append({**row, "mixture": mixture})
+    return rows
 
 
-def code() -> str:
-    """Which code this is: the first 16 digits of the SHA-256 of the files in `ENTERING`."""
-    here = Path(__file__).parent
-    found = hashlib.sha256()
-    for name in ENTERING:
-        found.update((here / f"{name}.py").read_bytes())
-    return found.hexdigest()[:16]
+def source_hash() -> str:
+    """The first 16 digits of the SHA-256 of the files in `SOURCES`."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = package / name
+        sources = path.rglob("*") if path.is_dir() else [path]
+        for source in sorted(source for source in sources if source.suffix in (".py", ".cpp", ".h")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 # --- all runs ---------------------------------------------------------------------------------------------
 
 
-def columns(table: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as columns, which is how a file holds them: a third of the size."""
-    return {name: [row[name] for row in table] for name in COLUMNS}
+def to_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns, which take a third of the space in a JSON file."""
+    return {name: [row[name] for row in rows] for name in COLUMNS}
 
 
-def read(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All rows of all runs, each with its `layer` and `seed`, after checking that they may be compared.
+def read_runs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All rows of all runs, each with its `layer` and `seed`, after checking that the runs are comparable.
 
     Args:
-        data: `{"runs": [...]}`, each what `notebooks/silence.ipynb` leaves in its `summary.json`.
+        data: `{"runs": [...]}`, each run as `notebooks/silence.ipynb` writes it into its `summary.json`.
 
     Raises:
-        ValueError: naming what is missing, doubled or unequal: parameters but for layer and seed, the code, the number
-            of parameters within `layers.TOLERANCE`, one run for each layer and seed, one row for each song, occupancy
-            and segment.
+        ValueError: naming what is missing, repeated or unequal. Parameters other than layer and seed, and the source
+            hash, must be the same, the numbers of parameters equal within `sequence_layers.BUDGET_TOLERANCE`; there
+            must be one run for each layer and seed, with one row for each song, occupancy and segment.
     """
     runs = data.get("runs")
     if not isinstance(runs, list) or not runs:
         raise ValueError("the data hold no list of runs")
     for run in runs:
-        lacking = [name for name in ("parameters", "layer_parameters", "code", "rows") if name not in run]
+        lacking = [name for name in ("parameters", "layer_parameters", "source_hash", "rows") if name not in run]
         if lacking:
             raise ValueError(f"a run lacks {', '.join(lacking)}")
-    made = [Experiment.from_mapping(run["parameters"]) for run in runs]
-    base = made[0]
-    for one, run in zip(made, runs, strict=True):
-        if dataclasses.replace(one, layer=base.layer, seed=base.seed) != base:
-            raise ValueError(f"{one.layer}, seed {one.seed}, was run with other parameters than the first run")
-        if run["code"] != runs[0]["code"]:
-            raise ValueError(f"{one.layer}, seed {one.seed}, was run with other code than the first run")
-    found = sorted((one.layer, one.seed) for one in made)
-    wanted = sorted((layer, seed) for layer in sequence_layers.KINDS for seed in {one.seed for one in made})
-    if found != wanted:
-        raise ValueError(f"runs of {found}, and not one for each layer and seed: {wanted}")
+    experiments = [Experiment.from_mapping(run["parameters"]) for run in runs]
+    base = experiments[0]
+    seeds = {experiment.seed for experiment in experiments}
+    present = sorted((experiment.layer, experiment.seed) for experiment in experiments)
+    expected = sorted((layer, seed) for layer in sequence_layers.LAYERS for seed in seeds)
+    for experiment, run in zip(experiments, runs, strict=True):
+        label = f"{experiment.layer}, seed {experiment.seed}"
+        if dataclasses.replace(experiment, layer=base.layer, seed=base.seed) != base:
+            raise ValueError(f"{label}, was run with other parameters than the first run")
+        if run["source_hash"] != runs[0]["source_hash"]:
+            raise ValueError(f"{label}, was run with other code than the first run")
+    if present != expected:
+        raise ValueError(f"runs of {present}, and not one for each layer and seed: {expected}")
     sizes = [run["layer_parameters"] for run in runs]
-    if max(sizes) - min(sizes) > sequence_layers.TOLERANCE * min(sizes):
+    if max(sizes) - min(sizes) > sequence_layers.BUDGET_TOLERANCE * min(sizes):
         raise ValueError(f"layers of {min(sizes)} to {max(sizes)} parameters are not equal within 1 %")
     grid = {(s, o, e) for s in range(base.test_songs) for o in base.occupancies for e in base.segments}
     all_rows = []
-    for one, run in zip(made, runs, strict=True):
-        if sorted(run["rows"]) != sorted(COLUMNS) or len({len(part) for part in run["rows"].values()}) != 1:
-            raise ValueError(f"{one.layer}, seed {one.seed}: columns must be {', '.join(COLUMNS)}, of one length")
-        table = [
-            {"layer": one.layer, "seed": one.seed, **dict(zip(run["rows"], row, strict=True))}
-            for row in zip(*run["rows"].values(), strict=True)
-        ]
-        places = [(row["song"], row["occupancy"], row["segment"]) for row in table]
-        if set(places) != grid or len(places) != len(grid):
-            raise ValueError(f"{one.layer}, seed {one.seed}: {len(places)} rows, and not one for each of {len(grid)}")
-        all_rows += table
+    for experiment, run in zip(experiments, runs, strict=True):
+        label, columns = f"{experiment.layer}, seed {experiment.seed}", run["rows"]
+        if sorted(columns) != sorted(COLUMNS) or len(set(map(len, columns.values()))) != 1:
+            raise ValueError(f"{label}: columns must be {', '.join(COLUMNS)}, of one length")
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        points = [(row["song"], row["occupancy"], row["segment"]) for row in rows]
+        if set(points) != grid or len(points) != len(grid):
+            raise ValueError(f"{label}: {len(points)} rows, and not one for each of {len(grid)}")
+        all_rows += [{"layer": experiment.layer, "seed": experiment.seed, **row} for row in rows]
     return all_rows
 
 
-def average(table: Sequence[Mapping[str, Any]], measure: str, by: Sequence[str]) -> dict[tuple[Any, ...], float]:
-    """The mean of a measure over all rows that agree in the fields `by`: (their values) → mean.
+def average(rows: Sequence[Mapping[str, Any]], metric: str, by: Sequence[str]) -> dict[tuple[Any, ...], float]:
+    """The mean of a metric over all rows with the same values of the fields `by`: (their values) → mean.
 
-    Rows that have nothing to say of it are left out; a group of such rows is absent.
+    Rows where the metric is None are left out; a group without other rows is absent.
     """
     groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in table:
-        if row[measure] is not None:
-            groups.setdefault(tuple(row[name] for name in by), []).append(row[measure])
+    for row in rows:
+        if row[metric] is not None:
+            groups.setdefault(tuple(row[name] for name in by), []).append(row[metric])
     return {key: statistics.fmean(values) for key, values in groups.items()}
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -1,56 +1,53 @@
-"""Recorded instruments: notes played through a sound font by FluidSynth.
+"""Recorded instruments (optional): a sound font, played by FluidSynth.
 
-notes → note on, note off → FluidSynth → (c, t)
-
-A sound font (`.sf2`) holds recordings of instruments, note by note. `bsmamba2.synth.songs` can give parts of its songs to
-one; nothing else needs it. FluidSynth is a library of the system, `pyfluidsynth` its Python binding.
-
-Axes: c channel (2), t sample. Times in seconds, pitches in MIDI numbers.
+A sound font (`.sf2`) holds recordings of instruments, note by note. FluidSynth is a library of the system,
+`pyfluidsynth` its Python binding.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random import Generator
+
+from .score import Note
+from .song import Array
 
 DRUMS = 128
-"""The bank of a sound font that holds drum kits, where a pitch is a drum."""
-BLOCK = 64
-"""FluidSynth hears of notes between blocks of so many samples."""
-GAIN = 1.5
-"""As loud as 16 bits allow most instruments to be; a loud chord of a few clips in one sample of a hundred."""
-
-
-class Note(Protocol):
-    """What is played: `start` and `seconds` in seconds, `pitch` a MIDI number, `velocity` from 0 to 1."""
-
-    @property
-    def start(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def pitch(self) -> float: ...
-    @property
-    def velocity(self) -> float: ...
+"""Bank of a sound font that holds drum kits, where a pitch selects a drum."""
+BLOCK = 64  # samples per block of FluidSynth; notes begin and end between blocks
+GAIN = 1.5  # most instruments then use the range of 16 bits; few chords clip, in one sample of a hundred
+RECORDED_PROB = 0.7
+"""How often a part of the accompaniment is played by the sound font."""
+PROGRAMS = {  # by family of `instruments`: General MIDI from 0, without choirs and other voice-like sounds
+    "plucked": (24, 25, 26, 27, 28, 45, 46, 15, 105, 107), "piano": (0, 1, 2, 3, 6), "epiano": (4, 5, 7),
+    "bell": (8, 9, 10, 11, 12, 13), "organ": (16, 17, 18, 19, 20, 21), "pad": (48, 49, 50, 51, 88, 89, 90, 95),
+    "saw": (62, 63, 80, 81, 84, 90), "guitar": (29, 29, 30, 30, 27), "solo guitar": (25, 26, 27, 29, 30),
+    "brass": (56, 57, 59, 60, 61, 64, 65, 66), "strings": (40, 41, 42, 44, 48, 49, 110),
+    "flute": (68, 69, 71, 72, 73, 74, 75, 22), "bass": (32, 33, 33, 34, 34, 35, 36, 37, 38, 39),
+}  # fmt: skip
+KITS = (0, 0, 8, 8, 16, 16, 24, 25, 32, 40)
+KIT_KEYS = {
+    "kick": (35, 36), "snare": (38, 38, 40, 37, 39), "closed": (42, 42, 44, 51, 59, 46), "opened": (46, 46, 51, 53),
+    "shaker": (54, 69, 70, 82), "tom": (41, 43, 45, 47, 48, 50), "crash": (49, 57, 55, 52),
+}  # fmt: skip
+"""Pitches from which each drum of a kit is drawn."""
 
 
 class SoundFont:
-    """A file of recorded instruments.
+    """General MIDI sound font.
 
     Args:
-        path: of the sound font, `.sf2`.
+        path: of the file, `.sf2`.
 
     Attributes:
-        presets: names by bank, 0 for instruments or `DRUMS`, and program, as General MIDI numbers them from 0.
+        presets: names by bank (0 for instruments or `DRUMS`) and General MIDI program, from 0.
 
     Raises:
-        FileNotFoundError: when it is not there; ValueError when FluidSynth cannot read it, or it has no drum kit or
-            no piano, which every General MIDI font has.
+        FileNotFoundError: when there is no such file.
+        ValueError: when FluidSynth cannot read the file, or it lacks the drum kit or the piano of General MIDI.
         ImportError: without pyfluidsynth or FluidSynth.
     """
 
@@ -63,42 +60,37 @@ class SoundFont:
             names = {(bank, n): synth.sfpreset_name(font, bank, n) for bank in (0, DRUMS) for n in range(128)}
         finally:
             synth.delete()
-        self.presets: dict[tuple[int, int], str] = {place: name for place, name in names.items() if name}
-        for place in ((0, 0), (DRUMS, 0)):
-            if place not in self.presets:
-                raise ValueError(f"{self.path} has no preset {place[1]} in bank {place[0]}: take a General MIDI font")
+        self.presets: dict[tuple[int, int], str] = {preset: name for preset, name in names.items() if name}
+        for bank in (0, DRUMS):
+            if (bank, 0) not in self.presets:
+                raise ValueError(f"{self.path} has no preset 0 in bank {bank}: take a General MIDI font")
 
-    @staticmethod
-    def _binding() -> Any:
+    def _start(self, rate: int) -> tuple[Any, int]:
+        """Start a FluidSynth synthesiser, whose output does not depend on anything played before."""
         try:
             import fluidsynth
         except ImportError as error:
-            told = "a sound font takes FluidSynth and its binding: pip install 'bsmamba2[soundfont]', and the library"
-            raise ImportError(f"{told} (Debian: apt install libfluidsynth3; conda and Homebrew: fluidsynth)") from error
-        return fluidsynth
-
-    def _start(self, rate: int) -> tuple[Any, int]:
-        """A synthesiser of its own, so that nothing that was played before is heard, not in the last bit."""
+            raise ImportError(
+                "a sound font takes FluidSynth and its binding: pip install 'bsmamba2[soundfont]', and the library "
+                "(Debian: apt install libfluidsynth3; conda and Homebrew: fluidsynth)"
+            ) from error
         dry = {"synth.reverb.active": 0, "synth.chorus.active": 0, "synth.dynamic-sample-loading": 1}
-        synth = self._binding().Synth(gain=GAIN, samplerate=float(rate), channels=16, **dry)
+        synth = fluidsynth.Synth(gain=GAIN, samplerate=float(rate), channels=16, **dry)
         font = synth.sfload(str(self.path))
-        given = synth.get_setting("synth.sample-rate")
-        fault = ""
+        actual_rate = synth.get_setting("synth.sample-rate")
+        if font >= 0 and actual_rate == rate:
+            return synth, font
+        synth.delete()
         if font < 0:
-            fault = f"{self.path} is no sound font that FluidSynth can read"
-        elif given != rate:
-            fault = f"FluidSynth plays at {given:g} Hz when asked for {rate}: ask for 8000 to 96000"
-        if fault:
-            synth.delete()
-            raise ValueError(fault)
-        return synth, font
+            raise ValueError(f"{self.path} is not a sound font that FluidSynth can read")
+        raise ValueError(f"FluidSynth plays at {actual_rate:g} Hz when asked for {rate}: ask for 8000 to 96000")
 
-    def play(self, notes: Iterable[Note], program: int, samples: int, rate: int, *, bank: int = 0) -> NDArray[Any]:
-        """Notes by one instrument, (c=2, t=samples) float32; the same notes give the same bits.
+    def play(self, notes: Iterable[Note], program: int, samples: int, rate: int, *, bank: int = 0) -> Array:
+        """Render notes with one instrument, (c=2, t=samples) float32; the same notes give the same bits.
 
-        Notes begin and end with blocks of 64 samples; a key that is struck while it sounds ends there and begins anew.
-        What begins before 0 or after `samples`, or has no pitch from 0 to 127, is left out. FluidSynth gives 16 bits,
-        dithered: what is silent may have ± 2⁻¹⁵.
+        Notes begin and end with blocks of 64 samples; a key that is struck while it sounds ends there and begins
+        again. Notes that begin before 0 or after `samples`, or whose pitch is not from 0 to 127, are left out.
+        FluidSynth renders 16 bits with dither: silence may be ± 2⁻¹⁵.
 
         Raises:
             ValueError: for a program that the font does not have, no samples, or a rate that FluidSynth refuses.
@@ -108,27 +100,15 @@ class SoundFont:
         if samples < 1:
             raise ValueError(f"samples={samples!r} must be at least 1")
         blocks = -(-samples // BLOCK)
-        spans: dict[tuple[int, int], tuple[int, int]] = {}  # (key, first block): last block, velocity
-        for note in notes:
-            start, end = (round(time * rate / BLOCK) for time in (note.start, note.start + note.seconds))
-            key = round(note.pitch)
-            if 0 <= start < blocks and 0 <= key < 128:
-                spans[key, start] = (max(end, start + 1), min(127, max(1, round(127 * note.velocity))))
-        events: list[tuple[int, int, int, int]] = [(blocks, 0, 0, 0)]  # block, 0 off or 1 on, key, velocity
-        for (key, start), (after, again) in pairwise([*sorted(spans), (-1, 0)]):
-            end, velocity = spans[key, start]
-            # FluidSynth's note off ends all that sounds on a key.
-            end = min(end, again) if after == key else end
-            events += [(start, 1, key, velocity), (min(end, blocks), 0, key, 0)]
         synth, font = self._start(rate)
         try:
             synth.program_select(0, font, bank, program)
-            pieces, now = [], 0
-            for block, on, key, velocity in sorted(events):
-                if block > now:
-                    pieces.append(synth.get_samples((block - now) * BLOCK))
-                    now = block
-                if on:
+            pieces, position = [], 0
+            for block, is_on, key, velocity in _events(notes, blocks, rate):
+                if block > position:
+                    pieces.append(synth.get_samples((block - position) * BLOCK))
+                    position = block
+                if is_on:
                     synth.noteon(0, key, velocity)
                 else:
                     synth.noteoff(0, key)
@@ -136,3 +116,69 @@ class SoundFont:
             synth.delete()
         sound = np.concatenate(pieces).reshape(-1, 2)[:samples].T
         return np.ascontiguousarray(sound, dtype=np.float32) / np.float32(32_768)
+
+
+def _events(notes: Iterable[Note], blocks: int, rate: int) -> list[tuple[int, int, int, int]]:
+    """MIDI events in order: block, 0 for note off or 1 for note on, key, velocity; the last one at block `blocks`."""
+    spans: dict[tuple[int, int], tuple[int, int]] = {}  # (key, first block): last block, velocity
+    for note in notes:
+        start, end = (round(time * rate / BLOCK) for time in (note.start, note.start + note.seconds))
+        key = round(note.pitch)
+        if 0 <= start < blocks and 0 <= key < 128:
+            spans[key, start] = (max(end, start + 1), min(127, max(1, round(127 * note.velocity))))
+    events = [(blocks, 0, 0, 0)]
+    for (key, start), (next_key, next_start) in pairwise([*sorted(spans), (-1, 0)]):
+        end, velocity = spans[key, start]
+        if next_key == key:  # FluidSynth's note off ends all notes of a key
+            end = min(end, next_start)
+        events += [(start, 1, key, velocity), (min(end, blocks), 0, key, 0)]
+    return sorted(events)
+
+
+class Recorded:
+    """Random choice of the parts of a song that a sound font plays, and of its instruments."""
+
+    probability = RECORDED_PROB
+
+    def __init__(self, rng: Generator, font: SoundFont, rate: int) -> None:
+        self.rng, self.font, self.rate = rng, font, rate
+
+    def _draw_program(self, programs: tuple[int, ...], bank: int = 0) -> int | None:
+        """One of the programs that the font has; None where the part is left to the synthesiser."""
+        known = [n for n in programs if (bank, n) in self.font.presets]
+        return None if self.rng.random() > self.probability or not known else int(self.rng.choice(known))
+
+    def play(self, family: str, notes: list[Note], samples: int) -> Array | None:
+        """Notes on a recorded instrument of a family, (c, t); None where the part is left to the wavetables."""
+        program = self._draw_program(PROGRAMS[family])
+        if program is None:
+            return None
+        if family == "guitar":  # power chords, like the wavetables of this family
+            notes = [Note(n.start, n.seconds, n.pitch + shift, n.velocity) for n in notes for shift in (-12, -5, 0)]
+        sound = self.font.play(notes, program, samples, self.rate)
+        return sound if np.abs(sound).max() > 1e-3 else None  # a font need not have every note
+
+    def kit(self) -> dict[str, Array]:
+        """One-shots of a drum kit, each (t,) with peak 1; empty where the drums are left to the synthesiser.
+
+        Drums that the font's kit lacks are left out.
+        """
+        program = self._draw_program(KITS, DRUMS)
+        if program is None:
+            return {}
+        seconds, hits = 1.6, []
+        for i, keys in enumerate(KIT_KEYS.values()):
+            hits.append(Note(2 * i * seconds, seconds, int(self.rng.choice(keys)), self.rng.uniform(0.6, 1.0)))
+        length = round(seconds * self.rate)
+        fade = np.linspace(1, 0, length // 10, dtype=np.float32)
+        sound = self.font.play(hits, program, 2 * len(hits) * length, self.rate, bank=DRUMS).mean(0)
+        shots = {}
+        for i, name in enumerate(KIT_KEYS):
+            shot = sound[2 * i * length :][:length]
+            shot[-len(fade) :] *= fade
+            positions = np.arange(0, length - 1, self.rng.uniform(0.85, 1.2))  # retuned by up to three semitones
+            shot = np.interp(positions, np.arange(length), shot).astype(np.float32)
+            peak = np.abs(shot).max()
+            if peak > 1e-3:
+                shots[name] = shot / peak
+        return shots

@@ -1,7 +1,7 @@
-"""What the book draws and plays: source code, sound, spectrograms, bands, masks, curves.
+"""Plotting, audio players, tables and source listings for the book's notebooks.
 
-Every figure function returns a matplotlib Figure that a notebook shows; nothing here computes what a
-chapter teaches. Needs the extra `book` (matplotlib, IPython). Axis letters: see `bsmamba2.config`.
+Every figure function returns a matplotlib Figure that a notebook shows; nothing here computes what a chapter teaches.
+Needs the extra `book` (matplotlib, IPython). Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ..spectrogram import stft
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, told apart by all
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
 STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
@@ -46,7 +46,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Picture(Figure):
-    """A figure that a notebook shows by itself, whatever matplotlib backend is set."""
+    """A matplotlib Figure that a notebook displays under any matplotlib backend."""
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -62,41 +62,31 @@ def _figure(rows: int, columns: int, width: float, height: float, **kwargs: Any)
 
 
 def source(*objects: Callable[..., Any]) -> Markdown:
-    """The module's own text of some functions or classes, with the file they stand in."""
+    """Source code of functions or classes as Markdown, each under the path of its file."""
     parts = []
-    for thing in objects:
-        module = inspect.getmodule(thing)
-        file = module.__name__.replace(".", "/") + ".py" if module else "?"
-        parts.append(f"`{file}`\n\n```python\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}\n```")
+    for item in objects:
+        name = getattr(inspect.getmodule(item), "__name__", "?").replace(".", "/") + ".py"
+        parts.append(f"`{name}`\n\n```python\n{textwrap.dedent(inspect.getsource(item)).rstrip()}\n```")
     return Markdown("\n\n".join(parts))
 
 
 def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
-    """Players, one above the other, all scaled by one factor so that their levels compare.
+    """Audio players for signals (c, samples) by label, all scaled by one factor so that their levels compare.
 
     The sound is embedded as MP3: a few hundred kilobytes for six seconds, and every browser plays it.
 
-    Args:
-        signals: label → (c, samples).
-        sample_rate: in hertz.
-
     Raises:
-        ValueError: for samples that are not finite.
+        ValueError: when a sample is NaN or infinite.
     """
     peak = max(float(signal.abs().max()) for signal in signals.values())
     if not np.isfinite(peak):
         raise ValueError("a signal to play holds NaN or infinite samples")
     players = []
     for label, signal in signals.items():
-        file = io.BytesIO()
-        frames = (signal.detach().cpu() * (0.9 / max(peak, 1e-9))).T.numpy()
-        soundfile.write(file, frames, sample_rate, format="MP3")
-        data = base64.b64encode(file.getvalue()).decode()
-        name = html.escape(label)
+        name, address = html.escape(label), sound(signal, sample_rate, gain=0.9 / max(peak, 1e-9), compression=None)
         players.append(
             f'<figure class="player"><figcaption>{name}</figcaption>'
-            f'<audio controls preload="metadata" aria-label="{name}" src="data:audio/mpeg;base64,{data}"></audio>'
-            "</figure>"
+            f'<audio controls preload="metadata" aria-label="{name}" src="{address}"></audio></figure>'
         )
     return HTML("\n".join(players))
 
@@ -104,17 +94,17 @@ def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
 def explorable(
     kind: str, name: str, sliders: Mapping[str, Sequence[str]], settings: Sequence[Mapping[str, Any]], **common: Any
 ) -> HTML:
-    """Something that follows its sliders on a page, without a kernel: every setting is in the page.
+    """Interactive figure with sliders that works on a static page: all settings are precomputed and embedded.
 
-    Drawn by `book/_static/explore.js`, which the book's pages load; JupyterLab shows the first sentence alone.
+    Drawn by `book/_static/explore.js`, which the book's pages load; JupyterLab shows only the caption.
 
     Args:
         kind: "curves", "bands" or "listen", one of the script's kinds.
-        name: unlike that of any other on the page, a word.
+        name: one word, unique on the page.
         sliders: label → the words for its positions, from left to right; it starts in the middle.
-        settings: one for each combination of positions, the last slider's fastest. Each has `told`, a sentence, and
-            what its kind draws.
-        common: what all settings share.
+        settings: one for each combination of positions, the last slider's fastest. Each has a `caption`, a sentence,
+            and the data that its kind draws.
+        common: data shared by all settings.
 
     Raises:
         ValueError: when there are not as many settings as combinations.
@@ -133,25 +123,21 @@ def explorable(
             f' data-values="{words}" aria-valuetext="{html.escape(values[middle])}" autocomplete="off">'
             f'<output for="{name}-{i}">{html.escape(values[middle])}</output></div>'
         )
-    # "</script" inside of it would end the element.
-    data = json.dumps({"common": common, "settings": settings}, ensure_ascii=False, separators=(",", ":"))
-    data = data.replace("</", "<\\/")
+    # "</script" inside the data would end the element.
+    content = {"common": common, "settings": settings}
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     return HTML(
         f'<div class="explorable" id="{name}" data-kind="{kind}">{"".join(controls)}'
-        f'<p class="told" aria-live="polite">{html.escape(settings[start]["told"])}</p>'
+        f'<p class="caption" aria-live="polite">{html.escape(settings[start]["caption"])}</p>'
         f'<div class="drawing"><noscript>The drawing needs JavaScript.</noscript></div>'
         f'<script type="application/json">{data}</script></div>'
     )
 
 
 def thumbnail(signal: Tensor, sample_rate: int = 44_100, *, top: float = 8_000.0, loudest: float | None = None) -> str:
-    """A small spectrogram without axes, 0 to `top` hertz, as the address of a picture that holds itself (`data:`).
+    """Small spectrogram of (c, samples) without axes, 0 to `top` hertz, as a PNG in a `data:` URL.
 
-    Args:
-        signal: (c, samples).
-        sample_rate: in hertz.
-        top: highest frequency shown, in hertz.
-        loudest: the power that is drawn brightest; that of the loudest bin when absent.
+    The power `loudest` is drawn brightest; by default that of the loudest bin.
     """
     n_fft, hop_length = 2048, 1764
     power = stft(signal, n_fft, hop_length).abs().square().mean(0)[: int(top / sample_rate * n_fft)]
@@ -162,14 +148,10 @@ def thumbnail(signal: Tensor, sample_rate: int = 44_100, *, top: float = 8_000.0
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def sound(signal: Tensor, sample_rate: int = 44_100, *, gain: float = 1.0, compression: float = 0.6) -> str:
-    """A signal as MP3, as the address of a sound that holds itself (`data:`).
+def sound(signal: Tensor, sample_rate: int = 44_100, *, gain: float = 1.0, compression: float | None = 0.6) -> str:
+    """Signal (c, samples), times `gain`, as MP3 in a `data:` URL.
 
-    Args:
-        signal: (c, samples).
-        sample_rate: in hertz.
-        gain: factor.
-        compression: 0 to 1, the largest and the smallest.
+    A `compression` of 0 gives the largest file, 1 the smallest; None leaves the choice to the encoder.
     """
     file = io.BytesIO()
     frames = (signal.detach().cpu() * gain).T.numpy()
@@ -178,12 +160,12 @@ def sound(signal: Tensor, sample_rate: int = 44_100, *, gain: float = 1.0, compr
 
 
 def progress(iterable: Iterable[Any], total: int, label: str, unit: str = "step") -> Iterator[Any]:
-    """What is iterated over, with a progress bar that leaves one line behind in a stored notebook."""
+    """Progress bar around an iterable that leaves one line in a stored notebook."""
     yield from tqdm(iterable, total=total, desc=label, unit=unit, file=_Line(), mininterval=1, ascii=False, ncols=88)
 
 
 class _Line(io.TextIOBase):
-    """A text file of one line that is shown again and again in the same place of a notebook."""
+    """Text file of one line, displayed again and again in the same place of a notebook."""
 
     def __init__(self) -> None:
         self.handle = display(HTML("<pre></pre>"), display_id=True)
@@ -196,7 +178,7 @@ class _Line(io.TextIOBase):
 
 
 def decibels(spectrogram: Tensor, floor: float = -80.0) -> Tensor:
-    """20 · log10 of the modulus relative to its largest value, not below `floor`; any shape, real or complex."""
+    """Decibels: 20 · log10(modulus / largest modulus), at least `floor`; any shape, real or complex."""
     modulus = spectrogram.abs()
     return (20 * torch.log10(modulus / modulus.max().clamp(min=1e-12) + 1e-12)).clamp(min=floor)
 
@@ -209,14 +191,13 @@ def spectrograms(
     n_fft: int = 2048,
     hop_length: int = 441,
 ) -> Figure:
-    """One spectrogram under the other, on one scale: 0 dB is the loudest bin of all.
+    """Spectrograms, one under the other, on one scale: 0 dB is the loudest bin of all.
 
     Args:
         signals: label → (c, samples); the mean of the channels' power is drawn.
         sample_rate: in hertz.
         top: highest frequency shown, in hertz.
-        n_fft: of the STFT, in samples.
-        hop_length: of the STFT, in samples.
+        n_fft, hop_length: of the STFT, in samples.
     """
     power = {label: stft(signal, n_fft, hop_length).abs().square().mean(0) for label, signal in signals.items()}
     loudest = max(float(values.max()) for values in power.values())
@@ -235,11 +216,10 @@ def spectrograms(
 def lines(
     series: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str, *, height: float = 3.0, **limits: Any
 ) -> Figure:
-    """Curves over one pair of axes. `limits` go to matplotlib's Axes.set (xscale, ylim, …)."""
-    styles = ("-", "--", "-.", ":")
+    """Line plot of several curves; `limits` go to matplotlib's Axes.set (xscale, ylim, …)."""
     with _figure(1, 1, 7.5, height) as (figure, axes):
-        for i, (label, (x, y)) in enumerate(series.items()):
-            axes[0, 0].plot(x, y, styles[i % len(styles)], label=label)
+        for style, (label, (x, y)) in zip(itertools.cycle(("-", "--", "-.", ":")), series.items(), strict=False):
+            axes[0, 0].plot(x, y, style, label=label)
         axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, **limits)
         if len(series) > 1:
             axes[0, 0].legend(frameon=False)
@@ -247,25 +227,25 @@ def lines(
 
 
 def scores(
-    rows: Sequence[Any], across: str, xlabel: str, measures: Mapping[str, str], *, ticks: Sequence[float] = ()
+    rows: Sequence[Any], across: str, xlabel: str, metrics: Mapping[str, str], *, ticks: Sequence[float] = ()
 ) -> Figure:
-    """A point for each row, one measure under the other.
+    """Scatter plot of scores: a point per row, one metric under the other; NaN and infinite values are left out.
 
     Args:
-        rows: with the attributes named below, `evaluate.Row` for instance; NaN and infinite values are not drawn.
+        rows: objects with the attributes named below.
         across: the attribute along x.
-        xlabel: what it is, with its unit.
-        measures: attribute → its label, with its unit.
-        ticks: when x has a few values only, these: evenly spaced by their logarithm, with a line through the means.
+        xlabel: its label, with its unit.
+        metrics: attribute → its label, with its unit.
+        ticks: the values of x, when it has only a few: spaced by their logarithm, with a line through the means.
     """
-    with _figure(len(measures), 1, 7.5, 2.3 * len(measures), sharex=True) as (figure, axes):
-        for axis, (measure, label), colour in zip(axes[:, 0], measures.items(), itertools.cycle(COLOURS), strict=False):
-            points = [(getattr(row, across), getattr(row, measure)) for row in rows]
+    with _figure(len(metrics), 1, 7.5, 2.3 * len(metrics), sharex=True) as (figure, axes):
+        for axis, (metric, label), colour in zip(axes[:, 0], metrics.items(), itertools.cycle(COLOURS), strict=False):
+            points = [(getattr(row, across), getattr(row, metric)) for row in rows]
             points = [(x, y) for x, y in points if np.isfinite(y)]
             axis.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, alpha=0.5, label="a track")
             if ticks:
                 shared = sorted({x for x, _ in points})
-                means = [float(np.mean([y for x, y in points if x == place])) for place in shared]
+                means = [float(np.mean([y for x, y in points if x == tick])) for tick in shared]
                 axis.plot(shared, means, "-", color=colour, label="mean")
                 axis.set_xscale("log")
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -279,9 +259,9 @@ def scores(
 def images(
     arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
 ) -> Figure:
-    """Matrices side by side, row 0 on top unless `origin="lower"`; `options` go to matplotlib's imshow.
+    """Heat maps side by side, row 0 on top unless `origin="lower"`; `options` go to matplotlib's imshow.
 
-    Given `vmin` and `vmax`, all share one scale and one colour bar.
+    With `vmin` and `vmax`, all share one scale and one colour bar.
     """
     shared = {"vmin", "vmax"} <= options.keys()
     with _figure(1, len(arrays), 7.5, height) as (figure, axes):
@@ -297,25 +277,25 @@ def images(
 
 
 def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
-    """Features as a block of three axes, cut into the strips that a layer reads; one of them is outlined.
+    """Feature tensors drawn as cubes, cut into the sequences that a layer reads; one sequence is outlined.
 
-    Seen are the sides that face the reader: all bands and frames of the first feature in front, all features of the
-    last band on top, and of the last frame on the right.
+    The visible sides: in front all bands and frames of the first feature, on top all features of the last band, on the
+    right all features of the last frame.
 
     Args:
         x: (t, k, d).
-        cuts: for each block along what it is cut, `time` or `band`.
-        strip: the outlined one: a band where it is cut along time, else a frame.
+        cuts: one cube for each, cut along `time` or `band`.
+        strip: the outlined sequence: a band where the cut is along time, else a frame.
 
     Raises:
-        ValueError: for another cut.
+        ValueError: for any other cut.
     """
     for cut in cuts:
         if cut not in ("time", "band"):
             raise ValueError(f"cut={cut!r} must be 'time' or 'band'")
     frames, many, _ = x.shape
-    width, high, (right, up) = 3.2, 1.6, (0.9, 0.55)  # of the front, and how far its back lies to the right and up
-    sides = (  # numbers, where they begin, and where their rows and columns lead
+    width, high, (right, up) = 3.2, 1.6, (0.9, 0.55)  # of the front, and the offset of the back
+    sides = (  # values, corner, and the directions of their columns and rows
         (x[:, :, 0].T, (0, 0), (width, 0), (0, high)),
         (x[:, -1, :].T, (0, high), (width, 0), (right, up)),
         (x[-1, :, :], (width, 0), (right, up), (0, high)),
@@ -324,7 +304,7 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
     options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "nearest", "aspect": "auto"}
 
     def edges(cut: str, share: float) -> np.ndarray:
-        """Where a cut runs over two sides: three corners of it, (3, 2)."""
+        """Corners of the line where a cut crosses two sides, (3, 2)."""
         if cut == "time":
             return np.array([(0, share * high), (width, share * high), (width + right, share * high + up)])
         return np.array([(share * width, 0), (share * width, high), (share * width + right, high + up)])
@@ -352,7 +332,7 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
 
 
 def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Figure:
-    """Band tables on a hertz axis: each band a block from its lowest to its highest frequency."""
+    """Band tables on a frequency axis: each band is a block from its lowest to its highest frequency."""
     with _figure(1, 1, 7.5, 0.9 + 0.55 * len(tables)) as (figure, axes):
         axis = axes[0, 0]
         for row, widths in enumerate(tables.values()):
@@ -370,7 +350,7 @@ def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Fig
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
-    """A Markdown table of rows with the same keys; floats with two decimals, a dash for NaN and None."""
+    """Markdown table from rows with the same keys; floats with two decimals, a dash for NaN and None."""
 
     def text(value: Any) -> str:
         if value is None or value != value:

@@ -1,83 +1,227 @@
-"""Changes to the stems of a training example: what one singer, desk or file does otherwise than another.
+"""Data augmentation: speed, EQ, stereo image, saturation, low-pass; and mixtures whose stems are of one song and place.
 
-stems → speed → spectrum → sides → drive (the target: roughness) → the level it had → all: a low-pass filter → stems
+stems → speed → CHANGES, each with its probability → the level they had → all: a low-pass filter → stems
 
-All of it is drawn from one seed, so an example can be skipped without being read (`data.Remixer.draw`). Linear filters
-work on the spectrum of the whole piece, which therefore counts as one period of a signal without end.
+Everything is drawn from one seed, so an example can be skipped without being read. Most changes were chosen for what
+they did to a model that had not learned with them (chapter "Training"). The published model has none of this.
 
-Most kinds of change were chosen for what they did to a model that had not learned with them (chapter "Training").
-
-Book: "Training". Axes: c channel, t sample, f bin of a whole piece's spectrum.
+Book: "Training". Axes: c channel, t sample.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from ..data import Example, Remixer, Source, Track, Windows, mix
+
+SPEED_PROB, LOW_PASS_PROB = 0.5, 0.4
 SEMITONES = 4.0
 """How far a stem is sped up or slowed down at most, pitch and formants with it."""
 OCTAVES = np.array([-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 4.6])
-"""Where the random spectrum has its points, in octaves about 1 kHz."""
+"""Where the random gains of `equalise` are, in octaves about 1 kHz."""
+
+
+# --- one function per change: a stem (c, t), the sample rate, random numbers → the stem ---------------------
+
+
+def equalise(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Random EQ: a smooth curve of 2.5 dB standard deviation per octave, and a tilt of 1 dB per octave."""
+    decibels = rng.normal(0, 2.5, len(OCTAVES)) + rng.normal(0, 1.0) * OCTAVES
+    gains = 10 ** (np.interp(_octaves(stem.shape[-1], rate), OCTAVES, decibels) / 20)
+    return torch.fft.irfft(torch.fft.rfft(stem) * torch.from_numpy(gains.astype(np.float32)), stem.shape[-1])
+
+
+def flip_channels(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Exchange left and right."""
+    return stem.flip(0)
+
+
+def stereo_width(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Narrow or widen the stereo image: side signal times 0 to 1.5."""
+    middle, side = stem.mean(0), (stem[0] - stem[1]) * (rng.uniform(0, 1.5) / 2)
+    return torch.stack((middle + side, middle - side))
+
+
+def channel_gains(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Move the stereo image: a gain of ±6 dB for each channel."""
+    return stem * torch.tensor(10 ** (rng.uniform(-6, 6, (2, 1)) / 20), dtype=torch.float32)
+
+
+def double_track(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Add a wide double: the mono signal 5 to 25 ms late, in opposite phase left and right."""
+    double = stem.mean(0).roll(round(rng.uniform(0.005, 0.025) * rate)) * rng.uniform(0.2, 0.8)
+    return stem + torch.stack((double, -double))
+
+
+def saturate(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Saturation, as of an amplifier, a tape or a compressor: tanh, driven −6 to 12 dB over the RMS."""
+    drive = 10 ** (rng.uniform(-6, 12) / 20)
+    return torch.tanh(stem * (drive / _level(stem)))
+
+
+def roughen(stem: Tensor, rate: int, rng: Generator) -> Tensor:
+    """Vocal roughness: amplitude modulation at about 30 to 150 Hz, whose rate wanders, 10 to 60 % deep."""
+    samples = stem.shape[-1]
+    points = max(2, round(samples / rate * 20))
+    hertz = rng.uniform(30, 150) * 2 ** rng.normal(0, 0.3, points)
+    speed = np.interp(np.linspace(0, points - 1, samples), np.arange(points), hertz)
+    phase = 2 * np.pi * (np.cumsum(speed) / rate + rng.random())
+    return stem * torch.from_numpy((1 + rng.uniform(0.1, 0.6) * np.sin(phase)).astype(np.float32))
+
+
+def change_speed(piece: Tensor, samples: int) -> Tensor:
+    """Speed change by resampling in the frequency domain: a piece (c, t) becomes (c, `samples`)."""
+    if piece.shape[-1] == samples:
+        return piece
+    # A spectrum that is cut, or filled up with zeros, is the same sound in another number of samples.
+    whole = torch.fft.rfft(piece)
+    spectrum = whole.new_zeros(len(piece), samples // 2 + 1)
+    bins = min(whole.shape[1], spectrum.shape[1])
+    spectrum[:, :bins] = whole[:, :bins] * (samples / piece.shape[1])
+    return torch.fft.irfft(spectrum, samples)
+
+
+def low_pass(stem: Tensor, rate: int, cutoff: float) -> Tensor:
+    """Low-pass filter, as lossy files and old recordings have: down to zero over 800 Hz around the cutoff, in hertz."""
+    hertz = torch.fft.rfftfreq(stem.shape[-1], 1 / rate)
+    gains = ((cutoff + 400 - hertz) / 800).clamp(0, 1)
+    return torch.fft.irfft(torch.fft.rfft(stem) * gains, stem.shape[-1])
+
+
+CHANGES: dict[Callable[[Tensor, int, Generator], Tensor], float] = {
+    equalise: 0.7,
+    flip_channels: 0.5,
+    stereo_width: 0.4,
+    channel_gains: 0.3,
+    double_track: 0.3,
+    saturate: 0.25,
+    roughen: 0.3,
+}
+"""Changes in the order in which they are applied, and the probability of each."""
+TARGET_ONLY, STEREO_ONLY = (double_track, roughen), (flip_channels, stereo_width, channel_gains, double_track)
+
+
+# --- an example -------------------------------------------------------------------------------------------
 
 
 class Augmentation:
-    """What happens to one example, drawn from `seed`.
-
-    Each stem by itself: half of the time another speed, up to four semitones, with which pitch and formants move; 7 in
-    10 another spectrum; sides exchanged, narrowed, widened, or one louder than the other; 1 in 4 driven into
-    saturation, as far as 12 dB over its root mean square. The target alone: 3 in 10 a wide double, 3 in 10 a gain that
-    trembles about 30 to 150 times a second, as a rough voice has. All stems together: 4 in 10 a low-pass filter
-    between 10 and 20 kHz, as lossy files have.
+    """Random augmentation of one example: a speed for each stem, `CHANGES` for each stem, a low-pass filter for all.
 
     Args:
-        seed: the same seed makes the same change.
+        seed: the same seed makes the same changes.
         stems: how many there are, the target first.
-        together: the stems are of one song and place, so one speed holds for all.
+        coherent: the stems are of one song and place, so one speed holds for all.
     """
 
-    def __init__(self, seed: int, stems: int, *, together: bool = False) -> None:
+    def __init__(self, seed: int, stems: int, *, coherent: bool = False) -> None:
         self._rng = np.random.default_rng(seed)
-        drawn = self._rng.uniform(-SEMITONES, SEMITONES, stems) * (self._rng.random(stems) < 0.5)
-        self.speeds: list[float] = (2 ** ((drawn[:1].repeat(stems) if together else drawn) / 12)).tolist()
+        semitones = self._rng.uniform(-SEMITONES, SEMITONES, stems) * (self._rng.random(stems) < SPEED_PROB)
+        self.speeds: list[float] = (2 ** ((semitones[:1].repeat(stems) if coherent else semitones) / 12)).tolist()
 
     def lengths(self, samples: int) -> list[int]:
         """How many samples of each stem must be read for `samples` of the example: more of one that is sped up."""
         return [round(samples * speed) for speed in self.speeds]
 
     def __call__(self, pieces: Sequence[Tensor], samples: int, rate: int) -> list[Tensor]:
-        """The stems of the example, each (c, samples), from pieces (c, t), whose length tells their speed.
+        """Apply the changes: pieces (c, t), whose lengths are those of `lengths` → stems (c, samples).
 
-        A stem keeps its root mean square, but for what the low-pass filter takes; a silent one stays silent. Only
-        stems of two channels have sides.
+        A stem keeps its root mean square, but for what the low-pass filter takes; a silent one stays silent.
         """
-        rng, changed = copy.deepcopy(self._rng), []  # the next call does the same
-        for number, piece in enumerate(pieces):
+        rng, stems = copy.deepcopy(self._rng), []  # the next call does the same
+        for i, piece in enumerate(pieces):
             own = np.random.default_rng(rng.integers(2**63))  # so that a silent stem changes nothing for the next one
             level = _level(piece)
             if not level:
-                changed.append(piece.new_zeros(piece.shape[0], samples))
+                stems.append(piece.new_zeros(len(piece), samples))
                 continue
-            target = number == 0
-            stem = _respectrum(own, piece.clone(), samples, rate, target=target)
-            if own.random() < 0.25:  # an amplifier, a tape, a compressor
-                drive = 10 ** (own.uniform(-6, 12) / 20)
-                stem = torch.tanh(stem * (drive / _level(stem)))
-            if target and own.random() < 0.3:
-                stem = stem * _roughness(own, samples, rate)
-            changed.append(stem * (level / max(_level(stem), 1e-12)))
-        if rng.random() < 0.4:  # as lossy files have, or old recordings
-            cut = rng.uniform(10_000, 20_000)
-            hertz = torch.fft.rfftfreq(samples, 1 / rate)
-            passes = ((cut + 400 - hertz) / 800).clamp(0, 1)
-            changed = [torch.fft.irfft(torch.fft.rfft(stem) * passes, samples) for stem in changed]
-        return changed
+            stem = change_speed(piece, samples)
+            for change, prob in CHANGES.items():
+                fits = (i == 0 or change not in TARGET_ONLY) and (len(stem) == 2 or change not in STEREO_ONLY)
+                if own.random() < prob and fits:
+                    stem = change(stem, rate, own)
+            stems.append(stem * (level / max(_level(stem), 1e-12)))
+        if rng.random() < LOW_PASS_PROB:
+            cutoff = rng.uniform(10_000, 20_000)
+            stems = [low_pass(stem, rate, cutoff) for stem in stems]
+        return stems
+
+
+class AugmentedRemixer(Remixer):
+    """`Remixer` with coherent mixtures and augmentation, each for a share of the examples.
+
+    Args:
+        songs: as for `Remixer`, and so are the other arguments.
+        coherent_mix_prob: probability that an example's stems are all of the song and place that were drawn for the
+            target, so in one key and time; dropout and gains stay each stem's own. Differs from the published model,
+            where it is 0.
+        augment_prob: probability that an example is augmented, before the gains. Differs from the published model,
+            where it is 0.
+
+    Raises:
+        ValueError: when a stem has no salient window in any song, or one of the two is no probability.
+    """
+
+    def __init__(
+        self,
+        songs: Sequence[Track] | Windows,
+        samples: int,
+        batch: int,
+        *,
+        coherent_mix_prob: float = 0.0,
+        augment_prob: float = 0.0,
+        **options: Any,
+    ) -> None:
+        for name, prob in (("coherent_mix_prob", coherent_mix_prob), ("augment_prob", augment_prob)):
+            if not 0 <= prob <= 1:
+                raise ValueError(f"{name}={prob!r} must lie in [0, 1]")
+        super().__init__(songs, samples, batch, **options)
+        self.coherent_mix_prob, self.augment_prob = coherent_mix_prob, augment_prob
+
+    def skip(self, count: int) -> None:
+        """Draw `count` batches and read none."""
+        for _ in range(count * self.batch):
+            self.draw_augmentation(self.draw(self.generator), self.generator)
+
+    def draw(self, generator: torch.Generator) -> list[Source]:
+        """Draw the sources of one example, one for each stem."""
+        sources = super().draw(generator)
+        if self.coherent_mix_prob and float(torch.rand((), generator=generator)) < self.coherent_mix_prob:
+            track, start, _ = sources[0]
+            sources = [(track, start, gain) for *_, gain in sources]
+        return sources
+
+    def draw_augmentation(self, sources: Sequence[Source], generator: torch.Generator) -> Augmentation | None:
+        """Draw how an example is augmented, if it is."""
+        if not self.augment_prob or float(torch.rand((), generator=generator)) >= self.augment_prob:
+            return None
+        seed = int(torch.randint(2**62, (), generator=generator))
+        first, place, _ = sources[0]
+        coherent = all(track is first and start == place for track, start, _ in sources)
+        return Augmentation(seed, len(sources), coherent=coherent)
+
+    def example(self, generator: torch.Generator) -> Example:
+        """One mixture, its target, and where its stems are from."""
+        sources = self.draw(generator)
+        augmentation = self.draw_augmentation(sources, generator)
+        if augmentation is None:
+            return self.read(sources)
+        moved, pieces = [], []
+        for i, length in enumerate(augmentation.lengths(self.samples)):
+            track, start, gain = sources[i]
+            length = min(length, track.samples)  # more than there is: the whole track
+            start = min(start, track.samples - length)  # beyond the end: from earlier on
+            moved.append((track, start, gain))
+            pieces.append(track.crop(i, start, length))
+        mixture, target, names = mix(augmentation(pieces, self.samples, moved[0][0].sample_rate), moved)
+        return mixture, target, f"{names}, changed"
 
 
 def _level(stem: Tensor) -> float:
@@ -87,42 +231,6 @@ def _level(stem: Tensor) -> float:
 
 @cache
 def _octaves(samples: int, rate: int) -> np.ndarray:
-    """Octaves about 1 kHz of a spectrum's bins, (f,); the lowest ones at 20 Hz."""
+    """Octaves about 1 kHz of a spectrum's bins, (bins,); the lowest ones at 20 Hz."""
     hertz = np.fft.rfftfreq(samples, 1 / rate)
     return np.log2(np.maximum(hertz, 20) / 1_000).astype(np.float32)
-
-
-def _respectrum(rng: Generator, piece: Tensor, samples: int, rate: int, *, target: bool) -> Tensor:
-    """A piece (c, t) as `samples` of another speed, spectrum and place between the sides."""
-    read = torch.fft.rfft(piece)
-    # A spectrum that is cut, or filled up with zeros, is the same sound in another number of samples.
-    spectrum = read.new_zeros(piece.shape[0], samples // 2 + 1)
-    bins = min(read.shape[1], spectrum.shape[1])
-    spectrum[:, :bins] = read[:, :bins] * (samples / piece.shape[1])
-    if rng.random() < 0.7:
-        decibels = rng.normal(0, 2.5, len(OCTAVES)) + rng.normal(0, 1.0) * OCTAVES
-        gains = 10 ** (np.interp(_octaves(samples, rate), OCTAVES, decibels) / 20)
-        spectrum *= torch.from_numpy(gains.astype(np.float32))
-    if len(spectrum) == 2:
-        if rng.random() < 0.5:
-            spectrum = spectrum.flip(0)
-        if rng.random() < 0.4:
-            middle, side = spectrum.sum(0) / 2, (spectrum[0] - spectrum[1]) * (rng.uniform(0, 1.5) / 2)
-            spectrum = torch.stack((middle + side, middle - side))
-        if rng.random() < 0.3:
-            spectrum = spectrum * torch.tensor(10 ** (rng.uniform(-6, 6, (2, 1)) / 20), dtype=torch.float32)
-        if target and rng.random() < 0.3:  # a double at the sides, late by 5 to 25 ms
-            # A delay of n samples turns bin f by -2π f n / samples.
-            late = torch.arange(samples // 2 + 1) * (-2 * np.pi * round(rng.uniform(0.005, 0.025) * rate) / samples)
-            double = spectrum.mean(0) * torch.polar(torch.full_like(late, rng.uniform(0.2, 0.8)), late)
-            spectrum = spectrum + torch.stack((double, -double))
-    return torch.fft.irfft(spectrum, samples)
-
-
-def _roughness(rng: Generator, samples: int, rate: int) -> Tensor:
-    """A gain about 1 (t,) that trembles some 30 to 150 times a second, now faster and now slower."""
-    points = max(2, round(samples / rate * 20))
-    hertz = rng.uniform(30, 150) * 2 ** rng.normal(0, 0.3, points)
-    speed = np.interp(np.linspace(0, points - 1, samples), np.arange(points), hertz)
-    phase = 2 * np.pi * (np.cumsum(speed) / rate + rng.random())
-    return torch.from_numpy((1 + rng.uniform(0.1, 0.6) * np.sin(phase)).astype(np.float32))

@@ -1,7 +1,7 @@
-"""Many processes that train one model: who I am, and what the others have.
+"""Initialise torch.distributed under torchrun, and clean up on exit; collectives that also work in one process.
 
-`torchrun` starts the processes, of one machine or of many, and tells each its rank through the environment.
-Without it there is one process, and everything here is the identity.
+`torchrun` starts the processes, on one machine or many, and gives each its rank through the environment.
+Without it there is one process, and every collective is the identity.
 
 Book: "Scaling up".
 """
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, distributed
 
 TIMEOUT = timedelta(hours=6)
-"""How long the others wait for one that looks through a folder. One that died is torchrun's to see."""
+"""How long a collective waits, for a process that looks through a folder for instance. torchrun sees one that died."""
 
 
 @contextmanager
-def together(device: str = "auto") -> Iterator[torch.device]:
-    """Join the processes that `torchrun` has started, if it has, and leave them at the end.
+def init_distributed(device: str = "auto") -> Iterator[torch.device]:
+    """Initialise the process group under `torchrun`, and destroy it at the end; without torchrun only pick the device.
 
     Args:
         device: `cpu`, `cuda`, `mps`, or `auto`: a GPU where there is one. On a machine with several GPUs each
@@ -35,7 +35,7 @@ def together(device: str = "auto") -> Iterator[torch.device]:
     Raises:
         ValueError: for a device that is not there.
     """
-    name = _best() if device == "auto" else device
+    name = _default_device() if device == "auto" else device
     try:
         place = torch.device(name)
     except RuntimeError as error:
@@ -62,30 +62,30 @@ def together(device: str = "auto") -> Iterator[torch.device]:
 
 
 def world_size() -> int:
-    """How many processes train together; 1 without a process group."""
+    """Number of processes that train together; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Rank of this process, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 def local_rank_and_size() -> tuple[int, int]:
-    """Which of this machine's processes this is, from 0, and how many there are, as `torchrun` tells them."""
-    told = os.environ.get("LOCAL_WORLD_SIZE")
-    return (int(os.environ["LOCAL_RANK"]), int(told)) if told and world_size() > 1 else (0, 1)
+    """Rank of this process on its machine, from 0, and number of processes there, as `torchrun` sets them."""
+    size = os.environ.get("LOCAL_WORLD_SIZE")
+    return (int(os.environ["LOCAL_RANK"]), int(size)) if size and world_size() > 1 else (0, 1)
 
 
-def total(value: Tensor) -> Tensor:
-    """The sum of a value over processes, in each of them."""
+def all_reduce(value: Tensor) -> Tensor:
+    """Sum over processes, in place."""
     if world_size() > 1:
         distributed.all_reduce(value)
     return value
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """The value of every process, in order, in each of them."""
+    """The values of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -94,23 +94,12 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The first process's value, in each of them."""
+    """The first process's value."""
     values = [value]
     if world_size() > 1:
         distributed.broadcast_object_list(values)
     return values[0]
 
 
-def balance(costs: list[float], hands: int) -> list[list[int]]:
-    """Which of the jobs each hand takes, to end at about the same time: the dearest first, to whoever has least."""
-    parts: list[list[int]] = [[] for _ in range(hands)]
-    loads = [0.0] * hands
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        parts[least].append(i)
-        loads[least] += costs[i]
-    return parts
-
-
-def _best() -> str:
+def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

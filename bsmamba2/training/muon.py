@@ -1,4 +1,4 @@
-"""Muon: steps of a matrix that are as long in all its directions.
+"""Muon: momentum SGD with orthogonalised updates.
 
 Book: "Training".
 """
@@ -9,29 +9,26 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, nn
 
-from .distributed import balance, rank, world_size
+from ..model import BSMamba2
+from ..train import TrainConfig, adamw
 
 NS_COEFFS = (3.4445, -4.775, 2.0315)
-"""Of one round of `newton_schulz`, the factors of X, X·Xᵀ·X and (X·Xᵀ)²·X: K. Jordan et al., "Muon", 2024."""
+"""Of one iteration of `newton_schulz`, the factors of X, X·Xᵀ·X and (X·Xᵀ)²·X: K. Jordan et al., "Muon", 2024."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are turned (`newton_schulz`) before they are a step, at a step size that suits AdamW's rates.
+    """Muon: momentum SGD whose updates are orthogonalised (`newton_schulz`), with a step size that suits AdamW's rates.
 
     K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step size after J. Liu
     et al., "Muon is scalable for LLM training", arXiv:2502.16982. As `torch.optim.Muon` with
-    `adjust_lr_fn="match_rms_adamw"`, and with its states, but for two things:
-
-    - On a CPU it turns in float32. torch's turns in bfloat16 everywhere, and a CPU without such products imitates them:
-      6.1 s against 0.3 s for the 136 matrices of the checkpoint that ships, on one core of an AMD EPYC with AVX2.
-    - The matrices are shared out over the processes that train together. To turn them is nearly all of the work, so n
-      processes do it in about 1/n of the time. The momenta cost little, and every process keeps all of them: whichever
-      one writes the state has it whole, and any number of processes goes on from it.
+    `adjust_lr_fn="match_rms_adamw"`, and with its states, but that on a CPU it orthogonalises in float32. torch's does
+    so in bfloat16 everywhere, and a CPU without such products imitates them: 6.1 s against 0.3 s for the 136 matrices
+    of the bundled checkpoint, on one core of an AMD EPYC with AVX2.
 
     Args:
-        params: matrices, or groups of them, whose gradients are the same in all processes.
+        params: matrices, or groups of them.
         lr: step size, a factor of 0.2 times the root of a matrix's longer side.
         weight_decay: by which a step shrinks a matrix, times `lr`.
         momentum: share of the momentum that a step keeps; Nesterov's, so it is looked at once more.
@@ -44,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         self, params: Iterable[Any], *, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        shapes = [tuple(one.shape) for group in self.param_groups for one in group["params"] if one.ndim != 2]
+        shapes = [tuple(weight.shape) for group in self.param_groups for weight in group["params"] if weight.ndim != 2]
         if shapes:
             raise ValueError(f"Muon takes matrices, not parameters of shape {shapes}: give those to AdamW")
 
@@ -55,36 +52,29 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        directions = []
         for group in self.param_groups:
-            for one in group["params"]:
-                if one.grad is not None:
-                    state = self.state[one]
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    state = self.state[weight]
                     if not state:
-                        state["momentum_buffer"] = torch.zeros_like(one.grad)
-                    momentum = state["momentum_buffer"].lerp_(one.grad, 1 - group["momentum"])
-                    directions.append((group, one, momentum))
-        parts = balance([_work(one.shape) for _, one, _ in directions], world_size())
-        for i in parts[rank()]:
-            group, one, momentum = directions[i]
-            step = newton_schulz(one.grad.lerp(momentum, group["momentum"]))
-            one.mul_(1 - group["lr"] * group["weight_decay"])
-            one.add_(step, alpha=-0.2 * group["lr"] * max(one.shape) ** 0.5)
-        if world_size() > 1:
-            _spread([[directions[i][1] for i in part] for part in parts])
+                        state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                    momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                    update = newton_schulz(weight.grad.lerp(momentum, group["momentum"]))
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-0.2 * group["lr"] * max(weight.shape) ** 0.5)
         return loss
 
 
-def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, rounds: int = 5) -> Tensor:
-    """A matrix with the singular vectors of the one given, and singular values from 0.68 to 1.21.
+def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, iterations: int = 5) -> Tensor:
+    """Newton–Schulz orthogonalisation: the same singular vectors, singular values in 0.68–1.21.
 
-    So much of those that are above a 500th of the matrix's norm (the root of the sum of their squares); what is below
-    grows 485-fold or less.
+    So much of the singular values that are above a 500th of the matrix's norm (the root of the sum of their squares);
+    what is below grows 485-fold or less.
 
     Args:
         matrix: (m, n).
         dtype: of the products: float32 for a matrix on a CPU and bfloat16 elsewhere, if it is not given.
-        rounds: of an iteration like Newton's and Schulz's, by an odd polynomial of the singular values.
+        iterations: of an odd polynomial of the singular values.
 
     Returns:
         (m, n), in `dtype`.
@@ -95,24 +85,14 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, rounds: i
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.mT if tall else matrix).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(rounds):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
-def _work(shape: torch.Size) -> float:
-    """Multiplications of one round of `newton_schulz`, and what it costs to begin with a matrix at all."""
-    short, long = sorted(shape)
-    return short * short * (2 * long + short) + 1e5
-
-
-def _spread(parts: list[list[Tensor]]) -> None:
-    """Give all processes the matrices of each, `parts` by rank."""
-    for source, part in enumerate(parts):
-        if part:  # there may be more processes than matrices
-            flat = torch.cat([one.flatten() for one in part])
-            distributed.broadcast(flat, source)
-            if source != rank():
-                for one, weights in zip(part, flat.split([one.numel() for one in part]), strict=True):
-                    one.copy_(weights.view_as(one))
+def muon_and_adamw(model: BSMamba2, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of all Linears, the first and last too, and AdamW for the other parameters."""
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    muon = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay)
+    return [adamw(model, config, without=matrices), muon]

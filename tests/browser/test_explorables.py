@@ -52,21 +52,21 @@ def test_moving_changes_what_is_shown(explore: Page, name: str, label: str) -> N
     slider.focus()
 
     def shown() -> tuple[str, str, str]:
-        return box.locator(".drawing").inner_html(), box.locator(".told").inner_text(), slider.input_value()
+        return box.locator(".drawing").inner_html(), box.locator(".caption").inner_text(), slider.input_value()
 
     places = {}
     for key in ("ArrowRight", "ArrowLeft", "Home", "End"):
         before = shown()
         explore.keyboard.press(key)
-        drawing, told, place = shown()
+        drawing, caption, place = shown()
         assert drawing != before[0], f"{key} leaves the drawing as it was"
-        assert told != before[1], f"{key} leaves the sentence as it was"
+        assert caption != before[1], f"{key} leaves the sentence as it was"
         value = values[int(place)]
         assert slider.get_attribute("aria-valuetext") == value
         assert box.locator(f"output[for={slider.get_attribute('id')}]").inner_text() == value
         places[key] = place
     assert (places["Home"], places["End"]) == ("0", str(len(values) - 1))
-    assert box.locator(".told").get_attribute("aria-live") == "polite"
+    assert box.locator(".caption").get_attribute("aria-live") == "polite"
 
 
 def test_every_position_of_the_songs_plays_and_is_described(explore: Page) -> None:

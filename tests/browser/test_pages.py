@@ -123,8 +123,8 @@ FAULTY = """<!DOCTYPE html><html lang="en"><head><title>Faults</title></head><bo
 
 
 @pytest.fixture(scope="session")
-def on_bad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("on_bad_file")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faulty")
     (folder / "index.html").write_text(FAULTY, encoding="utf-8")
     (folder / "other.html").write_text('<p id="place">Here</p>', encoding="utf-8")
     sound = bytes(16_000)
@@ -135,8 +135,8 @@ def on_bad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_planted_faults_are_seen(on_bad_file: Path, serve: Any, readers: BrowserContext) -> None:
-    sight = look(readers, f"{serve(on_bad_file)}/index.html")
+def test_planted_faults_are_seen(faulty: Path, serve: Any, readers: BrowserContext) -> None:
+    sight = look(readers, f"{serve(faulty)}/index.html")
     assert any("planted" in line for line in sight.console)
     assert sight.elsewhere == ["https://cdn.example.org/x.js"]
     assert [address.rpartition("/")[2] for address in sight.missing if "favicon" not in address] == ["absent.png"]
@@ -148,8 +148,8 @@ def test_planted_faults_are_seen(on_bad_file: Path, serve: Any, readers: Browser
     assert "image-alt" in {rule for rule, _ in sight.violations}
 
 
-def test_planted_links_are_told(on_bad_file: Path) -> None:
-    said = broken(on_bad_file, "index.html")
+def test_planted_links_are_told(faulty: Path) -> None:
+    said = broken(faulty, "index.html")
     assert [line.partition(":")[0].partition(" ")[0] for line in said] == [
         "absent.png",
         "#nowhere",

@@ -41,13 +41,13 @@ class Gradients : public Sequence<T> {
         }
         dA.resize(s.h);
         dD.resize(s.h);
-        opened.resize(s.inner());
+        sigmoid_z.resize(s.inner());
         reader.resize(s.n * Q);
-        for (auto* one : {&E, &W, &turned_E, &turned_W, &dW}) one->resize(Q * columns());
-        for (auto* one : {&turned_G, &dG, &mixed}) one->resize(Q * Q);
-        for (auto* one : {&turned_dB, &turned_dC}) one->resize(s.n * Q);
+        for (auto* one : {&E, &W, &transposed_E, &transposed_W, &dW}) one->resize(Q * columns());
+        for (auto* one : {&transposed_G, &dG, &mixed}) one->resize(Q * Q);
+        for (auto* one : {&transposed_dB, &transposed_dC}) one->resize(s.n * Q);
         for (auto* one : {&both, &direct, &rates}) one->resize(Q * s.h);
-        rest.resize(s.h);
+        state_decay_grad.resize(s.h);
         for (auto* one : {&for_left, &for_right, &for_E, &for_W}) one->resize(largest);
     }
 
@@ -61,17 +61,17 @@ class Gradients : public Sequence<T> {
 
     // From dy, and with y without the frame itself in `found`: gradients of x, B and C into `dinputs`, that of dt, and P
     // before the chunk where it is wanted. `next` is the state behind the chunk.
-    APART void chunk_back(
+    NOINLINE void chunk_back(
         const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, const float* next, bool earlier, float* ddt,
         int64_t ddt_row) {
         const int64_t Q = padded(q), w = s.width();
         turn_reader(rows, q, Q);
         std::fill(scores.begin() + q * Q, scores.begin() + Q * Q, 0.f);
         std::fill(dy.begin() + q * s.inner(), dy.begin() + Q * s.inner(), 0.f);
-        turned(scores.data(), Q, Q, Q, turned_G.data(), Q);
+        transposed(scores.data(), Q, Q, Q, transposed_G.data(), Q);
         std::fill(dG.begin(), dG.end(), 0.f);
-        std::fill(turned_dB.begin(), turned_dB.end(), 0.f);
-        std::fill(turned_dC.begin(), turned_dC.end(), 0.f);
+        std::fill(transposed_dB.begin(), transposed_dB.end(), 0.f);
+        std::fill(transposed_dC.begin(), transposed_dC.end(), 0.f);
         for (int64_t first = 0; first < s.h; first += heads()) {
             const int64_t last = std::min(s.h, first + heads()), begin = first * s.p, N = (last - first) * s.p;
             float* P = later.data() + begin;
@@ -83,20 +83,20 @@ class Gradients : public Sequence<T> {
                     }
                 spread(rows, h, q, Q, (h - first) * s.p, N);
             }
-            turned(E.data(), N, Q, N, turned_E.data(), Q);
-            turned(W.data(), N, Q, N, turned_W.data(), Q);
-            const Factor<T> right_E = right(E.data(), N, Q, N, for_E), right_W = right(turned_W.data(), Q, N, Q, for_W);
-            for (int64_t h = first; h < last; ++h) leave(h, q, next);
+            transposed(E.data(), N, Q, N, transposed_E.data(), Q);
+            transposed(W.data(), N, Q, N, transposed_W.data(), Q);
+            const Factor<T> right_E = right(E.data(), N, Q, N, for_E), right_W = right(transposed_W.data(), Q, N, Q, for_W);
+            for (int64_t h = first; h < last; ++h) scale_state_grad(h, q, next);
             if (has_later) {
                 multiply(q, N, s.n, {rows.B, rows.B_row}, right(P, s.inner(), s.n, N, for_right), dW.data(), N, false);
-                multiply(s.n, Q, N, left(P, s.inner(), s.n, N, for_left), right_W, turned_dB.data(), Q, true);
+                multiply(s.n, Q, N, left(P, s.inner(), s.n, N, for_left), right_W, transposed_dB.data(), Q, true);
             }
             if (has_state)
                 multiply(
-                    s.n, Q, N, left(&state[begin], s.inner(), s.n, N, for_left), right(turned_E.data(), Q, N, Q, for_right),
-                    turned_dC.data(), Q, true);
+                    s.n, Q, N, left(&state[begin], s.inner(), s.n, N, for_left), right(transposed_E.data(), Q, N, Q, for_right),
+                    transposed_dC.data(), Q, true);
             if (std::all_of(&narrow[first], &narrow[first] + (last - first), [](char one) { return one; })) {
-                multiply(q, N, Q, left(turned_G.data(), Q, q, Q, for_left), right_E, dW.data(), N, has_later);
+                multiply(q, N, Q, left(transposed_G.data(), Q, q, Q, for_left), right_E, dW.data(), N, has_later);
                 multiply(q, Q, N, left(E.data(), N, q, N, for_left), right_W, dG.data(), Q, true);
                 for (int64_t h = first; h < last; ++h) narrow_head(rows, h, (h - first) * s.p, N, dt, dt_row, q);
             } else {
@@ -119,7 +119,7 @@ class Gradients : public Sequence<T> {
     }
 
     // A frame i from the gradient of y · SiLU(z) / rms: that of z, and dy.
-    APART void gate_back(const Rows<T>& rows, int64_t i, const T* z, const T* gradient, float eps, T* dz) {
+    NOINLINE void gate_back(const Rows<T>& rows, int64_t i, const T* z, const T* gradient, float eps, T* dz) {
         const int64_t width = s.inner();
         float *y = &found[i * width], *to = &dy[i * width];
         const T* x = rows.x + i * rows.x_row;
@@ -131,13 +131,13 @@ class Gradients : public Sequence<T> {
                 const Wide gated = whole * load(z + c) * open;
                 squares += gated * gated;
                 along += gated * load(gradient + c);
-                store(open, &opened[c]);
+                store(open, &sigmoid_z[c]);
                 store(whole, to + c);
             }
         const float scale = inverse_root(squares, width, eps);
         const float less = float(scale * scale * scale * total(along) / double(width));
         for (int64_t c = 0; c < width; c += LANES) {
-            const Wide open = load(&opened[c]), argument = load(z + c), whole = load(to + c), silu = argument * open;
+            const Wide open = load(&sigmoid_z[c]), argument = load(z + c), whole = load(to + c), silu = argument * open;
             const Wide dgated = load(gradient + c) * scale - whole * silu * less;
             store(dgated * whole * silu_slope(argument, open), dz + c);
             store(dgated * silu, to + c);
@@ -146,7 +146,7 @@ class Gradients : public Sequence<T> {
 
     // From the gradients of SiLU's values in `dinputs` to those of xBC's frames [from, from + q), the taps and the bias; `dx`
     // is that of the first of these frames, `dbefore` of the frames before the first of all.
-    APART void convolve_back(
+    NOINLINE void convolve_back(
         const T* x, int64_t row, const T* before, const float* taps, int64_t from, int64_t q, T* dx, int64_t dx_row,
         T* dbefore) {
         const int64_t w = s.width(), past = s.taps - 1;
@@ -188,17 +188,17 @@ class Gradients : public Sequence<T> {
     static constexpr float JUMP = 8;  // octaves of one step
 
     std::vector<T> reader, for_left, for_right, for_E, for_W;  // Cᵀ as left factor, (n, Q); buffers for other factors
-    std::vector<float> tail, opened, E, W, turned_E, turned_W, dW, turned_G, dG, mixed, turned_dB, turned_dC;
-    std::vector<double> both, direct, rates, rest;  // x·dy; of dt by its factor; of dt·A; of the decay across the chunk
+    std::vector<float> tail, sigmoid_z, E, W, transposed_E, transposed_W, dW, transposed_G, dG, mixed, transposed_dB, transposed_dC;
+    std::vector<double> both, direct, rates, state_decay_grad;  // x·dy; of dt by its factor; of dt·A; of the decay across the chunk
 
-    APART void turn_reader(const Rows<T>& rows, int64_t q, int64_t Q) {
+    NOINLINE void turn_reader(const Rows<T>& rows, int64_t q, int64_t Q) {
         if (q < Q) std::fill(reader.begin(), reader.end(), T(0));
         for (int64_t k = 0; k < s.n; ++k)
             for (int64_t i = 0; i < q; ++i) reader[k * Q + i] = rows.C[i * rows.C_row + k];
     }
 
     // Columns of E and W of a head, with zeros behind the last frame.
-    APART void spread(const Rows<T>& rows, int64_t h, int64_t q, int64_t Q, int64_t column, int64_t N) {
+    NOINLINE void spread(const Rows<T>& rows, int64_t h, int64_t q, int64_t Q, int64_t column, int64_t N) {
         for (int64_t i = 0; i < Q; ++i) {
             float *e = &E[i * N + column], *w = &W[i * N + column];
             if (i >= q) {
@@ -216,8 +216,8 @@ class Gradients : public Sequence<T> {
     }
 
     // What a head's state behind the chunk says of its decay across it, and P · 2^R (2^{−M} for a head by itself).
-    APART void leave(int64_t h, int64_t q, const float* next) {
-        rest[h] = 0;
+    NOINLINE void scale_state_grad(int64_t h, int64_t q, const float* next) {
+        state_decay_grad[h] = 0;
         if (!has_later) return;
         const double end = sums[(q - 1) * s.h + h];
         const float kept = end < -SPAN ? 0.f : exp2_of(end), factor = narrow[h] ? kept : exp2_of(-MIDDLE);
@@ -232,10 +232,10 @@ class Gradients : public Sequence<T> {
                 store(scaled, &later[c]);
             }
         }
-        rest[h] = total(sum) * (narrow[h] ? 1.f : kept);
+        state_decay_grad[h] = total(sum) * (narrow[h] ? 1.f : kept);
     }
 
-    APART void restore(int64_t h, int64_t q) {
+    NOINLINE void restore(int64_t h, int64_t q) {
         if (narrow[h] || !has_later) return;
         const double end = sums[(q - 1) * s.h + h];
         const float factor = end < -FAR ? 0.f : exp2_of(end + MIDDLE);
@@ -244,9 +244,9 @@ class Gradients : public Sequence<T> {
     }
 
     // dx of a head and what its rates and steps get, from dW.
-    APART void narrow_head(
+    NOINLINE void narrow_head(
         const Rows<T>& rows, int64_t h, int64_t column, int64_t N, const float* dt, int64_t dt_row, int64_t q) {
-        double rate = rest[h];
+        double rate = state_decay_grad[h];
         for (int64_t j = q - 1; j >= 0; --j) {
             const int64_t k = j * s.h + h, row = j * s.inner() + h * s.p;
             const T* x = rows.x + j * rows.x_row + h * s.p;
@@ -270,20 +270,20 @@ class Gradients : public Sequence<T> {
     }
 
     // A head in a group with one that is not narrow.
-    APART void one_head_back(
+    NOINLINE void one_head_back(
         const Rows<T>& rows, int64_t h, int64_t column, int64_t N, const float* dt, int64_t dt_row, int64_t q, int64_t Q) {
         const int64_t begin = h * s.p;
         if (narrow[h]) {
             const Factor<T> heads_E = right(&E[column], N, Q, s.p, for_right);
-            multiply(q, s.p, Q, left(turned_G.data(), Q, q, Q, for_left), heads_E, &dW[column], N, has_later);
-            const Factor<T> heads_W = right(&turned_W[column * Q], Q, s.p, Q, for_right);
+            multiply(q, s.p, Q, left(transposed_G.data(), Q, q, Q, for_left), heads_E, &dW[column], N, has_later);
+            const Factor<T> heads_W = right(&transposed_W[column * Q], Q, s.p, Q, for_right);
             multiply(q, Q, s.p, left(&E[column], N, q, s.p, for_left), heads_W, dG.data(), Q, true);
             narrow_head(rows, h, column, N, dt, dt_row, q);
             return;
         }
         const double end = sums[(q - 1) * s.h + h];
         std::vector<double> read(q + 1), departed(q + 1);
-        std::vector<float> y(q * s.p), x(Q * s.p), turned_x(s.p * Q), own_T(Q * Q), dx(q * s.p), paths(Q);
+        std::vector<float> y(q * s.p), x(Q * s.p), transposed_x(s.p * Q), own_T(Q * Q), dx(q * s.p), paths(Q);
         if (has_state) {
             multiply(
                 q, s.p, s.n, {rows.C, rows.C_row}, right(&state[begin], s.inner(), s.n, s.p, for_right), y.data(), s.p, false);
@@ -292,9 +292,9 @@ class Gradients : public Sequence<T> {
         for (int64_t j = 0; j < q; ++j)
             for (int64_t c = 0; c < s.p; ++c)
                 x[j * s.p + c] = float(rows.x[j * rows.x_row + begin + c]) * dt[j * dt_row + h];
-        turned(x.data(), s.p, Q, s.p, turned_x.data(), Q);
+        transposed(x.data(), s.p, Q, s.p, transposed_x.data(), Q);
         multiply(
-            q, Q, s.p, left(&dy[begin], s.inner(), q, s.p, for_left), right(turned_x.data(), Q, s.p, Q, for_right),
+            q, Q, s.p, left(&dy[begin], s.inner(), q, s.p, for_left), right(transposed_x.data(), Q, s.p, Q, for_right),
             mixed.data(), Q, false);
         std::fill(own_T.begin(), own_T.end(), 0.f);
         for (int64_t k = 0; k < q; ++k) rates[k * s.h + h] = 0;
@@ -332,7 +332,7 @@ class Gradients : public Sequence<T> {
         }
         double before = 0, after = 0;
         for (int64_t k = 0; k < q; ++k) {
-            rates[k * s.h + h] += rest[h] + before;
+            rates[k * s.h + h] += state_decay_grad[h] + before;
             before += departed[k];
         }
         for (int64_t k = q - 1; k >= 0; --k) rates[k * s.h + h] += after += read[k];
@@ -345,7 +345,7 @@ class Gradients : public Sequence<T> {
     }
 
     // What comes to B and C, into `dinputs`.
-    APART void through_scores(const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, int64_t Q, int64_t w) {
+    NOINLINE void through_scores(const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, int64_t Q, int64_t w) {
         for (int64_t i = 0; i < q; ++i) {
             float* row = &dG[i * Q];
             std::fill(row + i, row + Q, 0.f);
@@ -354,9 +354,9 @@ class Gradients : public Sequence<T> {
             row[i] = float(self);
         }
         float *dB = &dinputs[s.inner()], *dC = dB + s.n;
-        untwist(turned_dB.data(), q, Q, dB);
-        untwist(turned_dC.data(), q, Q, dC);
-        turned(dG.data(), Q, Q, Q, mixed.data(), Q);
+        untwist(transposed_dB.data(), q, Q, dB);
+        untwist(transposed_dC.data(), q, Q, dC);
+        transposed(dG.data(), Q, Q, Q, mixed.data(), Q);
         multiply(q, s.n, K(q), left(dG.data(), Q, q, Q, for_left), frames(rows.B, rows.B_row, q, Q), dC, w, true);
         multiply(q, s.n, K(q), left(mixed.data(), Q, q, Q, for_left), frames(rows.C, rows.C_row, q, Q), dB, w, true);
     }
@@ -364,7 +364,7 @@ class Gradients : public Sequence<T> {
     static int64_t K(int64_t q) { return std::is_same_v<T, float> ? q : padded(q); }
 
     // (n, Q) → rows of `dinputs`.
-    APART void untwist(const float* from, int64_t q, int64_t Q, float* to) {
+    NOINLINE void untwist(const float* from, int64_t q, int64_t Q, float* to) {
         for (int64_t i = 0; i < q; ++i)
             for (int64_t k = 0; k < s.n; ++k) to[i * s.width() + k] = from[k * Q + i];
     }

@@ -65,7 +65,7 @@ class Sequence {
     }
 
     // y of a chunk into `found`, and the state behind it into `state`, if anything follows. dt: rows of h.
-    APART void chunk(const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, bool follows) {
+    NOINLINE void chunk(const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q, bool follows) {
         const int64_t Q = padded(q);
         turn(rows, q, Q);
         multiply(q, Q, s.n, rows.C, rows.C_row, kernel.data(), Q, scores.data(), Q, false);
@@ -96,7 +96,7 @@ class Sequence {
     }
 
     // The state alone, without y.
-    APART void absorb(const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q) {
+    NOINLINE void absorb(const Rows<T>& rows, const float* dt, int64_t dt_row, int64_t q) {
         const int64_t Q = padded(q);
         turn(rows, q, Q);
         decays(dt, dt_row, q);
@@ -123,7 +123,7 @@ class Sequence {
     int64_t columns() const { return std::min(s.h, heads()) * s.p; }
 
     // Bᵀ, (n, Q), with zeros behind the last frame.
-    APART void turn(const Rows<T>& rows, int64_t q, int64_t Q) {
+    NOINLINE void turn(const Rows<T>& rows, int64_t q, int64_t Q) {
         if (q < Q) {
             std::fill(kernel.begin(), kernel.end(), T(0));
             std::fill(transposed.begin(), transposed.end(), T(0));
@@ -146,7 +146,7 @@ class Sequence {
     const T* left_kernel() const { return std::is_same_v<T, float> ? kernel.data() : transposed.data(); }
 
     // r and the factors of rows and columns, (q, h).
-    APART void decays(const float* dt, int64_t dt_row, int64_t q) {
+    NOINLINE void decays(const float* dt, int64_t dt_row, int64_t q) {
         const double octave = 1.4426950408889634;
         for (int64_t i = 0; i < q; ++i) {
             const float* step = dt + i * dt_row;
@@ -180,7 +180,7 @@ class Sequence {
     }
 
     // A head's x times a weight for each frame, as columns of a right factor (Q, N), with zeros behind the last frame.
-    APART void weigh(
+    NOINLINE void weigh(
         const Rows<T>& rows, int64_t h, int64_t q, int64_t Q, const float* weights, int64_t weights_row, int64_t column,
         int64_t N) {
         constexpr int64_t step = std::is_same_v<T, float> ? 1 : 2;
@@ -200,7 +200,7 @@ class Sequence {
 
     // A head by itself, in a group with one whose decays span too much. For that one the decays go into a matrix of its
     // own, each weight 2^{r_i − r_j} G_ij in one, none above |G_ij|.
-    APART void one_head(const Rows<T>& rows, int64_t h, const float* dt, int64_t dt_row, int64_t q, int64_t Q) {
+    NOINLINE void one_head(const Rows<T>& rows, int64_t h, const float* dt, int64_t dt_row, int64_t q, int64_t Q) {
         float* y = found.data() + h * s.p;
         if (narrow[h]) {
             weigh(rows, h, q, Q, &into[h], s.h, 0, s.p);
@@ -219,7 +219,7 @@ class Sequence {
     }
 
     // Into `octaves`: 2^{r_i − r_j} of a head for all j < i; any number from there on.
-    APART void decays_until(int64_t i, int64_t h, int64_t Q) {
+    NOINLINE void decays_until(int64_t i, int64_t h, int64_t Q) {
         const double* r = &sums[h];
         for (int64_t j = 0; j < i; ++j) octaves[j] = float(r[i * s.h] - r[j * s.h]);
         for (int64_t j = 0; j < Q; j += LANES) {
@@ -229,7 +229,7 @@ class Sequence {
     }
 
     // y ← same · x + out · y.
-    APART void mix(const Rows<T>& rows, int64_t first, int64_t last, int64_t q) {
+    NOINLINE void mix(const Rows<T>& rows, int64_t first, int64_t last, int64_t q) {
         for (int64_t i = 0; i < q; ++i)
             for (int64_t h = first; h < last; ++h) {
                 const float u = skip ? same[i * s.h + h] : 0.f, v = out[i * s.h + h];
@@ -240,7 +240,7 @@ class Sequence {
     }
 
     // S ← 2^R S + what came in, all times 2^{−M}.
-    APART void carry(int64_t first, int64_t last, int64_t q) {
+    NOINLINE void carry(int64_t first, int64_t last, int64_t q) {
         const int64_t N = (last - first) * s.p;
         for (int64_t h = first; h < last; ++h) {
             const double end = sums[(q - 1) * s.h + h];
@@ -260,7 +260,7 @@ class Sequence {
 // SiLU of the causal convolution of frames [from, from + q), (q, width), and where wanted its argument. Frames before the
 // first are those of `before`, (taps − 1, width). TAPS is their number if it is known, else 0.
 template <int TAPS, typename T>
-APART void convolve_by(
+NOINLINE void convolve_by(
     const Sizes& s, const T* x, int64_t row, const T* before, const float* weights, const float* bias, int64_t from, int64_t q,
     T* to, float* argument) {
     const int64_t width = s.width(), taps = TAPS ? TAPS : s.taps, past = taps - 1;
@@ -291,7 +291,7 @@ inline float inverse_root(Wide squares, int64_t width, float eps) {
 
 // A frame: y · SiLU(z) / rms. The next frame is `next` further on.
 template <typename T>
-APART void gate(float* y, const T* z, int64_t next, float eps, int64_t width, T* to) {
+NOINLINE void gate(float* y, const T* z, int64_t next, float eps, int64_t width, T* to) {
     Wide squares{};
     for (int64_t c = 0; c < width; c += LANES) {
         __builtin_prefetch(z + next + c);
@@ -306,7 +306,7 @@ APART void gate(float* y, const T* z, int64_t next, float eps, int64_t width, T*
 
 // Frames: x / rms · weight.
 template <typename T>
-APART void normalise(const T* x, const float* weight, float eps, int64_t frames, int64_t width, T* to) {
+NOINLINE void normalise(const T* x, const float* weight, float eps, int64_t frames, int64_t width, T* to) {
     for (const T* end = x + frames * width; x < end; x += width, to += width) {
         Wide squares{};
         for (int64_t c = 0; c < width; c += LANES) squares += load(x + c) * load(x + c);

@@ -5,7 +5,7 @@
 //
 // Each of convolution and gate may be absent; the scan alone is the function of `bsmamba2.ssd`. Besides, the RMS norm of a
 // frame. A thread takes whole sequences. What is done with one is in `forward.h` and `backward.h`; here are the operators,
-// which `bsmamba2.native` builds when they are first wanted.
+// which `bsmamba2.kernels.cpu` builds when they are first wanted.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor> scan(
     return {y, dispatch(sizes_of_scan(x, A, B, chunk), {x, B, C, dt, A, D, {}, {}, {}, {}, state, 0, false}, keep, y)};
 }
 
-Tensor mix(
+Tensor conv_scan_gate(
     const Tensor& z, const Tensor& xBC, const Tensor& dt, const Tensor& A, const Tensor& D, const Tensor& taps,
     const Tensor& bias, const Tensor& before, const std::optional<Tensor>& state, double eps, int64_t chunk, bool backwards,
     bool keep, Tensor y) {
@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward
     return {outputs.dx, outputs.ddt, outputs.dA, outputs.dB, outputs.dC, outputs.dD, outputs.dstate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mix_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_scan_gate_backward(
     const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& z, const Tensor& xBC, const Tensor& dt,
     const Tensor& A, const Tensor& D, const Tensor& taps, const Tensor& bias, const Tensor& before,
     const std::optional<Tensor>& state, double eps, int64_t chunk, bool backwards, Tensor dz, Tensor dxBC) {
@@ -283,13 +283,13 @@ TORCH_LIBRARY(bsmamba2, library) {
         "scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state, int chunk, bool keep) -> "
         "(Tensor, Tensor)");
     library.def(
-        "mix(Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, Tensor before, Tensor? state, "
+        "conv_scan_gate(Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, Tensor before, Tensor? state, "
         "float eps, int chunk, bool backwards, bool keep, Tensor(a!) y) -> Tensor");
     library.def(
         "scan_backward(Tensor dy, Tensor? dlast, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state, "
         "int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def(
-        "mix_backward(Tensor dy, Tensor? dlast, Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, "
+        "conv_scan_gate_backward(Tensor dy, Tensor? dlast, Tensor z, Tensor xBC, Tensor dt, Tensor A, Tensor D, Tensor taps, Tensor bias, "
         "Tensor before, Tensor? state, float eps, int chunk, bool backwards, Tensor(a!) dz, Tensor(b!) dxBC) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -297,8 +297,8 @@ TORCH_LIBRARY(bsmamba2, library) {
 
 TORCH_LIBRARY_IMPL(bsmamba2, CPU, library) {
     library.impl("scan", scan);
-    library.impl("mix", mix);
+    library.impl("conv_scan_gate", conv_scan_gate);
     library.impl("scan_backward", scan_backward);
-    library.impl("mix_backward", mix_backward);
+    library.impl("conv_scan_gate_backward", conv_scan_gate_backward);
     library.impl("rms_norm", rms_norm);
 }

@@ -1,7 +1,7 @@
 // Numbers and matrix products of the native kernel: sixteen floats at a time, 2^x, SiLU, and the operands of oneDNN's small
 // products, as PyTorch has them (`brgemm`): with AMX or AVX-512 units where there are any.
 //
-// Every loop is a function that is not inlined (`APART`): the compiler runs short of registers when it sees them together.
+// Every loop is a function that is not inlined (`NOINLINE`): the compiler runs short of registers when it sees them together.
 
 #pragma once
 
@@ -19,7 +19,7 @@
 #include <immintrin.h>
 #endif
 
-#define APART __attribute__((noinline))
+#define NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -91,13 +91,13 @@ inline void store(Wide x, BFloat16* to) {
 constexpr float LOW_BITS = 12582912;
 
 template <typename Number, typename Word>
-inline Number power_of_two(Number octaves_in_low_bits, Number rest) {
-    Number series = rest * 1.5403530e-4f + 1.3333558e-3f;
-    series = series * rest + 9.6181291e-3f;
-    series = series * rest + 5.5504109e-2f;
-    series = series * rest + 2.4022651e-1f;
-    series = series * rest + 6.9314718e-1f;
-    series = series * rest + 1.f;
+inline Number power_of_two(Number octaves_in_low_bits, Number state_decay_grad) {
+    Number series = state_decay_grad * 1.5403530e-4f + 1.3333558e-3f;
+    series = series * state_decay_grad + 9.6181291e-3f;
+    series = series * state_decay_grad + 5.5504109e-2f;
+    series = series * state_decay_grad + 2.4022651e-1f;
+    series = series * state_decay_grad + 6.9314718e-1f;
+    series = series * state_decay_grad + 1.f;
     return bits<Number>(bits<Word>(series) + (bits<Word>(octaves_in_low_bits) << 23));
 }
 
@@ -171,14 +171,14 @@ struct Factor {
 inline Factor<float> left(const float* from, int64_t row, int64_t, int64_t, std::vector<float>&) { return {from, row}; }
 inline Factor<float> right(const float* from, int64_t row, int64_t, int64_t, std::vector<float>&) { return {from, row}; }
 
-APART inline Factor<BFloat16> left(
+NOINLINE inline Factor<BFloat16> left(
     const float* from, int64_t row, int64_t rows, int64_t columns, std::vector<BFloat16>& buffer) {
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t c = 0; c < columns; c += LANES) store(load(from + i * row + c), &buffer[i * columns + c]);
     return {buffer.data(), columns};
 }
 
-APART inline Factor<BFloat16> right(
+NOINLINE inline Factor<BFloat16> right(
     const float* from, int64_t row, int64_t rows, int64_t columns, std::vector<BFloat16>& buffer) {
     for (int64_t i = 0; i < rows; i += 2) pair(from + i * row, from + (i + 1) * row, 1.f, 1.f, &buffer[i * columns], columns);
     return {buffer.data(), columns};
@@ -191,7 +191,7 @@ inline void multiply(
 }
 
 // (rows, columns) → (columns, rows), multiples of 16.
-APART inline void turned(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+NOINLINE inline void transposed(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
     for (int64_t i = 0; i < rows; i += LANES)
         for (int64_t c = 0; c < columns; ++c) {
             Wide column;

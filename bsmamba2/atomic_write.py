@@ -1,0 +1,34 @@
+"""Atomic writes: a reader finds the old file or the new one, never a part of one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview | str) -> None:
+    """Write a file atomically: to a temporary file in the same folder, flushed to the disk, then renamed.
+
+    Args:
+        path: the file, replaced when it exists; its folder must exist. The target of a link is replaced, not the link.
+        payload: bytes, or text, which is written as UTF-8.
+
+    Raises:
+        OSError: when it cannot be written, a full disk for one; it names `path`, and an older file is unchanged.
+    """
+    path = Path(path).resolve()
+    payload = payload.encode() if isinstance(payload, str) else payload
+    temporary = path.with_name(f".bsmamba2-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = f"cannot save {len(payload):,} bytes, nothing was changed: {error.strerror or error}"
+            raise OSError(error.errno, reason, str(path)) from error
+        raise

@@ -1,0 +1,55 @@
+"""`bsmamba2 cost --preset NAME`: estimate whether training fits, and how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..config import PRESETS, ModelConfig
+from ..experiments.cost import training_cost
+from .console import log
+
+DESCRIPTION = "Count the operations and bytes of a batch, without running one. For the time, give your device's peaks."
+EPILOG = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bsmamba2 cost`."""
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="size of the model (paper)")
+    parser.add_argument("--batch", type=int, default=5, metavar="N", help="examples in a batch of one device (5)")
+    parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of an example (8)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products (float32)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers to store less")
+    parser.add_argument("--loss-hop", type=int, default=147, metavar="N", help="hop of the loss, in samples (147)")
+    parser.add_argument("--peak-tflops", type=float, metavar="T", help="the device's peak, in 10^12 FLOP/s")
+    parser.add_argument("--bandwidth", type=float, metavar="GB", help="its memory's peak, in 10^9 bytes/s")
+    parser.add_argument("--batches", type=int, default=1, metavar="N", help="batches of the run, for its time (1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the cost, one line per number."""
+    try:
+        cost = training_cost(
+            ModelConfig.preset(args.preset), batch=args.batch, seconds=args.seconds, dtype=args.dtype,
+            gradient_checkpointing=args.gradient_checkpointing, loss_hop=args.loss_hop,
+        )  # fmt: skip
+    except ValueError as error:
+        log(error)
+        return 2
+    total = sum(cost.forward.values())
+    parts = ", ".join(f"{part} {flops / total:.0%}" for part, flops in cost.forward.items())
+    lines = {
+        "parameters": f"{cost.parameters:,}",
+        "forward, per second of audio": f"{cost.flops_per_second / 1e9:,.1f} GFLOP ({parts})",
+        "a batch, forward and backward": f"{cost.step / 1e12:,.3f} TFLOP",
+        "memory, weights and optimiser": f"{cost.state / 1e9:,.2f} GB",
+        "memory, activations": f"{cost.activations / 1e9:,.2f} GB",
+        "memory, together": f"{(cost.state + cost.activations) / 1e9:,.2f} GB",
+    }
+    if args.peak_tflops and args.bandwidth:
+        seconds = cost.seconds(args.peak_tflops * 1e12, args.bandwidth * 1e9)
+        lines["a batch, at the device's peaks"] = f"{seconds:,.3f} s"
+        if args.batches > 1:
+            lines[f"{args.batches:,} batches"] = f"{seconds * args.batches / 3600:,.1f} h"
+    for name, text in lines.items():
+        print(f"{name + ':':<34}{text}")
+    return 0

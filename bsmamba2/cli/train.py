@@ -1,0 +1,70 @@
+"""`bsmamba2 train --params FILE`: train a model, with a flag for every parameter of `JobConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from tqdm import tqdm
+
+from ..kernels import BackendError
+from ..training.distributed import init_distributed
+from ..training.job import JobConfig, read_parameters
+from .console import log, reraise_oom
+
+DESCRIPTION = """\
+Train a model on synthesised songs, or on a folder of stems (--data). The run is stored in --output-dir: after Ctrl-C, a
+crash or a power cut, the same command resumes it."""
+EPILOG = "Many GPUs: torchrun --standalone --nproc-per-node 2 -m bsmamba2 train ..."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bsmamba2 train`: a flag for each field of `JobConfig`, absent unless given."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("--params", type=Path, metavar="FILE", help="YAML or JSON with any of the names below")
+    types = get_type_hints(JobConfig)
+    for field in dataclasses.fields(JobConfig):
+        flag, kind = f"--{field.name.replace('_', '-')}", types[field.name]
+        text = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif kind in (str, int, float):
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+        else:  # tuple[kind, ...]
+            parser.add_argument(flag, type=get_args(kind)[0], nargs="+", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end; 0 when it is reached, 1 when the run stopped before, 2 for wrong parameters."""
+    given = {name: value for name, value in vars(args).items() if name not in ("params", "command")}
+    try:
+        parameters = read_parameters(args.params) if "params" in args else {}
+        job = JobConfig.from_mapping({**parameters, **given})
+        with reraise_oom(), init_distributed(job.device) as device:
+            windows = job.windows(partial(tqdm, desc="looking for activity", unit="file"))
+            training, batches = job.start(*windows, device), job.batches(windows[0])
+            bar = tqdm(
+                training.steps(batches), "training", total=job.steps, initial=training.trainer.step, unit="step",
+                disable=not training.writer,
+            )  # fmt: skip
+            for step in bar:
+                best = "" if training.best is None else f"{training.best[0]:.2f} dB"
+                bar.set_postfix(loss=f"{step.loss:.3f}", best=best)
+    except (ValueError, OSError, ImportError, BackendError, FloatingPointError, MemoryError) as error:
+        notes = getattr(error, "__notes__", [])  # a run that had begun adds where it stopped
+        if isinstance(error, MemoryError):
+            fix = "use a smaller batch with gradient accumulation, or gradient checkpointing; see bsmamba2 cost"
+            notes = [*notes, fix]
+        print(str(error) or "too little memory", *notes, sep="\n", file=sys.stderr)
+        return 1 if notes else 2
+    except KeyboardInterrupt as error:
+        log(error or "stopped at once")
+        return 130
+    if training.writer:
+        best = "" if training.best is None else f", best {training.best[0]:.2f} dB uSDR at step {training.best[1]}"
+        print(f"{training.trainer.step} steps done{best}: {training.folder}")
+    return 0

@@ -1,0 +1,159 @@
+"""Evaluation report: rows averaged over tracks, tables, and the files `evaluation.json` and `rows.csv`.
+
+rows → mean, median → a table by segment length, by vocal occupancy, and with published figures
+
+Book: "Measuring".
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..atomic_write import write_atomically
+from .evaluate import METRICS, EvalRow, EvalSet, Failure, to_json
+from .protocols import EvalProtocol, compare
+
+
+@dataclass(frozen=True)
+class Average:
+    """Mean and median of one metric over tracks, NaN left out; NaN when none is left."""
+
+    mean: float
+    median: float
+    tracks: int
+
+
+def average(rows: Sequence[EvalRow], metric: str) -> Average:
+    """Average one of the `METRICS` over rows. The mean is NaN when both infinities are among the values."""
+    values = [value for row in rows if not math.isnan(value := getattr(row, metric))]
+    if not values:
+        return Average(math.nan, math.nan, 0)
+    undefined = math.inf in values and -math.inf in values
+    mean = math.nan if undefined else math.fsum(values) / len(values)
+    return Average(mean, statistics.median(values), len(values))
+
+
+def by_occupancy(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
+    """Group rows by vocal occupancy: none, then by quarters, upper bound included; groups may be empty."""
+    groups = {"no vocals": [row for row in rows if row.occupancy <= 0]}
+    for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)):
+        groups[f"{low:.0%} – {high:.0%}"] = [row for row in rows if low < row.occupancy <= high]
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Results of an evaluation.
+
+    Attributes:
+        checkpoint: the file's name.
+        checkpoint_sha256: its `sha256_file`.
+        tracks: the evaluation set.
+        protocol: how it was separated and measured.
+        dtype: of the model's arithmetic.
+        rows: of all segment lengths.
+        failures: tracks without a row.
+    """
+
+    checkpoint: str
+    checkpoint_sha256: str
+    tracks: EvalSet
+    protocol: EvalProtocol
+    dtype: str
+    rows: tuple[EvalRow, ...]
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def default_rows(self) -> list[EvalRow]:
+        """The rows at the protocol's own segment length."""
+        return self.at(self.protocol.segment)
+
+    @property
+    def segments(self) -> list[float]:
+        """The segment lengths, in seconds, ascending."""
+        return sorted({row.segment for row in self.rows})
+
+    def at(self, segment: float) -> list[EvalRow]:
+        """The rows at one segment length, in seconds."""
+        return [row for row in self.rows if row.segment == segment]
+
+    def table(self, groups: dict[str, list[EvalRow]]) -> list[dict[str, Any]]:
+        """A line for each group that has rows: mean or median over tracks, as the protocol has it."""
+        return [
+            {"": name, "tracks": len(rows)}
+            | {metric: getattr(average(rows, metric), self.protocol.over_tracks) for metric in METRICS}
+            for name, rows in groups.items()
+            if rows
+        ]
+
+    def segment_table(self) -> list[dict[str, Any]]:
+        """A line for each segment length."""
+        return self.table({f"{segment:g} s": self.at(segment) for segment in self.segments})
+
+    def occupancy_table(self) -> list[dict[str, Any]]:
+        """A line for each group of occupancy, at the protocol's segment length."""
+        return self.table(by_occupancy(self.default_rows))
+
+    def comparison_table(self) -> list[dict[str, Any]]:
+        """This model, then each published one: its figures in the same columns only when the protocol is the same."""
+        rows = self.default_rows
+        missing = len(self.tracks.tracks) - len(rows)
+        tracks = f"{self.tracks.name} but {missing} that failed" if missing else self.tracks.name
+        lines: list[dict[str, Any]] = [
+            {
+                "model": f"{self.checkpoint}, {kind} over {len(rows)} tracks",
+                "csdr": getattr(average(rows, "csdr"), kind),
+                "usdr": getattr(average(rows, "usdr"), kind),
+                "protocol": f"{self.protocol.name}: {tracks}",
+            }
+            for kind in ("mean", "median")
+        ]
+        for comparison in compare(tracks, self.protocol):
+            published = comparison.published
+            figures = {"csdr": published.csdr, "usdr": published.usdr}
+            text = "the same"
+            if comparison.differs:
+                reported = [f"{value:.2f} dB {key[0]}SDR" for key, value in figures.items() if value is not None]
+                text = f"not comparable: {'; '.join(comparison.differs)}; {' and '.join(reported)} reported"
+                figures = dict.fromkeys(figures)
+            note = f" ({comparison.note})" if comparison.note else ""
+            lines.append({"model": published.model, **figures, "protocol": text + note})
+        return lines
+
+    def save(self, output: str | os.PathLike[str]) -> list[Path]:
+        """Write `evaluation.json` and `rows.csv` into a folder that exists; returns their paths.
+
+        NaN is null in the JSON, and an empty cell in the CSV; the infinities are "inf" and "-inf".
+        """
+        content = {
+            "checkpoint": {"file": self.checkpoint, "sha256": self.checkpoint_sha256},
+            "tracks": {"name": self.tracks.name, "names": [track.name for track in self.tracks.tracks]},
+            "protocol": asdict(self.protocol),
+            "dtype": self.dtype,
+            "averages": {
+                f"{segment:g} s": {metric: asdict(average(self.at(segment), metric)) for metric in METRICS}
+                for segment in self.segments
+            },
+            "by_occupancy": self.occupancy_table(),
+            "comparison": self.comparison_table(),
+            "failures": [asdict(failure) for failure in self.failures],
+            "rows": [asdict(row) for row in self.rows],
+        }
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(EvalRow)], lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({key: "" if value != value else value for key, value in asdict(row).items()})
+        paths = [Path(output) / "evaluation.json", Path(output) / "rows.csv"]
+        for path, text in zip(paths, (to_json(content), table.getvalue()), strict=True):
+            write_atomically(path, text)
+        return paths

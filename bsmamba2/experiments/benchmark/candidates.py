@@ -1,0 +1,321 @@
+"""Candidates of a benchmark: which take part, whether they can run here, and the job that each of them does.
+
+Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import ssd
+from ...audio import separate_stream
+from ...config import ModelConfig
+from ...data import Remixer
+from ...kernels import accelerate, backends, blockwise, cpu, triton
+from ...kernels.chunked import chunked
+from ...losses import WINDOWS, bsmamba2_loss
+from ...mamba2 import Mamba2, causal_conv1d_silu
+from ...model import BSMamba2
+from ...training.datasets import FileTrack
+from ...training.loader import Loader
+from .. import cost
+from .settings import (
+    BACKWARD,
+    BASELINE_CHUNKS,
+    BASELINES,
+    DTYPES,
+    FORWARD,
+    STREAM_MODES,
+    Case,
+    Settings,
+)
+
+EXAMPLES = 64
+"""Examples that a run of the loading part reads; up to four of them have been prefetched."""
+
+
+def groups(settings: Settings) -> Iterator[list[Case]]:
+    """All cases, grouped by job: those of a group are timed against each other. Some may be unsupported here."""
+    for part, dtype, mode, seconds in itertools.product(
+        settings.parts, settings.dtypes, settings.modes, settings.lengths
+    ):
+        # Reading and separating have no gradient, and the loss is float32 whatever the model computes in.
+        if (part in ("loading", "separation") and mode != settings.modes[0]) or (
+            part in ("loss", "loading") and dtype != settings.dtypes[0]
+        ):
+            continue
+        for axis in ("time", "band") if part == "mixer" else ("",):
+            yield [Case(part, axis, seconds, dtype, mode, name) for name in candidates(settings, part)]
+
+
+def candidates(settings: Settings, part: str) -> list[str]:
+    """Names of a part's candidates; the others are compared with the first."""
+    mixers = [f"transformers, chunk {chunk}" for chunk in BASELINE_CHUNKS]
+    roformer = [name for name in settings.baselines if name == "bs_roformer"]
+    return {
+        "scan": list(settings.backends),
+        "convolution": list(CONVOLUTIONS),
+        "mixer": [*settings.backends, *(mixers if "transformers" in settings.baselines else [])],
+        "model": [*settings.backends, *roformer],
+        "separation": [*STREAM_MODES, *roformer],
+        "loss": ["five windows", "three windows"],
+        "loading": ["files, when asked", "files, two processes ahead", "memory"],
+    }[part]
+
+
+def unsupported_reason(case: Case, settings: Settings) -> str:
+    """The reason why a candidate cannot take part here, and the fix; empty when it can."""
+    package = case.candidate.partition(",")[0]
+    if package in BASELINES and importlib.util.find_spec(package) is None:
+        return f"not installed: {BASELINES[package][0]}"
+    for backend in backends(torch.device(settings.device), DTYPES[case.dtype]):
+        if backend.name == case.candidate and not backend.usable:
+            return f"{backend.reason}. To fix this: {backend.fix}"
+    return ""
+
+
+def spectrogram_frames(seconds: float, config: ModelConfig) -> int:
+    """Frames of the spectrogram of so much audio."""
+    return round(seconds * config.sample_rate) // config.hop_length + 1
+
+
+def flops(case: Case, settings: Settings) -> float | None:
+    """Floating-point operations of a scan, a mixer or a model, counted by `bsmamba2.experiments.cost`.
+
+    All candidates of a job get the number of the candidate "chunked": one that does the job with more operations has a
+    lower fraction of the machine's peak. None for the other parts and for BS-RoFormer.
+    """
+    if case.part not in ("scan", "mixer", "model") or case.candidate == "bs_roformer":
+        return None
+    config, gradients = ModelConfig.preset(settings.preset), case.mode == BACKWARD
+    frames, bands = spectrogram_frames(case.seconds, config), len(config.freqs_per_bands)
+    if case.part == "model":
+        forward = cost.forward_flops(config, frames, gradients=gradients)
+        recomputed = forward["time"] + forward["band"] if settings.gradient_checkpointing else 0.0
+        return sum(forward.values()) + gradients * (cost.backward_flops(config, frames) + recomputed)
+    if case.part == "scan":
+        return settings.sequences * sum(cost.scan_flops(config, frames, gradients=gradients))
+    sequences, length = (bands, frames) if case.axis == "time" else (frames, bands)
+    return sequences * sum(cost.mixer_flops(config, length, gradients=gradients))
+
+
+# --- jobs -------------------------------------------------------------------------------------------------
+
+Job = Callable[[], Tensor | None]
+"""Does the work once, and returns the output to compare, or None."""
+
+
+def prepare(case: Case, settings: Settings) -> Job:
+    """Make weights and inputs, the same for every candidate of a job."""
+    torch.manual_seed(0)
+    config = ModelConfig.preset(settings.preset)
+    device = torch.device(settings.device)
+    samples, frames = round(case.seconds * config.sample_rate), spectrogram_frames(case.seconds, config)
+    if case.part == "loading":
+        return _loading(case, config)
+    if case.part == "separation":
+        return _separation(case, config, device)
+    if case.part == "loss":
+        windows = WINDOWS if case.candidate == "five windows" else (2048, 1024, 512)
+        signals = torch.randn(2, 1, config.channels, samples, device=device)
+        return _job(lambda x: bsmamba2_loss(x, signals[1], windows=windows), signals[0], [], case, device)
+    if case.part == "model":
+        mixture = torch.randn(1, config.channels, samples, device=device)
+        model = _model(case.candidate, config, settings.gradient_checkpointing, device)
+        return _job(model, mixture, list(model.parameters()), case, device)
+    if case.part == "mixer":
+        bands = len(config.freqs_per_bands)
+        shape = (bands, frames, config.dim) if case.axis == "time" else (frames, bands, config.dim)
+        x = torch.randn(shape, device=device)
+        mixer = _mixer(case.candidate, config, device)
+        # In a model, the block around a mixer reads a few sequences at a time.
+        blocks = functools.partial(blockwise.block_by_block, mixer) if case.candidate in ("chunked", "cpu") else mixer
+        return _job(blocks, x, list(mixer.parameters()), case, device)
+    # Scan and convolution get their inputs as the accelerated mixer has them, with the frames first in memory.
+    dtype = DTYPES[case.dtype]
+    h, p, n = config.heads, config.headdim, config.d_state
+    xBC = torch.randn(frames, settings.sequences, h * p + 2 * n, device=device).to(dtype)
+    if case.part == "convolution":
+        conv = nn.Conv1d(xBC.shape[2], xBC.shape[2], config.d_conv, groups=xBC.shape[2]).to(device, dtype)
+        convolve = CONVOLUTIONS[case.candidate]
+        return _job(lambda x: convolve(x, conv.weight, conv.bias), xBC, list(conv.parameters()), case, device)
+    dt = functional.softplus(torch.randn(frames, settings.sequences, h, device=device) - 3).transpose(0, 1)
+    A, D = -torch.rand(h, device=device) * 15 - 1, torch.ones(h, device=device)
+
+    def scan(xBC: Tensor) -> Tensor:
+        x, B, C = (part.transpose(0, 1) for part in xBC.split((h * p, n, n), dim=-1))
+        return SCANS[case.candidate](x.unflatten(-1, (h, p)), dt, A, B, C, D)
+
+    return _job(scan, xBC, [dt, A, D], case, device)
+
+
+SCANS: dict[str, ssd.Scan] = {
+    "plain": ssd.chunked,
+    "chunked": chunked,
+    "cpu": cpu.scan,
+    "triton": triton.scan,
+    "matrix": ssd.matrix,
+    "recurrent": ssd.recurrent,
+}
+CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {  # (t, b, w) → (t, b, w)
+    "shifts": blockwise.causal_conv1d_silu,
+    "conv1d": lambda x, weight, bias: causal_conv1d_silu(x.transpose(0, 1), weight, bias).transpose(0, 1),
+    "causal-conv1d": triton.causal_conv1d_silu,
+}
+
+
+def _accelerated(module: nn.Module, candidate: str) -> nn.Module:
+    """The module with the backend of that name; "plain", "matrix" and "recurrent" leave it as the core has it."""
+    if candidate not in ("plain", "matrix", "recurrent"):
+        accelerate(module, candidate)
+    return module
+
+
+def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], case: Case, device: torch.device) -> Job:
+    # Scan and convolution are given narrow tensors; whole modules narrow them themselves.
+    narrow = case.dtype == "bfloat16" and case.part in ("mixer", "model")
+
+    def precision() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
+
+    def forward() -> Tensor:
+        with torch.inference_mode(), precision():
+            return run(x)
+
+    def backward() -> Tensor:
+        with precision():
+            y = run(x)
+        torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+        return y.detach()
+
+    if case.mode == FORWARD:
+        return forward
+    leaves = [tensor.requires_grad_() for tensor in (x, *others)]
+    return backward
+
+
+def _mixer(candidate: str, config: ModelConfig, device: torch.device) -> nn.Module:
+    sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
+    mixer = Mamba2(config.dim, **sizes, scan=ssd.SCANS.get(candidate, ssd.chunked))
+    if not candidate.startswith("transformers"):
+        return _accelerated(mixer.to(device), candidate)
+    settings = importlib.import_module("transformers").Mamba2Config(
+        hidden_size=config.dim,
+        num_heads=config.heads,
+        head_dim=config.headdim,
+        expand=config.expand,
+        state_size=config.d_state,
+        conv_kernel=config.d_conv,
+        n_groups=1,
+        chunk_size=int(candidate.split()[-1]),
+        num_hidden_layers=1,
+    )
+    modeling = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+    baseline = modeling.Mamba2Mixer(settings, layer_idx=0)
+    baseline.load_state_dict(mixer.state_dict())
+    return baseline.to(device)
+
+
+def _model(candidate: str, config: ModelConfig, gradient_checkpointing: bool, device: torch.device) -> nn.Module:
+    if candidate == "bs_roformer":
+        return (
+            importlib.import_module("bs_roformer")
+            .BSRoformer(
+                dim=config.dim,
+                depth=config.depth,
+                stereo=config.channels == 2,
+                num_stems=len(config.stems),
+                time_transformer_depth=1,
+                freq_transformer_depth=1,
+                num_residual_streams=1,
+                freqs_per_bands=config.freqs_per_bands,
+                stft_hop_length=config.hop_length,
+            )
+            .to(device)
+        )
+    model = BSMamba2(config, scan=ssd.SCANS.get(candidate, ssd.chunked))
+    model.gradient_checkpointing = gradient_checkpointing
+    return _accelerated(model.to(device), candidate)
+
+
+def _separation(case: Case, config: ModelConfig, device: torch.device) -> Job:
+    """Separate noise that arrives in blocks of ten seconds, in segments of eight; the results are dropped."""
+    baseline = case.candidate in BASELINES
+    model = _model(case.candidate if baseline else "auto", config, False, device).eval()
+    separator: Any = _Separator(model, config) if baseline else model
+    mode = STREAM_MODES.get(case.candidate, STREAM_MODES["end to end"])
+    samples, block = round(case.seconds * config.sample_rate), 10 * config.sample_rate
+    noise = torch.randn(1, config.channels, block)
+
+    def separate_noise() -> None:
+        blocks = (noise[..., : min(block, samples - i)] for i in range(0, samples, block))
+        stream = separate_stream(separator, blocks, dtype=DTYPES[case.dtype], **mode)
+        assert sum(stems.shape[-1] for stems in stream) == samples
+
+    return separate_noise
+
+
+class _Separator(nn.Module):
+    """A baseline of one stem with the interface that `separate_stream` expects."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """(b, c, samples) → (b, 1, c, samples), padded with zeros where the baseline returns fewer samples."""
+        y = self.model(mixture).view(len(mixture), 1, mixture.shape[1], -1)
+        return functional.pad(y, (0, mixture.shape[-1] - y.shape[-1]))
+
+
+def _loading(case: Case, config: ModelConfig) -> Job:
+    """Draw examples of four stems each from two songs of noise, in 16-bit files or in memory."""
+    samples = round(case.seconds * config.sample_rate)
+    folder = tempfile.TemporaryDirectory()
+    noise = np.random.default_rng(0)
+    starts = range(0, 20 * config.sample_rate, config.sample_rate)
+    windows: list[list[tuple[Any, int]]] = [[] for _ in range(4)]
+    for song in range(2):
+        paths = tuple(Path(folder.name) / f"{song}-{stem}.wav" for stem in range(4))
+        shape = (samples + starts[-1], config.channels)
+        for path in paths:
+            soundfile.write(path, noise.integers(-3000, 3000, shape, dtype=np.int16), config.sample_rate)
+        track: Any = FileTrack(f"song {song}", paths, config.sample_rate, shape[0])
+        if case.candidate == "memory":
+            track = _InMemoryTrack(track)
+        for stem_windows in windows:
+            stem_windows += [(track, start) for start in starts]
+    batches = iter(Loader(Remixer(windows, samples, 1), workers=2 if "ahead" in case.candidate else 0))
+
+    def draw() -> None:
+        assert Path(folder.name).is_dir()  # the folder exists as long as this function refers to it
+        for _ in range(EXAMPLES):
+            next(batches)
+
+    return draw
+
+
+class _InMemoryTrack:
+    """A track that has been read before."""
+
+    def __init__(self, track: FileTrack) -> None:
+        self.name, self.sample_rate, self.samples = track.name, track.sample_rate, track.samples
+        self.label = track.label
+        self.stems = [track.crop(stem, 0, track.samples) for stem in range(len(track.stems))]
+
+    def crop(self, stem: int, start: int, samples: int) -> Tensor:
+        return self.stems[stem][:, start : start + samples]

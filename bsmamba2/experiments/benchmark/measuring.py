@@ -1,0 +1,253 @@
+"""Measuring: a trial of every case in a process of its own, then rounds in which the candidates take turns.
+
+The trial finds the memory that a job takes, and skips what is too large or too slow. The other cases are timed in
+rounds, one after the other, with a matrix product (`GemmPeak`) before and after each run. On a machine whose speed
+varies, runs of one round are therefore comparable, and so are a run and the products around it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ...kernels import is_out_of_memory
+from .candidates import EXAMPLES, Job, flops, groups, prepare, spectrogram_frames, unsupported_reason
+from .settings import DTYPES, Case, Measurement, Settings, Skipped
+
+MIN_RUN = 0.05  # seconds of a timed run: a shorter job is repeated within the run
+LONG = 120.0  # seconds of a separation from which on its trial is its only timing: it repeats the same work many times
+IMPORT_LIMIT = 600.0  # seconds that a trial's process may take for imports, compiling, weights and inputs
+
+
+# --- a trial in a process of its own ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Largest memory of a process before the job and at its end, in bytes, and the job's time in seconds."""
+
+    memory_before: int
+    memory: int
+    seconds: float
+
+
+def trial(case: Case, settings: Settings) -> Trial | str:
+    """Do the job once in a new process: its memory and time, or the reason why it did not finish."""
+    # A fork server that has imported torch starts such a process at once.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_trial, args=(case, settings, torch.get_num_threads(), theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        for seconds in (IMPORT_LIMIT, settings.limit):  # until the job is prepared, until it is done
+            if not ours.poll(seconds):
+                return f"more than {seconds:g} s"
+            outcome = ours.recv()
+            if outcome is not None:
+                return outcome
+    except EOFError:
+        process.join()
+        return f"its process ended with code {process.exitcode}: more memory than there is, most likely"
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    raise AssertionError("a trial reported twice that it was ready")
+
+
+def _run_trial(case: Case, settings: Settings, threads: int, pipe: Connection) -> None:
+    try:
+        torch.set_num_threads(threads)
+        job = prepare(case, settings)
+        before = _peak_memory(settings.device)
+        if settings.device == "cpu" and sys.platform == "linux":
+            _limit_memory(round(settings.memory * 1e9))
+        pipe.send(None)
+        seconds = time_job(job, torch.device(settings.device))
+        pipe.send(Trial(before, _peak_memory(settings.device), seconds))
+    except Exception as error:  # any failure is a result
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        too_large = is_out_of_memory(error) and settings.device == "cpu"
+        pipe.send(f"more than {settings.memory:g} GB" if too_large else message)
+
+
+def _limit_memory(more: int) -> None:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _peak_memory(device: str) -> int:
+    """Largest memory of this process so far, in bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin with that of the process that started this one
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- time -------------------------------------------------------------------------------------------------
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _trim_heap() -> None:
+    """Return freed memory to the system, where the allocator is the GNU C library's."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
+    """Mean time of a call, in seconds."""
+    _synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        job()
+    _synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+class GemmPeak:
+    """Peak rate of a square matrix product (GEMM) at this moment, in FLOP/s: the best of three."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.size, self.device = (1536 if device.type == "cpu" else 8192), device
+        self.a, self.b = torch.randn(2, self.size, self.size, device=device).to(dtype)
+        self()
+
+    def __call__(self) -> float:
+        def product() -> None:
+            torch.mm(self.a, self.b)
+
+        return 2 * self.size**3 / min(time_job(product, self.device) for _ in range(3))
+
+
+@dataclass
+class _Timing:
+    """A case in the rounds; without a job, its trial is its only timing."""
+
+    case: Case
+    trial: Trial | None
+    job: Job | None
+    calls: int = 1
+    difference: float | None = None
+    times: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+
+
+def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement | Skipped]:
+    """Try every case of a job, then time those that finished in rounds."""
+    device = torch.device(settings.device)
+    _trim_heap()
+    tried: list[tuple[Case, Trial | None]] = []
+    for case in cases:  # all trials first, before this process itself grows
+        outcome = unsupported_reason(case, settings) or (None if case.part == "loading" else trial(case, settings))
+        if isinstance(outcome, str):
+            yield Skipped(**vars(case), reason=outcome)
+        else:
+            tried.append((case, outcome))
+    timings, reference = [], None
+    for case, outcome in tried:
+        if outcome and outcome.seconds > LONG and case.part == "separation":
+            timings.append(_Timing(case, outcome, None))
+            continue
+        timing = _Timing(case, outcome, prepare(case, settings))
+        reference = _warm_up(timing, device, reference)
+        timings.append(timing)
+    if not timings:
+        return
+    gemm_peak = GemmPeak(device, DTYPES[cases[0].dtype])
+    before = gemm_peak()
+    for timing in timings:
+        if timing.job is None and timing.trial:
+            timing.times, timing.peaks = [timing.trial.seconds], [before]
+    for _ in range(settings.repeats):
+        for timing in timings:
+            if timing.job is not None:
+                timing.times.append(time_job(timing.job, device, timing.calls))
+                after = gemm_peak()
+                timing.peaks.append((before + after) / 2)
+                before = after
+    config = ModelConfig.preset(settings.preset)
+    for timing in timings:
+        case, outcome = timing.case, timing.trial
+        loading = case.part == "loading"
+        yield Measurement(
+            **vars(case),
+            times=tuple(seconds / (EXAMPLES if loading else 1) for seconds in timing.times),
+            gemm_peaks=tuple(timing.peaks),
+            flops=flops(case, settings),
+            units=1.0 if loading else float(spectrogram_frames(case.seconds, config)),
+            memory=outcome.memory if outcome else None,
+            memory_before=outcome.memory_before if outcome else None,
+            difference=timing.difference,
+        )
+
+
+def _warm_up(timing: _Timing, device: torch.device, reference: Tensor | None) -> Tensor | None:
+    """Run a job once, and fill in its difference from the reference and the calls of a timed run.
+
+    Returns:
+        the reference: the output of the first case that has one.
+    """
+    assert timing.job is not None
+    started = time.perf_counter()
+    output = timing.job()
+    took = time.perf_counter() - started
+    if output is not None and timing.case.part != "loss" and timing.case.candidate != "bs_roformer":
+        output = output.double()
+        reference = output if reference is None else reference
+        timing.difference = float((output - reference).norm() / reference.norm())
+    took = took if took > 20 * MIN_RUN else time_job(timing.job, device)
+    timing.calls = max(1, math.ceil(MIN_RUN / max(took, 1e-6)))
+    return reference
+
+
+def run(settings: Settings) -> Iterator[Measurement | Skipped]:
+    """All cases; a candidate that is too slow or too large at one length is not tried at a greater one."""
+    failed: dict[tuple[str, ...], Skipped] = {}
+    for cases in groups(settings):
+        tried = []
+        for case in cases:
+            shorter = failed.get(case.series)
+            if shorter is None:
+                tried.append(case)
+            else:
+                at_length = "" if shorter.reason.startswith("at ") else f"at {shorter.seconds:g} s: "
+                yield Skipped(**vars(case), reason=at_length + shorter.reason)
+        for result in measure(tried, settings):
+            if isinstance(result, Skipped):
+                failed[result.series] = result
+            yield result

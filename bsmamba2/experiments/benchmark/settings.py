@@ -1,0 +1,185 @@
+"""Settings of a benchmark, its cases, and their results.
+
+Axis letters: see `bsmamba2.config`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...config import PRESETS
+
+PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
+FORWARD, BACKWARD = "forward", "forward + backward"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = {
+    "plain": "the core as the book builds it: `ssd.chunked` with autograd's gradient",
+    "chunked": "cache-blocked chunks with a backward pass of their own: `kernels.chunked`",
+    "cpu": "the C++ kernel: `kernels.cpu`",
+    "triton": "mamba-ssm's kernels on a CUDA device: `kernels.triton`",
+    "matrix": "one masked matrix product: `ssd.matrix`",
+    "recurrent": "a loop over frames: `ssd.recurrent`",
+}
+BASELINES = {  # module: how to install it, and what it is
+    "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
+    "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
+}
+BASELINE_CHUNKS = (32, 64)  # of 32, 64, 128 and 256 the fastest of Hugging Face's mixer on the CPUs that were tried
+STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: arguments of `separate_stream`
+    "end to end": {"overlap": 0.0},
+    "overlapping by half": {"overlap": 0.5},
+    "stateful, 2 s look-ahead": {"look_ahead": 2.0},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure, checked on creation; a `ValueError` names the field that is wrong.
+
+    Attributes:
+        lengths: of the audio, in seconds.
+        parts: of `PARTS`.
+        backends: of `BACKENDS`; those that cannot run here are listed as skipped.
+        dtypes: of `DTYPES`; bfloat16 is autocast for whole modules, as in training and separation.
+        modes: `forward` (no gradients), `forward + backward`.
+        device: cpu, cuda or mps.
+        repeats: rounds, after a warm-up.
+        preset: size of the model.
+        sequences: batch of the scan and the convolution.
+        baselines: of `BASELINES`; those that cannot be imported are listed as skipped.
+        gradient_checkpointing: recompute the model's layers in its backward pass.
+        limit: seconds that one run may take; a longer one is listed as skipped.
+        memory: gigabytes that one run may take beyond its inputs, on a CPU under Linux.
+    """
+
+    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)
+    parts: tuple[str, ...] = PARTS
+    backends: tuple[str, ...] = tuple(BACKENDS)
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    modes: tuple[str, ...] = (FORWARD, BACKWARD)
+    device: str = "cpu"
+    repeats: int = 5
+    preset: str = "paper"
+    sequences: int = 16
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    gradient_checkpointing: bool = True
+    limit: float = 60.0
+    memory: float = 12.0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("parts", PARTS),
+            ("backends", BACKENDS),
+            ("dtypes", DTYPES),
+            ("modes", (FORWARD, BACKWARD)),
+            ("baselines", BASELINES),
+        ):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if wrong := [value for value in values if value not in known]:
+                raise ValueError(f"{name}: {wrong[0]!r} is not one of {', '.join(known)}")
+            if not values and name not in ("baselines", "backends"):
+                raise ValueError(f"{name} is empty: name at least one of {', '.join(known)}")
+        object.__setattr__(self, "lengths", tuple(sorted({float(length) for length in self.lengths})))
+        if not self.lengths or not all(0.1 <= length <= 7200 for length in self.lengths):
+            raise ValueError(f"lengths={self.lengths!r} must be seconds from 0.1 to 7200, at least one")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not one of {', '.join(PRESETS)}")
+        if self.device not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device={self.device!r} must be cpu, cuda or mps")
+        if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[self.device]:
+            raise ValueError(f"device={self.device!r}: there is no such device here; device='cpu' runs everywhere")
+        for name in ("repeats", "sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("limit", "memory"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One candidate doing one job; `axis` is time or band for the mixer, otherwise empty."""
+
+    part: str
+    axis: str
+    seconds: float
+    dtype: str
+    mode: str
+    candidate: str
+
+    @property
+    def job(self) -> tuple[Any, ...]:
+        """All but the candidate: cases of one job are timed against each other."""
+        return self.part, self.axis, self.seconds, self.dtype, self.mode
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """All but the length."""
+        return self.part, self.axis, self.dtype, self.mode, self.candidate
+
+
+@dataclass(frozen=True)
+class Measurement(Case):
+    """The measured times and memory of a case.
+
+    Attributes:
+        times: seconds of a job, for each round.
+        gemm_peaks: FLOP/s of the matrix products timed before and after it, for each round.
+        flops: floating-point operations of the job (`candidates.flops`); None where they are not counted.
+        units: frames of a spectrogram; examples for the loading part.
+        memory: largest resident memory of a process that does only this job, in bytes (on a GPU, of PyTorch's tensors).
+        memory_before: the same before the job, with all imports, weights and inputs.
+        difference: of the output from that of the job's first candidate, relative, in the Euclidean norm; None where it
+            does not apply.
+    """
+
+    times: tuple[float, ...]
+    gemm_peaks: tuple[float, ...]
+    flops: float | None
+    units: float
+    memory: int | None
+    memory_before: int | None
+    difference: float | None
+
+    @property
+    def median(self) -> float:
+        """Median time of a job, in seconds."""
+        return statistics.median(self.times)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Of the times; with a single round, its time twice."""
+        if len(self.times) == 1:
+            return self.times[0], self.times[0]
+        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def rate(self) -> float:
+        """Frames, or examples, per second."""
+        return self.units / self.median
+
+    @property
+    def fraction(self) -> float | None:
+        """Fraction of the matrix-product peak around each run, the median over the rounds."""
+        if self.flops is None:
+            return None
+        pairs = zip(self.times, self.gemm_peaks, strict=True)
+        return statistics.median(self.flops / seconds / peak for seconds, peak in pairs)
+
+    def ratio_to(self, other: Measurement) -> float:
+        """Its time as a multiple of that of another case of the same rounds, the median over the rounds."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.times, other.times, strict=True))
+
+
+@dataclass(frozen=True)
+class Skipped(Case):
+    """A case that was not measured, and the reason."""
+
+    reason: str

@@ -1,0 +1,131 @@
+"""Tables of a benchmark's results, and the file that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .settings import BACKWARD, Measurement
+
+
+def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
+    """The measurements that the benchmark notebook wrote, and the machine and day they are from.
+
+    Raises:
+        ValueError: when the notebook did not write the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = [field.name for field in dataclasses.fields(Measurement)]
+        rows = [Measurement(**{name: row[name] for name in names}) for row in content["rows"]]
+        rows = [dataclasses.replace(row, times=tuple(row.times), gemm_peaks=tuple(row.gemm_peaks)) for row in rows]
+        return rows, content["machine"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} was not written by notebooks/benchmark.ipynb: {error!r}") from error
+
+
+def results_table(rows: Sequence[Measurement], part: str) -> list[dict[str, Any]]:
+    """One line for each measurement of a part; each job's first candidate comes first."""
+    lines = []
+    for row in rows:
+        if row.part != part:
+            continue
+        low, high = row.quartiles
+        first = next(other for other in rows if other.job == row.job)
+        lines.append(
+            {
+                "audio (s)": f"{row.seconds:g}",
+                **({"axis": row.axis} if row.axis else {}),
+                "type": row.dtype,
+                "pass": row.mode,
+                "candidate": row.candidate,
+                "median (ms)": _milliseconds(row.median),
+                "quartiles (ms)": f"{_milliseconds(low)} to {_milliseconds(high)}",
+                "times the first": row.ratio_to(first),
+                "examples/s" if part == "loading" else "frames/s": f"{row.rate:,.0f}",
+                "of the peak": None if row.fraction is None else f"{row.fraction:.0%}",
+                "memory (GB)": None if row.memory is None else row.memory / 1e9,
+                "difference": None if row.difference is None else f"{row.difference:.0e}",
+            }
+        )
+    return lines
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
+
+
+def growth_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Time and memory at a length as multiples of those at a quarter of it (32 s and 8 s), where both were run.
+
+    Memory is counted from its level before the job.
+    """
+    lines = []
+    for long in rows:
+        for short in rows:
+            if short.series == long.series and long.seconds == 4 * short.seconds:
+                sizes = [None if row.memory is None or row.memory_before is None else row.memory - row.memory_before
+                         for row in (long, short)]  # fmt: skip
+                lines.append(
+                    {
+                        "part": " ".join(filter(None, (long.part, long.axis))),
+                        "type": long.dtype,
+                        "pass": long.mode,
+                        "candidate": long.candidate,
+                        "lengths": f"{long.seconds:g} s against {short.seconds:g} s",
+                        "time": long.median / short.median,
+                        "memory": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
+                    }
+                )
+    return lines
+
+
+def loading_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Examples per second that reading delivers, and that training steps of one example consume."""
+    lines = []
+    for row in rows:
+        if row.part != "loading":
+            continue
+        steps = [
+            step.rate / step.units
+            for step in rows
+            if (step.part, step.seconds, step.mode) == ("model", row.seconds, BACKWARD)
+            and step.candidate in ("plain", "chunked", "cpu", "triton")
+        ]
+        fastest = max(steps, default=None)
+        lines.append(
+            {
+                "example (s)": f"{row.seconds:g}",
+                "read from": row.candidate,
+                "read per second": row.rate,
+                "used per second": fastest if fastest is None else f"{fastest:.3f}",
+                "keeps up": None if fastest is None else f"{row.rate / fastest:,.0f} times over",
+            }
+        )
+    return lines
+
+
+def machine() -> dict[str, Any]:
+    """The machine, the versions and the day of a measurement."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": processor or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")},
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }

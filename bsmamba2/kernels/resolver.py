@@ -1,0 +1,226 @@
+"""Choose the fastest verified kernels for a model, once, and put them in.
+
+    plain     the core: `bsmamba2.ssd.chunked` and the `forward` of each module
+    chunked   `blockwise` and `chunked`: the same, arranged for caches; every device
+    cpu       `cpu_layers`: the C++ kernel
+    triton    `triton`: mamba-ssm's scan and causal-conv1d's convolution, on a CUDA device
+
+`accelerate` exchanges the classes of a model's modules for subclasses that compute the same; weights, names and
+gradients stay, so copies and checkpoints do too. Book: "The fused kernel".
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..dual_path import BidirectionalBlock
+from ..mamba2 import Mamba2
+from . import cpu, triton
+from .blockwise import BlockwiseBlock, BlockwiseMamba2, replaceable
+from .cpu_layers import CpuBlock, CpuMamba2
+from .self_test import BackendError, raise_unsupported
+
+BACKENDS = ("auto", "plain", "cpu", "triton")
+"""Names of `accelerate`; it takes "chunked" as well."""
+
+_CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
+    "plain": {},
+    "chunked": {Mamba2: BlockwiseMamba2, BidirectionalBlock: BlockwiseBlock},
+    "cpu": {Mamba2: CpuMamba2, BidirectionalBlock: CpuBlock},
+    "triton": {Mamba2: triton.TritonMamba2},
+}
+_PLAIN = {fast: plain for classes in _CLASSES.values() for plain, fast in classes.items()}
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """The result of `accelerate`.
+
+    Attributes:
+        backend: that was put in: "plain", "chunked", "cpu" or "triton".
+        reason: why, in one sentence.
+        build_seconds: how long the C++ kernel took to build; none when it was not built just now.
+    """
+
+    backend: str
+    reason: str
+    build_seconds: float | None = None
+
+    def __str__(self) -> str:
+        built = "" if self.build_seconds is None else f"; built in {self.build_seconds:.0f} s, kept for the next run"
+        return f"backend {self.backend}: {self.reason}{built}"
+
+
+def accelerate(model: nn.Module, backend: str = "auto", *, dtype: torch.dtype = torch.float32) -> Acceleration:
+    """Put in the fastest kernels that work for a model on the device of its weights, after their self-test.
+
+    A mixer with a scan of its own (not one of `bsmamba2.ssd`) and a subclass of a module stay as they are. Input that a
+    kernel does not take (another type, say) goes through the chunked form. Call it again after moving a model to
+    another device.
+
+    Args:
+        model: a `BSMamba2` or any of its layers; changed in place.
+        backend: "auto", or the name of one that must run; "plain" undoes what was put in.
+        dtype: that the model will compute in (under autocast), for the self-test.
+
+    Raises:
+        BackendError: when the named backend cannot run here. `auto` falls back to the chunked form instead.
+        ValueError: for an unknown name.
+    """
+    built_before = cpu.build_seconds
+    chosen, reason = resolve_backend(model, backend, dtype)
+    restore(model)
+    for module in model.modules():
+        fast = _CLASSES[chosen].get(type(module))
+        if fast is not None and (not isinstance(module, Mamba2) or replaceable(module)):
+            module.__class__ = fast
+    return Acceleration(chosen, reason, cpu.build_seconds if built_before is None else None)
+
+
+def restore(model: nn.Module) -> None:
+    """Take out what `accelerate` put in: the modules have their plain classes again."""
+    for module in model.modules():
+        module.__class__ = _PLAIN.get(type(module), type(module))
+
+
+def resolve_backend(model: nn.Module, backend: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The backend that `accelerate` takes, and why; arguments and errors are the same."""
+    if backend not in (*BACKENDS, "chunked"):
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if backend in ("plain", "chunked"):
+        return backend, "as asked for"
+    mixers = [module for module in model.modules() if isinstance(module, Mamba2) and replaceable(module)]
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    wanted = backend if backend != "auto" else "triton" if device.type == triton.GPU else "cpu"
+    if not mixers:
+        error: BackendError | None = BackendError("the model has no Mamba-2 mixer for a kernel to replace", "none")
+    else:
+        error = _error(wanted, mixers[0], device, dtype)
+    if error is None:
+        return wanted, f"its self-test agrees with the reference on {device} in {dtype}"
+    if backend != "auto":
+        raise error
+    return "chunked", f"{_TITLES[wanted]} does not run here: {error.reason}"
+
+
+_TITLES = {"cpu": "the C++ kernel", "triton": "the fused kernel"}
+
+
+def _error(backend: str, mixer: Mamba2, device: torch.device, dtype: torch.dtype) -> BackendError | None:
+    """Why a backend does not run for a mixer; none when it does."""
+    try:
+        if backend == "cpu":
+            raise_unsupported(cpu.unsupported_reasons(device, dtype, mixer.headdim, mixer.conv_sizes[1]))
+            return cpu.self_test_error(dtype)
+        raise_unsupported(triton.missing_requirements(triton.scan_kernel))
+        return triton.self_test_error(device, dtype)
+    except BackendError as error:
+        return error
+
+
+# --- types that are slow ----------------------------------------------------------------------------------
+
+
+def slowdown(device: torch.device, dtype: torch.dtype) -> float:
+    """How many times longer a linear layer takes in `dtype` than in float32, measured here on a small one.
+
+    A CPU without instructions for a narrow type computes it by a detour: one with AVX2 alone took 8 times as long in
+    bfloat16 for such a layer, and 100 times for a product of two square matrices of 1,024. 0 on other devices, where
+    nothing is measured.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return 0.0
+    times = {}
+    for kind in (torch.float32, dtype):
+        x, weight = torch.ones(2048, 256, dtype=kind), torch.ones(512, 256, dtype=kind)
+        rounds = []
+        for _ in range(4):  # the first one starts threads and is not counted
+            started = time.perf_counter()
+            functional.linear(x, weight)
+            rounds.append(time.perf_counter() - started)
+        times[kind] = min(rounds[1:])
+    return times[dtype] / times[torch.float32]
+
+
+def slow_dtype_warning(device: torch.device, dtype: torch.dtype) -> str:
+    """The warning for a type that takes more than twice as long as float32 (`slowdown`); else an empty string."""
+    times = slowdown(device, dtype)
+    return f"takes {times:.0f} times as long as float32, the default, on this processor" if times > 2 else ""
+
+
+# --- the table of `bsmamba2 backends` ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of `backends`.
+
+    Attributes:
+        name: of the backend, or of the convolution that goes with it.
+        usable: on the device that was asked about.
+        version: package and version, or a dash.
+        reason: why it is usable, or not.
+        fix: the change that would make it usable; empty when it is.
+    """
+
+    name: str
+    usable: bool
+    version: str
+    reason: str
+    fix: str = ""
+
+
+def backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> list[Backend]:
+    """The backends of this machine, and the one that `auto` takes; runs each self-test once.
+
+    Args:
+        device: where the model would be; the current GPU if there is one, else the CPU, when absent.
+        dtype: that it would compute in.
+    """
+    if device is None:
+        has_gpu = torch.cuda.is_available()
+        device = torch.device(triton.GPU, torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    rows = list(_rows(device, dtype))
+    usable = {row.name for row in rows if row.usable}
+    wanted = "triton" if device.type == triton.GPU else "cpu" if device.type == "cpu" else "chunked"
+    chosen = wanted if wanted in usable else "chunked"
+    return [Backend("auto", True, "–", f"takes {chosen} on {device}"), *rows]
+
+
+def _rows(device: torch.device, dtype: torch.dtype) -> Iterator[Backend]:
+    torch_version = f"torch {torch.__version__}"
+    yield Backend("plain", True, torch_version, "runs on every device, as the book builds it")
+    yield Backend("chunked", True, torch_version, "runs on every device, arranged for caches")
+    kernels = (
+        ("cpu", "torch", None, lambda: cpu.self_test_error(dtype)),
+        ("triton", "mamba-ssm", triton.scan_kernel, lambda: triton.self_test_error(device, dtype)),
+        ("causal-conv1d", "causal-conv1d", triton.conv_kernel, lambda: triton.conv_self_test_error(device, dtype)),
+    )
+    for name, package, load, test in kernels:
+        place = torch.device("cpu") if name == "cpu" else device
+        try:
+            if load is not None:
+                raise_unsupported(triton.missing_requirements(load))
+            elif dtype not in cpu.TOLERANCE:
+                raise_unsupported(cpu.unsupported_reasons(place, dtype, cpu.WIDTH_MULTIPLE, cpu.WIDTH_MULTIPLE))
+            error = test()
+        except BackendError as caught:
+            error = caught
+        reason, fix = (f"agrees with the reference on {place} in {dtype}", "")
+        if error is not None:
+            reason, fix = error.reason, error.fix
+        yield Backend(name, error is None, _version(package), reason, fix)
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return "–"

@@ -1,0 +1,54 @@
+"""Notebook parameters: check the names and types that papermill injects, before any long computation starts.
+
+papermill writes the given values into a cell behind the notebook's defaults. It checks no type, and only warns about a
+name that the notebook does not have. So the next cell calls `check`.
+
+Book: "Training".
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping, Sequence
+
+INJECTED = "# Parameters\n"
+"""First line of the cell that papermill writes."""
+
+
+def check(history: Sequence[str], values: Mapping[str, object], types: Mapping[str, object]) -> None:
+    """Validate the parameters of a notebook: unknown names and wrong types raise.
+
+    An int passes as a float, a bool never as a number, NaN and infinity never. (YAML reads `2e-3` as a string: write
+    `2.0e-3`.)
+
+    Args:
+        history: the cells that ran so far, `In` in a notebook.
+        values: the notebook's names, `globals()`.
+        types: name → int, float, str, bool, or list[…] of one of them.
+
+    Raises:
+        ValueError: naming the parameter, its value and what would be accepted.
+    """
+    for cell in history:
+        if cell.startswith(INJECTED):
+            for node in ast.walk(ast.parse(cell)):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in types:
+                    raise ValueError(f"there is no parameter {node.id!r}; known: {', '.join(types)}")
+    for name, expected in types.items():
+        if name not in values:
+            raise ValueError(f"the parameter {name!r} has no value")
+        if not _has_type(values[name], expected):
+            wanted = expected.__name__ if isinstance(expected, type) and expected is not list else str(expected)
+            raise ValueError(f"{name}={values[name]!r} must be of type {wanted}")
+
+
+def _has_type(value: object, expected: object) -> bool:
+    item_types = getattr(expected, "__args__", None)
+    if item_types:
+        return isinstance(value, list) and all(_has_type(item, item_types[0]) for item in value)
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(expected, type) and isinstance(value, expected)

@@ -1,0 +1,91 @@
+"""Data loading with worker processes and ranks: examples by number, and a validation shared by processes.
+
+Book: "Scaling up".
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import Batch, Example, Remixer, Validation, collate
+from ..model import BSMamba2
+from .distributed import all_gather_object, rank, world_size
+
+
+class Loader:
+    """Data loader: a remixer's examples by number, in batches, for any number of workers and processes.
+
+    Example i is drawn from a generator of its own, seeded with (seed, i), whoever draws it. So a run
+    repeats with any number of workers, no two of them draw the same, and n processes with batch b see
+    together what one process with batch n·b sees.
+
+    Args:
+        remixer: draws; its batch is that of one process.
+        workers: processes that read ahead; 0 reads when asked.
+    """
+
+    def __init__(self, remixer: Remixer, *, workers: int = 0) -> None:
+        self.remixer, self.workers, self.skipped = remixer, workers, 0
+
+    def skip(self, count: int) -> None:
+        """Go on after `count` more batches of every process."""
+        self.skipped += count
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, from the one after those that were skipped."""
+        return iter(
+            DataLoader(
+                _IndexedDataset(self.remixer),
+                batch_sampler=_rank_batch_sampler(self.remixer.batch, self.skipped),
+                num_workers=self.workers,
+                collate_fn=collate,
+                worker_init_fn=_detach_process_group,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # or every start would draw from the global one
+            )
+        )
+
+
+class DistributedValidation(Validation):
+    """`Validation` with its windows shared by the processes of a process group; one process scores all."""
+
+    def __call__(self, model: BSMamba2) -> float:
+        """Mean uSDR in dB of the model's first stem."""
+        share = sum(self.scores(model, self.windows[rank() :: world_size()]))
+        return sum(all_gather_object(share)) / len(self.windows)
+
+
+def _detach_process_group(worker: int) -> None:
+    """Give a worker a process group of its own: signals of a terminal and of torchrun go to whole groups.
+
+    So it works on while its parent finishes a step. When the parent ends, it ends the worker, or the worker sees it.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _IndexedDataset(Dataset):
+    """Example i of a remixer, whatever was drawn before."""
+
+    def __init__(self, remixer: Remixer) -> None:
+        self.remixer = remixer
+
+    def __getitem__(self, number: int) -> Example:
+        seed = np.random.SeedSequence([self.remixer.seed, number]).generate_state(1, np.uint64)
+        return self.remixer.example(torch.Generator().manual_seed(int(seed[0])))
+
+
+def _rank_batch_sampler(batch: int, first: int) -> Iterator[list[int]]:
+    """The numbers of the examples in this process's batches, from its batch number `first` on, without end."""
+    for number in itertools.count(first):
+        start = (number * world_size() + rank()) * batch
+        yield list(range(start, start + batch))

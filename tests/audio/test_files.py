@@ -1,0 +1,109 @@
+"""Audio files read: lengths, odd headers, and every format that FFmpeg reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from audio_files import poke, wave, with_bytes
+
+from bsmamba2.audio.files import AudioError, read
+
+
+def uncounted_mp3(path: Path, seconds: float, rate: int, channels: int, level: float) -> bytes:
+    """Noise as an MP3 of one bit rate without the frame that tells how many follow."""
+    noise = np.random.default_rng(round(99 * level)).normal(0, 0.2, (round(seconds * rate), channels))
+    soundfile.write(path, noise, rate, format="MP3", compression_level=level, bitrate_mode="CONSTANT")
+    data = path.read_bytes()
+    told = data.find(b"Info", 0, 99)  # poor frames have no room for it
+    return data if told < 0 else data[data.index(data[:2], told) :]
+
+
+def frame_size(head: int) -> int:
+    """Bytes of a Layer III frame by its header, without free format."""
+    mpeg1 = head >> 19 & 3 == 3
+    kbps = (
+        (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+        if mpeg1
+        else (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+    )[(head >> 12 & 15) - 1]
+    rate = (44_100, 48_000, 32_000)[head >> 10 & 3] >> {3: 0, 2: 1, 0: 2}[head >> 19 & 3]
+    return (144_000 if mpeg1 else 72_000) * kbps // rate + (head >> 9 & 1)
+
+
+def side_info(head: int) -> int:
+    """Bytes of side information behind a frame's header: half as many in MPEG 2 and 2.5, and in mono."""
+    mpeg1, mono = head >> 19 & 3 == 3, head >> 6 & 3 == 3
+    return {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[mpeg1, mono]
+
+
+def tag_frame(song: bytes, tag: bytes, at: int = 0) -> bytes:
+    """A frame like the first of a song, silent, with a tag where encoders write one."""
+    head = int.from_bytes(song[:4], "big")
+    frame = bytearray(song[: frame_size(head)])
+    frame[4:] = bytes(len(frame) - 4)
+    at = at or 4 + side_info(head)
+    frame[at : at + len(tag)] = tag
+    return bytes(frame)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (48_000, 1), (22_050, 2), (16_000, 1), (8_000, 2)])
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(tmp_path: Path, rate: int, channels: int) -> None:
+    """Its size tells little: rich frames may come first, or last, and pictures beside them."""
+    whole = tmp_path / "whole.mp3"
+    poor = uncounted_mp3(whole, 6, rate, channels, 0.9)
+    rich = uncounted_mp3(whole, 2, rate, channels, 0.0)
+    expected, told = read(whole)[0], tmp_path / "untold.mp3"
+    picture = b"ID3\x04\0\0" + bytes([0, 32, 0, 0]) + bytes(range(256)) * 2048
+    for data, seconds in (
+        (rich, 2),
+        (rich + poor, 8),
+        (poor + rich, 8),
+        (picture + rich, 2),
+        (picture + picture + rich + b"APETAGEX" + bytes(99) + b"TAG" + bytes(125), 2),
+        (rich + bytes(500) + poor, 8),
+        (rich + bytes(5000) + poor, 8),
+        (rich + picture + poor, 8),
+        (tag_frame(rich, b"VBRI", 36) + rich + poor, 8),
+        (tag_frame(rich, b"Xing") + rich + poor, 8),
+        (tag_frame(rich, b"Info" + bytes(3) + b"\x01" + bytes(4)) + rich + poor, 8),
+    ):
+        told.write_bytes(data)
+        found, found_rate = read(told)
+        assert found_rate == rate
+        frame = 1152 if rate > 24_000 else 576
+        assert seconds - 0.01 < found.shape[1] / rate < seconds + 0.1 + 5 * frame / rate  # encoders add some frames
+        if data is rich:  # the encoder's delay is not cut off: nothing tells it
+            late = [found[:, i : i + 8192] for i in range(4000)]
+            assert min((one - expected[:, :8192]).abs().max().item() for one in late) < 1e-4
+    for other in (tmp_path / "song.mpga", tmp_path / "song"):  # whatever it is called
+        other.write_bytes(rich + poor)
+        assert read(other)[0].shape[1] / rate > 7.9
+
+
+def test_what_is_no_mp3_is_not_taken_for_one(tmp_path: Path) -> None:
+    frames = b"\xff\xfb\x90" * 9000
+    soundfile.write(tmp_path / "whole.wav", np.zeros((9000, 1)), 44_100, subtype="PCM_24")
+    whole = (tmp_path / "whole.wav").read_bytes()
+    path = with_bytes(tmp_path / "song.mp3", whole[: -len(frames)] + frames)
+    assert read(path)[0].shape == (1, 9000)
+    for junk in (b"\xff" * 300_000, (b"ID3\4" + bytes(6)) * 9000):
+        with pytest.raises(AudioError, match="cannot be read as audio"):
+            read(with_bytes(tmp_path / "junk.mp3", junk))
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_that_tells_its_length_is_left_to_its_decoder(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "song.mp3"
+    soundfile.write(path, np.zeros((9000, 2)), 44_100, compression_level=0.3, bitrate_mode=mode)
+    assert read(path)[0].shape == (2, 9000)
+
+
+def test_a_sound_stream_without_a_size_is_no_cut_file(tmp_path: Path) -> None:
+    """ffmpeg, writing into a pipe, leaves 2^32 − 1 as the size of the data."""
+    song = wave(tmp_path / "song.wav", subtype="PCM_16")
+    at = song.read_bytes().index(b"data") + 4
+    poke(song, at, b"\xff\xff\xff\xff")
+    assert read(song)[0].shape == (2, 900)

@@ -1,0 +1,18 @@
+"""`bsmamba2 cost`: the numbers, and a question that cannot be answered."""
+
+from __future__ import annotations
+
+import pytest
+
+from bsmamba2.cli.main import main
+
+
+def test_the_command_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["cost", "--preset", "small", "--batch", "4", "--seconds", "1", "--dtype", "bfloat16"]
+    arguments += ["--gradient-checkpointing"]
+    assert main([*arguments, "--peak-tflops", "10", "--bandwidth", "500"]) == 0
+    said = capsys.readouterr().out
+    for part in ("parameters", "GFLOP", "activations", "0.", "at the device's peaks"):
+        assert part in said
+    assert main(["cost", "--preset", "small", "--seconds", "0.01"]) == 2
+    assert "2048 samples" in capsys.readouterr().err

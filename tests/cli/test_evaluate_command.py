@@ -1,0 +1,91 @@
+"""`bsmamba2 evaluate`: a folder, the bundled songs, bad tracks and wrong arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from eval_tracks import musdb
+
+from bsmamba2 import BSMamba2, ModelConfig, save_checkpoint
+from bsmamba2.bands import generate_bands
+from bsmamba2.cli import main as command_line
+from bsmamba2.evaluation.evaluate import sha256_file
+
+
+def main(arguments: list[str]) -> int:
+    """Without kernels: the tiny model is too narrow for them, and `auto` logs that."""
+    return command_line.main([*arguments, "--backend", "plain"])
+
+
+@pytest.fixture
+def checkpoint(tiny: BSMamba2, tmp_path: Path) -> Path:
+    save_checkpoint(tiny, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_command_on_a_folder(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root, output = musdb(tmp_path / "musdb"), tmp_path / "out"
+    arguments = ["evaluate", str(root), "--checkpoint", str(checkpoint), "-o", str(output), "--segments", "0.5,1"]
+    assert main(arguments) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    content = json.loads((output / "evaluation.json").read_text())
+    assert [(one["track"], one["segment"]) for one in content["rows"]] == [
+        (name, segment) for segment in (8.0, 0.5, 1.0) for name in ("A - One", "B – Zwei")
+    ]
+    assert content["checkpoint"]["sha256"] == sha256_file(checkpoint)
+    assert {path.name for path in output.iterdir()} == {
+        "rows", "evaluation.json", "rows.csv", "by_segment.png", "by_occupancy.png",
+    }  # fmt: skip
+    assert "not comparable: tracks: MUSDB18-HQ test there, 2 tracks in test here" in said.out
+    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*.json") if path.parent != output}
+    assert len(stamps) == 6
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert (output / "evaluation.json").read_text() == json.dumps(content, indent=1) + "\n"
+
+
+def test_command_names_a_bad_track_once_and_does_the_others(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = musdb(tmp_path / "musdb")
+    (root / "test" / "A - One" / "vocals.wav").write_text("no sound")
+    arguments = ["evaluate", str(root), "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out"), "--segments", "1"]
+    assert main(arguments) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "vocals.wav: cannot be read as audio" in line
+    assert [one["track"] for one in json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]] == [
+        "B – Zwei"
+    ] * 2
+
+
+def test_command_on_the_bundled_songs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.preset("small", dim=16, depth=1, freqs_per_bands=generate_bands(8), d_state=8, headdim=8)
+    save_checkpoint(BSMamba2(config), tmp_path / "model.safetensors")
+    arguments = ["--checkpoint", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "out")]
+    assert main(["evaluate", *arguments, "--songs", "1", "--seconds", "1", "--segments", ""]) == 0
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["tracks"]["name"] == "2 bundled songs"
+    assert [row["segment"] for row in content["rows"]] == [8, 8]
+    assert content["rows"][1]["track"] == "falcon-69"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: is not a folder"),
+        (["--songs", "0"], "--songs 0"),
+        (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt: does not exist"),
+    ],
+)
+def test_command_with_wrong_arguments(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out"), *arguments]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()

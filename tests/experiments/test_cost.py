@@ -1,0 +1,127 @@
+"""The cost of a model against PyTorch's own counters, and against memory as it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from bsmamba2 import BSMamba2, ModelConfig
+from bsmamba2.experiments.cost import backward_flops, forward_flops, training_cost
+from bsmamba2.kernels import accelerate
+from bsmamba2.losses import bsmamba2_loss
+
+# Several chunks along time, wide enough that products and features are what counts, as in the presets.
+CONFIG = ModelConfig(
+    dim=64,
+    depth=3,
+    freqs_per_bands=(8,) * 12 + (33,),
+    n_fft=256,
+    hop_length=64,
+    sample_rate=8000,
+    d_state=32,
+    headdim=16,
+    expand=2,
+)
+SAMPLES = 12_000
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, stems=("a", "b"), depth=1, mask_expand=2, channels=1),
+        dataclasses.replace(CONFIG, depth=1, expand=4, d_state=16),
+        ModelConfig.preset("small", depth=1),
+    ],
+)
+def test_operations_are_those_that_torch_counts(config: ModelConfig) -> None:
+    model = BSMamba2(config)
+    accelerate(model, "chunked")
+    frames = SAMPLES // config.hop_length + 1
+    with FlopCounterMode(display=False) as forward:
+        estimate = model(torch.randn(1, config.channels, SAMPLES))
+    assert sum(forward_flops(config, frames).values()) == pytest.approx(forward.get_total_flops(), rel=0.03)
+    with FlopCounterMode(display=False) as backward:
+        estimate.sum().backward()
+    assert backward_flops(config, frames) == pytest.approx(backward.get_total_flops(), rel=0.05)
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are alive, after every operation, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.now += size
+            self.most = max(self.most, self.now)
+            self.alive[key] = weakref.ref(storage, lambda _: self.free(key, size))
+
+    def free(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.alive[key]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_memory_is_what_training_uses(dtype: str, gradient_checkpointing: bool) -> None:
+    batch = 2
+    torch.manual_seed(0)
+    model = BSMamba2(CONFIG)
+    accelerate(model, "chunked")
+    model.gradient_checkpointing = gradient_checkpointing
+    mixture = torch.randn(batch, 2, SAMPLES)
+    estimated = training_cost(
+        CONFIG,
+        batch=batch,
+        seconds=SAMPLES / 8000,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        loss_hop=441,
+    )
+    with Memory() as memory:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            estimate = model(mixture)[:, 0]
+        bsmamba2_loss(estimate, mixture, hop_length=441).backward()
+    assert estimated.activations == pytest.approx(memory.most, rel=0.10)
+
+
+def test_parameters_and_presets() -> None:
+    paper = training_cost(
+        ModelConfig.preset("paper"), batch=5, seconds=8, dtype="bfloat16", gradient_checkpointing=True
+    )
+    assert paper.parameters == 48_098_188
+    assert paper.state == 20 * paper.parameters
+    whole = training_cost(ModelConfig.preset("paper"), batch=5, seconds=8, dtype="bfloat16")
+    assert paper.activations < whole.activations / 4
+    assert whole.step < paper.step < 1.5 * whole.step
+    # Two devices: the one counts nothing but operations, the other nothing but memory.
+    assert paper.seconds(1e14, 1e30) == pytest.approx(paper.step / 1e14)
+    assert paper.seconds(1e30, 1e12) == pytest.approx(paper.traffic / 1e12)
+
+
+def test_bad_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch=0"):
+        training_cost(CONFIG, batch=0, seconds=1)
+    with pytest.raises(ValueError, match="dtype='fp8'"):
+        training_cost(CONFIG, batch=1, seconds=1, dtype="fp8")
+    with pytest.raises(ValueError, match=r"seconds=0\.1"):
+        training_cost(CONFIG, batch=1, seconds=0.1)

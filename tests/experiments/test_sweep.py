@@ -1,0 +1,152 @@
+"""A grid of runs: side by side, each by itself, none twice; here and on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from bsmamba2.experiments.sweep import Result, expand_grid, run_grid
+
+ROOT = Path(__file__).parents[2]
+
+CELLS = (
+    "x = 0\nwait = 0\noutput_dir = ''",
+    """\
+import json, os, time
+from pathlib import Path
+folder = Path(output_dir)
+with (folder / "ran.txt").open("a") as file:
+    file.write("once more ")
+if x == 2:
+    raise RuntimeError("two is too many")
+(folder / "summary.json").write_text(json.dumps({"square": x * x, "threads": os.environ.get("OMP_NUM_THREADS")}))
+""",
+)
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Path:
+    """A notebook that takes a second, and fails for x = 2."""
+    book = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    )
+    book.cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    book.cells[0].metadata["tags"] = ["parameters"]
+    (tmp_path / "books").mkdir()
+    nbformat.write(book, tmp_path / "books" / "square.ipynb")
+    return tmp_path / "books" / "square.ipynb"
+
+
+def check(outcomes: list[Result]) -> None:
+    """All but x = 2 have found their square; that one says why not."""
+    by_x = {outcome.point.parameters["x"]: outcome for outcome in outcomes}
+    assert by_x.keys() == {1, 2, 3}
+    for x in (1, 3):
+        assert by_x[x].error == ""
+        assert by_x[x].summary is not None
+        assert by_x[x].summary["square"] == x * x
+        assert (by_x[x].point.folder / "run.ipynb").exists()
+    assert by_x[2].summary is None
+    assert "two is too many" in by_x[2].error
+    assert "two is too many" in (by_x[2].point.folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_cell_fails_alone_and_finished_ones_are_not_run_again(notebook: Path, tmp_path: Path) -> None:
+    made = expand_grid({"x": [1, 2, 3]}, {}, tmp_path / "grid")
+    first = list(run_grid(made, notebook))
+    check(first)
+    check(list(run_grid(made, notebook)))
+    ran = {point.parameters["x"]: (point.folder / "ran.txt").read_text().count("once") for point in made}
+    assert ran == {1: 1, 2: 2, 3: 1}  # only the failed one was tried again
+    threads = str(max(1, (os.cpu_count() or 1) // 2))  # the two that run at once share the machine
+    assert {outcome.summary["threads"] for outcome in first if outcome.summary is not None} == {threads}
+    (made[0].folder / "summary.json").write_text("")  # as a kill or a full disk may leave it
+    check(list(run_grid(made, notebook)))
+    assert (made[0].folder / "ran.txt").read_text().count("once") == 2
+    other = expand_grid({"x": [1]}, {"wait": 1}, tmp_path / "grid")  # the same folder, other parameters
+    assert next(iter(run_grid(other, notebook))).seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # a cluster's own threads and sockets
+def test_two_workers_of_a_cluster_do_the_same(notebook: Path, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    made = expand_grid({"x": [1, 2, 3]}, {}, tmp_path / "grid")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        outcomes = list(run_grid(made, notebook, scheduler=cluster.scheduler_address))
+    check(outcomes)
+
+
+def test_a_folder_that_cannot_be_written_to_fails_alone(notebook: Path, tmp_path: Path) -> None:
+    made = expand_grid({"x": [1, 3]}, {}, tmp_path / "grid")
+    for point in made:
+        point.folder.parent.mkdir(exist_ok=True)
+        point.folder.write_text("a file where a folder is needed")
+    outcomes = list(run_grid(made, notebook))
+    assert len(outcomes) == 2
+    assert all(str(outcome.point.folder) in outcome.error for outcome in outcomes)
+
+
+def test_a_grid_is_every_combination() -> None:
+    made = expand_grid({"lr": [1e-3, 2e-3], "seed": [0, 1]}, {"steps": 5, "lr": 1.0}, Path("runs"))
+    assert [point.name for point in made] == [
+        "lr=0.001,seed=0",
+        "lr=0.001,seed=1",
+        "lr=0.002,seed=0",
+        "lr=0.002,seed=1",
+    ]
+    assert made[2].parameters == {"steps": 5, "lr": 2e-3, "seed": 0, "output_dir": str(made[2].folder)}
+    assert made[2].folder == Path("runs").resolve() / "lr=0.002,seed=0"
+    assert expand_grid({"data": ["a/b c"]}, {}, Path())[0].name == "data=a_b_c"
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({}, "empty"),
+        ({"lr": 1.0e-3}, r"lr=0\.001 must be a list"),
+        ({"schedule": "cosine"}, "schedule='cosine' must be a list"),
+        ({"lr": []}, r"lr=\[\]"),
+        ({"lr": [1, 1]}, "lr=1 stands there twice"),
+        ({"output_dir": ["a"]}, "output_dir"),
+    ],
+)
+def test_a_bad_grid_is_refused(grid: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand_grid(grid, {}, Path())
+
+
+def test_a_cluster_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ImportError, match="pip install distributed"):
+        list(run_grid([], Path(), scheduler="tcp://127.0.0.1:1"))
+    with pytest.raises(ValueError, match="workers=0"):
+        list(run_grid([], Path(), workers=0))
+
+
+def papermill(folder: Path, **parameters: Any) -> subprocess.CompletedProcess[str]:
+    (folder / "parameters.json").write_text(json.dumps({"output_dir": str(folder / "sweep"), **parameters}))
+    command = [sys.executable, "-m", "papermill", "notebooks/sweep.ipynb", str(folder / "out.ipynb")]
+    command += ["-f", str(folder / "parameters.json"), "--no-progress-bar"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_a_grid_and_sums_it_up(tmp_path: Path) -> None:
+    short = {"songs": 2, "val_songs": 2, "seconds_per_song": 3.0, "batch": 1, "steps": 1, "validation_windows": 1}
+    # With 60 s in an example no song is long enough: that cell fails, after the others' parameters were found good.
+    done = papermill(tmp_path, grid={"segment": [1.0, 60.0]}, fixed=short)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "sweep" / "summary.json").read_text())
+    assert [row["segment"] for row in summary["runs"]] == [1.0]
+    assert summary["failed"] == ["segment=60.0"]
+    said = (tmp_path / "out.ipynb").read_text()
+    assert "never heard for" in said

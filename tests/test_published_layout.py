@@ -1,0 +1,148 @@
+"""The published layout: names and values both ways, and the configuration from the tensors alone."""
+
+import dataclasses
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_files import FIXTURE, TINY, assert_equal, lightning, published_weights
+from torch import Tensor
+
+from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, published_layout, save_checkpoint
+from bsmamba2.checkpoints import CheckpointError, _empty_model, read_checkpoint
+from bsmamba2.published_layout import describe_known_file, from_published, infer_config, to_published
+
+
+@pytest.fixture
+def fixture() -> dict[str, Tensor]:
+    return safetensors.torch.load_file(FIXTURE)
+
+
+@pytest.fixture
+def published() -> dict[str, Tensor]:
+    return published_weights()
+
+
+@pytest.fixture
+def model() -> BSMamba2:
+    torch.manual_seed(0)
+    return BSMamba2(TINY)
+
+
+@pytest.mark.parametrize("layout", ["published", "lightning", "safetensors"])
+def test_published_file_computes_what_the_published_model_does(layout, fixture, published, tmp_path):
+    path = tmp_path / "misleading.safetensors"  # the content says what it is, not the name
+    if layout == "safetensors":
+        path = tmp_path / "misleading.ckpt"
+        safetensors.torch.save_file(published, path)
+    else:
+        torch.save(published if layout == "published" else lightning(published), path)
+    loaded = read_checkpoint(path)
+    assert loaded.layout == ("published" if layout == "safetensors" else layout)
+    assert loaded.weights == "raw"
+    assert loaded.config == ModelConfig(
+        dim=32, depth=2, freqs_per_bands=(2, 2, 4, 12, 13), stems=("stem_0", "stem_1"), n_fft=64, hop_length=16
+    )
+    model = load_checkpoint(path)
+    assert not model.training
+    with torch.no_grad():
+        output = model.apply_to_spectrogram(torch.view_as_complex(fixture["input.spectrogram"]))
+    reference = fixture["output.spectrogram"]  # (b, stem, c, f, t, 2)
+    difference = (torch.view_as_real(output) - reference).abs().amax((0, 1, 2, 3, 5))  # (t,)
+    scale = reference.abs().amax((0, 1, 2, 3, 5))
+    assert (scale == 0).nonzero().flatten().tolist() == [20, 21, 22, 23]
+    assert (difference[scale == 0] == 0).all()
+    assert (difference <= 1e-5 * scale).all()
+
+
+def test_names_both_ways_on_the_fixture(published):
+    ours = from_published(published)
+    config = infer_config({name: tuple(x.shape) for name, x in ours.items()})
+    assert {name: x.shape for name, x in ours.items()} == {
+        name: x.shape for name, x in BSMamba2(config).state_dict().items()
+    }
+    assert_equal(to_published(ours), published)
+    assert list(to_published(ours)) == list(published)
+    transposed = published["layers.1.0.linear.weight"][:, :, 0].T
+    assert torch.equal(ours["layers.1.time.merge.weight"], transposed)
+    assert torch.equal(
+        ours["layers.0.band.backwards.norm.weight"], published["layers.0.1.backward_blocks.0.norm.weight"]
+    )
+    assert to_published({"other": transposed}) == {"other": transposed} == from_published({"other": transposed})
+
+
+def test_names_of_the_paper_preset():
+    state = _empty_model(ModelConfig()).state_dict()
+    names = to_published(state)
+    assert len(names) == 675
+    assert sum(x.numel() for x in names.values()) == 48_098_188
+    block = [f"layers.{i}.{j}.{way}_blocks.0." for i in range(6) for j in (0, 1) for way in ("forward", "backward")]
+    parts = ["norm.weight"] + [
+        f"mixer.{part}"
+        for part in (
+            "dt_bias",
+            "A_log",
+            "D",
+            "in_proj.weight",
+            "conv1d.weight",
+            "conv1d.bias",
+            "norm.weight",
+            "out_proj.weight",
+        )
+    ]
+    assert names.keys() == (
+        {f"band_split.to_features.{k}.{end}" for k in range(62) for end in ("0.gamma", "1.weight", "1.bias")}
+        | {head + part for head in block for part in parts}
+        | {f"layers.{i}.{j}.linear.{part}" for i in range(6) for j in (0, 1) for part in ("weight", "bias")}
+        | {"final_norm.gamma"}
+        | {
+            f"mask_estimators.0.to_freqs.{k}.0.{n}.{part}"
+            for k in range(62) for n in (0, 2) for part in ("weight", "bias")
+        }
+    )  # fmt: skip
+    assert names["layers.5.1.linear.weight"].shape == (512, 256, 1)
+    assert from_published(names).keys() == state.keys()
+    assert infer_config({name: tuple(x.shape) for name, x in state.items()}) == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 1},
+        {"stems": ("vocals",)},
+        {"depth": 1, "d_state": 4, "expand": 4, "d_conv": 3, "headdim": 8, "mask_expand": 3},
+        {"freqs_per_bands": (65, 400, 560), "n_fft": 2048, "hop_length": 441, "channels": 1},
+    ],
+)
+def test_configuration_from_the_tensors(changes, tmp_path):
+    config = dataclasses.replace(TINY, **changes)
+    save_checkpoint(BSMamba2(config), tmp_path / "model.ckpt", layout="published")
+    inferred = load_checkpoint(tmp_path / "model.ckpt").config
+    stems = config.stems if len(config.stems) == 1 else ("stem_0", "stem_1")
+    assert json.loads(inferred.to_json()) == json.loads(config.to_json()) | {"stems": list(stems)}
+
+
+def test_given_configuration_wins_and_an_odd_size_needs_it(model, tmp_path):
+    save_checkpoint(model, tmp_path / "a.ckpt", layout="published")
+    assert load_checkpoint(tmp_path / "a.ckpt", config=TINY).config == TINY
+    odd = BSMamba2(ModelConfig(dim=16, depth=1, freqs_per_bands=(20, 29), n_fft=96, hop_length=24, headdim=16))
+    save_checkpoint(odd, tmp_path / "b.ckpt", layout="published")
+    with pytest.raises(CheckpointError, match=r"b\.ckpt.*power of two.*config="):
+        load_checkpoint(tmp_path / "b.ckpt")
+    assert_equal(load_checkpoint(tmp_path / "b.ckpt", config=odd.config).state_dict(), odd.state_dict())
+
+
+def test_a_known_file_is_described(tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    path.write_bytes(b"abc")
+    assert describe_known_file(path) is None
+    assert sorted(size for size, _ in published_layout.KNOWN_FILES.values()) == [192_610_602, 770_628_060]
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    monkeypatch.setattr(published_layout, "KNOWN_FILES", {digest: (3, "three letters")})
+    assert describe_known_file(path) == "three letters; no licence is stated for the weights"
+    path.write_bytes(b"abd")
+    assert describe_known_file(path) is None
+    monkeypatch.setattr(published_layout.hashlib, "file_digest", None)  # another size: not even hashed
+    path.write_bytes(b"abcd")
+    assert describe_known_file(path) is None

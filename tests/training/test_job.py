@@ -1,0 +1,195 @@
+"""A training job: its parameters, its model and its data, on the command line and in a notebook."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+
+import bsmamba2.kernels.resolver
+from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
+from bsmamba2.cli.main import main
+from bsmamba2.synth import STEMS, Song, synthesise_songs
+from bsmamba2.train import TrainConfig
+from bsmamba2.training.job import JobConfig, read_parameters
+from bsmamba2.training.run_dir import RunError
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"songs": 3, "val_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
+
+
+def write(folder: Path, song: Song, stems: tuple[str, ...] = STEMS) -> None:
+    folder.mkdir(parents=True)
+    for name in stems:
+        soundfile.write(folder / f"{name}.wav", song.stem(name).T.numpy(), song.sample_rate, subtype="FLOAT")
+
+
+SMALL = [
+    "--backend",
+    "plain",
+    "--segment",
+    "0.5",
+    "--batch",
+    "1",
+    "--steps",
+    "1",
+    "--validation-windows",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+def test_a_run_stops_at_faulty_files_or_goes_on_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    for i, song in enumerate(synthesise_songs(4, seed=5, seconds=1.5)):
+        write(data / f"song {i}", song)
+    (data / "song 1" / "drums.wav").write_bytes(b"")
+    arguments = ["train", "--data", str(data), "--output-dir", str(tmp_path / "run"), *SMALL]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"{data / 'song 1' / 'drums.wav'}: is broken" in told
+    assert "on_bad_file=skip" in told
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match=r"drums\.wav: is broken"):
+        assert main([*arguments, "--on-bad-file", "skip"]) == 0
+    assert (tmp_path / "run" / "last.safetensors").exists()
+    assert len(list((tmp_path / "cache" / "bsmamba2").iterdir())) == 1
+
+
+def test_the_checkpoint_names_its_own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained to find drums says so, though it began with a model of the voice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i, song in enumerate(synthesise_songs(2, seed=5, seconds=1.5)):
+        write(tmp_path / "data" / f"song {i}", song)
+    options = ["--preset", "small", "--dim", "16", "--depth", "1", *SMALL]
+    stems = ["--data", str(tmp_path / "data"), "--stems", "drums", "vocals"]
+    for name, extra in (("voice", ["--songs", "2", "--val-songs", "2"]), ("drums", stems)):
+        begun = ["--init", str(tmp_path / "voice" / "last.safetensors")] if name == "drums" else []
+        assert main(["train", *options, *extra, *begun, "--output-dir", str(tmp_path / name)]) == 0
+    found = {name: load_checkpoint(tmp_path / name / "last.safetensors").config.stems for name in ("voice", "drums")}
+    assert found == {"voice": ("vocals",), "drums": ("drums",)}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "unknown parameters stepz"),
+        ({"lr": "2e-3"}, "lr='2e-3' must be a number.*1.0e-3"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number"),
+        ({"batch": True}, "batch=True"),
+        ({"compile": 1}, "compile=1 must be true or false"),
+        ({"preset": "huge"}, "preset 'huge'"),
+        ({"segment": 0}, "segment=0"),
+        ({"on_bad_file": "ignore"}, "on_bad_file='ignore'"),
+        ({"loss_windows": ["a"]}, "loss_windows"),
+        ({"seed": -1}, "seed=-1"),
+        ({"optimiser": "sgd"}, "optimiser='sgd' must be adamw or muon"),
+        ({"backend": "native"}, "backend='native' must be auto or plain or cpu or triton"),
+        ({"augment_prob": -0.5}, "augment_prob=-0.5 must lie in"),
+        ({"coherent_mix_prob": 1.5}, "coherent_mix_prob=1.5 must lie in"),
+        ({"soundfont_share": -0.5}, "soundfont_share=-0.5 must lie in"),
+        ({"clean_share": 1.1}, "clean_share=1.1 must lie in"),
+        ({"stems": "vocals"}, "stems='vocals' must be a list"),
+        ({"stems": ["drums", "vocals"]}, "are those of a folder"),
+    ],
+)
+def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        JobConfig.from_mapping(values)
+
+
+def test_the_committed_parameters_are_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+    for path in (ROOT / "notebooks" / "params").glob("train_*.yaml"):
+        assert JobConfig.from_mapping(read_parameters(path)).steps > 0
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    for name, part in (("list.json", "names and values"), ("bad.yaml", "no YAML"), ("none.json", "No such file")):
+        assert main(["train", "--params", str(tmp_path / name)]) == 2
+        assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("longer", "warns"), [(13.0, True), (0.5, False)])
+def test_a_precision_that_the_processor_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, longer: float, warns: bool
+) -> None:
+    monkeypatch.setattr(
+        bsmamba2.kernels.resolver, "slowdown", lambda device, dtype: longer if dtype == torch.bfloat16 else 0.0
+    )
+    for precision in ("float32", "bfloat16"):
+        job = JobConfig.from_mapping({**SHORT, "precision": precision, "output_dir": str(tmp_path / precision)})
+        windows = job.windows()
+        told = pytest.warns(RuntimeWarning, match="13 times as long .* take precision: float32")
+        with told if warns and precision == "bfloat16" else nullcontext():
+            job.start(*windows)
+
+
+def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    model = BSMamba2(ModelConfig.preset("small"))
+    save_checkpoint(model, tmp_path / "begin.safetensors")
+    job = JobConfig(
+        init=str(tmp_path / "begin.safetensors"), songs=2, val_songs=2, seconds_per_song=3.0, batch=1, steps=1,
+        validation_windows=1, output_dir=str(tmp_path / "run"), lr=0.0, backend="plain",
+    )  # fmt: skip
+    windows = job.windows()
+    run = job.start(*windows)
+    assert all(map(torch.equal, run.trainer.model.parameters(), model.parameters()))
+    list(run.steps(job.batches(windows[0])))
+    with pytest.raises(RunError, match="init="):
+        dataclasses.replace(job, init="").start(*windows)
+    mixed = dataclasses.replace(job, coherent_mix_prob=1.0, augment_prob=0.5)
+    supply = mixed.batches(windows[0])
+    assert (supply.coherent_mix_prob, supply.augment_prob) == (1.0, 0.5)
+    for changes, message in (
+        ({"coherent_mix_prob": 0.5}, r"coherent_mix_prob=0\.0, now 0\.5"),
+        ({"augment_prob": 0.5}, r"augment_prob=0\.0, now 0\.5"),
+        ({"clean_share": 0.5}, r"clean_share=0\.0, now 0\.5"),
+        ({"soundfont": "any.sf2", "soundfont_share": 0.5}, r"soundfont_share=1\.0, now 0\.5"),
+        ({"mix_variety": 1.0}, r"mix_variety=0\.0, now 1\.0"),
+        ({"optimiser": "muon"}, "optimiser='adamw', now 'muon'"),
+        ({"loss": "snr"}, "loss='published', now 'snr'"),
+    ):
+        with pytest.raises(RunError, match=message):
+            dataclasses.replace(job, **changes).start(*windows)
+    assert dataclasses.replace(job, backend="auto", compile=True).start(*windows).trainer.step == 1
+    with pytest.raises(ValueError, match="another size"):
+        dataclasses.replace(job, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
+    with pytest.raises(ValueError, match="another size"):
+        dataclasses.replace(job, depth=3, output_dir=str(tmp_path / "other")).start(*windows)
+    with pytest.raises(FileNotFoundError):
+        dataclasses.replace(job, init="absent.safetensors", output_dir=str(tmp_path / "other")).start(*windows)
+
+
+def test_the_defaults_are_the_published_ones_but_for_those_of_a_first_run() -> None:
+    different = {
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if field.name != "steps" and getattr(JobConfig(), field.name) != field.default
+    }
+    assert different == {"lr", "schedule", "ema_decay", "loss_hop"}
+    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(JobConfig)}
+    assert all(helps[field.name] == field.metadata["help"] for field in dataclasses.fields(TrainConfig))
+    assert all(helps.values())
+
+
+def test_the_notebook_has_the_same_parameters_and_defaults() -> None:
+    notebook = json.loads((ROOT / "notebooks" / "train.ipynb").read_text())
+    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    found = {line.target.id: ast.literal_eval(line.value) for line in ast.parse("".join(cell["source"])).body}  # type: ignore[attr-defined]
+    of_the_notebook = {"output_dir": "book/results/first_run", "validation_windows": 24}
+    defaults = {name: getattr(JobConfig(), name) for name in JobConfig.names()}
+    expected = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    assert found == {**expected, **of_the_notebook}
+    assert list(found) == JobConfig.names()
+    assert read_parameters(ROOT / "notebooks" / "params" / "train_small.yaml") == of_the_notebook
