@@ -3,7 +3,8 @@
 (b t k d)  →  time: (b·k, t, d)  →  bands: (b·t, k, d)  →  (b t k d)
 
 `forward` reads a whole sequence. `step` reads a segment of it and its look-ahead, and continues where the segment
-before ended. Book: "Two directions, two axes"; `step`: "Separating songs". Axis letters: see `bsmamba2.config`.
+before ended. `bsmamba2.kernels.accelerate` replaces the blocks by faster ones.
+Book: "Two directions, two axes"; `step`: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations

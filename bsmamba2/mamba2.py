@@ -6,7 +6,8 @@
     out_proj(rms_norm(y · SiLU(z)))
 
 `forward` reads a whole sequence; `step` reads one segment of it and returns the state from which the next segment
-continues. Book: "The Mamba-2 block". Source: `Mamba2` of mamba-ssm as the published model uses it.
+continues. `bsmamba2.kernels.accelerate` replaces the class by a faster one. Book: "The Mamba-2 block".
+Source: `Mamba2` of mamba-ssm as the published model uses it.
 Axis letters: see `bsmamba2.config`; w is the width of the convolution, h·p + 2n.
 """
 

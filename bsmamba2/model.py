@@ -91,7 +91,7 @@ class BSMamba2(nn.Module):
         return istft(stems, mixture.shape[-1], n_fft, hop_length)
 
     def apply_to_spectrogram(self, spectrogram: Tensor) -> Tensor:
-        """Separate a spectrogram: complex (b, c, f, t) → complex (b, stem, c, f, t).
+        """Estimate the masks of a spectrogram and apply them: complex (b, c, f, t) → complex (b, stem, c, f, t).
 
         Raises:
             ValueError: when the channels or bins are not the configuration's.
@@ -113,7 +113,7 @@ class BSMamba2(nn.Module):
     def stream_masks(
         self, spectrogram: Tensor, state: StreamingState | None, frames: int
     ) -> tuple[Tensor, StreamingState]:
-        """The complex masks of one segment of a song, continuing from the segment before.
+        """The complex masks of one segment of a song, not applied yet, continuing from the segment before.
 
         Along time, the forward direction knows all of the past by its state, the backward one only the look-ahead. The
         state is that at the end of the segment, not of the look-ahead: the frames ahead come again with the next

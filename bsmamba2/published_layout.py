@@ -86,10 +86,14 @@ def describe_known_file(path: str | os.PathLike[str]) -> str | None:
     path = Path(path)
     for digest, (size, name) in KNOWN_FILES.items():
         if path.stat().st_size == size:
-            with path.open("rb") as file:
-                known = hashlib.file_digest(file, "sha256").hexdigest() == digest
-            return f"{name}; no licence is stated for the weights" if known else None
+            return f"{name}; no licence is stated for the weights" if sha256_file(path) == digest else None
     return None
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_published(names: Iterable[str]) -> bool:

@@ -169,13 +169,13 @@ def test_the_evaluation_notebook_scores_a_checkpoint(tmp_path: Path, small_model
 INSTANT = {
     "lengths": [0.25, 1.0],
     "parts": ["scan", "loading"],
-    "backends": ["chunked", "recurrent", "fused"],
+    "backends": ["chunked", "recurrent", "triton"],
     "dtypes": ["float32"],
     "modes": ["forward"],
     "repeats": 1,
     "preset": "small",
     "sequences": 1,
-    "peers": [],
+    "baselines": [],
 }
 
 
@@ -189,12 +189,12 @@ def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
     for row in scans:
         assert row["median"] > 0
         assert 0 < row["fraction"] < 1
-        assert row["memory"] > row["before"] > 0
+        assert row["memory"] > row["memory_before"] > 0
         assert row["difference"] < 1e-5
-    missing = {one["candidate"] for one in content["not_run"]}
+    missing = {one["candidate"] for one in content["skipped"]}
     outputs = (tmp_path / "run.ipynb").read_text()
     if not torch.cuda.is_available():
-        assert missing == {"fused"}
+        assert missing == {"triton"}
         assert "nothing below was run on a GPU" in outputs
     assert outputs.count("image/png") == 1
     assert "1 s against 0.25 s" in outputs

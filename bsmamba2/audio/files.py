@@ -19,6 +19,7 @@ import av
 import numpy as np
 import soundfile
 import torch
+from av.stream import Discard
 from torch import Tensor
 
 SUFFIXES = (
@@ -91,7 +92,7 @@ class AudioReader:
             return _FFmpegDecoder(self._raw)
         except _Damaged as error:
             raise self._damaged(error) from error
-        except av.FFmpegError as error:
+        except (av.FFmpegError, OSError) as error:
             reasons = reason(refusal or error)
             raise AudioError(f"{self.path}: cannot be read as audio ({reasons}); {_FORMATS}") from error
 
@@ -215,7 +216,7 @@ class _FFmpegDecoder:
                 raise av.InvalidDataError(0, "no sound in it")
             for other in container.streams:
                 if other is not stream:
-                    other.discard = "all"
+                    other.discard = Discard.all
             format = container.format.name
             self._is_mp4 = "mp4" in format
             samples = 0
@@ -273,7 +274,7 @@ def _length(frame: av.AudioFrame) -> int:
 
 def _float32(frame: av.AudioFrame) -> np.ndarray:
     """The samples of a decoded frame, (c, samples) float32, full scale 1."""
-    array = frame.to_ndarray()
+    array: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
         array = array.reshape(frame.samples, -1).T
     if array.dtype == np.uint8:

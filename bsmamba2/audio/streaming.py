@@ -156,10 +156,10 @@ def _stream_masks(
 ) -> tuple[Tensor, list[StreamingState]]:
     """`model.stream_masks` for `batch` songs at a time, each batch with its own state; no states at the start."""
     songs = spectrogram.to(torch.complex64).split(batch)
+    previous: list[StreamingState | None] = [*states] or [None] * len(songs)
     with _inference_context(model, dtype) as device:
         pairs = [
-            model.stream_masks(song.to(device), state, frames)
-            for song, state in zip(songs, states or [None] * len(songs), strict=True)
+            model.stream_masks(song.to(device), state, frames) for song, state in zip(songs, previous, strict=True)
         ]
         return torch.cat([masks.cpu() for masks, _ in pairs]), [state for _, state in pairs]
 

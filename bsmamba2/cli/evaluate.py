@@ -12,6 +12,7 @@ from ..evaluation import PROTOCOLS, EvalRow, EvalSet, Evaluation, Failure, load_
 from ..evaluation import evaluate as evaluation
 from ..evaluation.protocols import SEGMENTS
 from ..kernels import BackendError
+from ..published_layout import sha256_file
 from ..separate import DTYPES
 from ..synth import excerpt, synthesise_songs
 from .console import describe_error, escape, log, make_output, reraise_oom
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     protocol = PROTOCOLS[args.protocol]
     path = args.checkpoint or checkpoints.bundled_checkpoint()
     try:
-        model, sha256 = load_model(args), evaluation.sha256_file(path)
+        model, sha256 = load_model(args), sha256_file(path)
         tracks = load_tracks(args.folder) if args.folder else default_tracks(args)
         make_output(args.output)
     except (ValueError, OSError, BackendError) as error:

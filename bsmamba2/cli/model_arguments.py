@@ -23,7 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else cpu")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="auto",
-        help="kernels: auto (default) takes the fastest that runs here; plain is PyTorch only; see bsmamba2 backends",
+        help="kernels: auto (default): the fastest that runs here; plain: the book's own code; see bsmamba2 backends",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32",

@@ -271,12 +271,6 @@ def evaluate_track(
     )  # fmt: skip
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def run(
     model: BSMamba2, checkpoint: str, tracks: EvalSet, protocol: EvalProtocol, output: str | os.PathLike[str], *,
     segments: Sequence[float] = (), batch: int = 1, dtype: torch.dtype = torch.float32,

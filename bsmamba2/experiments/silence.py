@@ -60,9 +60,11 @@ METRICS = ("usdr", "vocal_usdr", "silence_leakage", "onset")
 COLUMNS = ("song", "occupancy", "segment", *METRICS, "mixture")
 """All fields of a row."""
 
+COMPARED = ("mamba2", "lstm", "attention")
+"""The sequence layers that the experiment compares, of those in `sequence_layers.LAYERS`."""
 SOURCES = (
     "bands.py", "config.py", "data.py", "dual_path.py", "losses.py", "mamba2.py", "masks.py", "metrics.py", "model.py",
-    "separate.py", "spectrogram.py", "ssd.py", "train.py", "kernels", "synth", "training/run_dir.py",
+    "separate.py", "settings.py", "spectrogram.py", "ssd.py", "train.py", "kernels", "synth", "training/run_dir.py",
     "experiments/sequence_layers.py", "experiments/silence.py",
 )  # fmt: skip
 """Files and folders of the package on which a run's numbers may depend."""
@@ -72,7 +74,7 @@ SOURCES = (
 class Experiment:
     """The parameters of one run, checked on creation; a `ValueError` names the one that is wrong."""
 
-    layer: str = setting("mamba2", "the sequence layer", tuple(sequence_layers.LAYERS))
+    layer: str = setting("mamba2", "the sequence layer", COMPARED)
     seed: int = setting(0, "of the initial weights, the training songs and the batches", within=NOT_NEGATIVE)
     steps: int = setting(300, "optimiser steps", within=COUNT)
     lr: float = setting(4e-3, "highest learning rate, between a warm-up and a half cosine to zero", within=POSITIVE)
@@ -112,9 +114,8 @@ class Experiment:
         return cls(**given)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Names and values as JSON holds them."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        """Names and values, which `from_mapping` reads again."""
+        return dataclasses.asdict(self)
 
 
 # --- one run ----------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def read_runs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     base = experiments[0]
     seeds = {experiment.seed for experiment in experiments}
     present = sorted((experiment.layer, experiment.seed) for experiment in experiments)
-    expected = sorted((layer, seed) for layer in sequence_layers.LAYERS for seed in seeds)
+    expected = sorted((layer, seed) for layer in COMPARED for seed in seeds)
     for experiment, run in zip(experiments, runs, strict=True):
         label = f"{experiment.layer}, seed {experiment.seed}"
         if dataclasses.replace(experiment, layer=base.layer, seed=base.seed) != base:

@@ -1,9 +1,9 @@
 """Choose the fastest verified kernels for a model, once, and put them in.
 
     plain     the core: `bsmamba2.ssd.chunked` and the `forward` of each module
-    chunked   `blockwise` and `chunked`: the same, arranged for caches; every device
-    cpu       `cpu_layers`: the C++ kernel
-    triton    `triton`: mamba-ssm's scan and causal-conv1d's convolution, on a CUDA device
+    chunked   the layers of `blockwise` with the scan of `chunked`: PyTorch, arranged for caches; every device
+    cpu       the layers of `cpu_layers` with the C++ kernel of `cpu`; needs a C++ compiler once
+    triton    the mixer of `triton` with mamba-ssm's scan and causal-conv1d's convolution; a CUDA device
 
 `accelerate` exchanges the classes of a model's modules for subclasses that compute the same; weights, names and
 gradients stay, so copies and checkpoints do too. Book: "The fused kernel".
@@ -107,7 +107,8 @@ def resolve_backend(model: nn.Module, backend: str, dtype: torch.dtype = torch.f
         return wanted, f"its self-test agrees with the reference on {device} in {dtype}"
     if backend != "auto":
         raise error
-    return "chunked", f"{_TITLES[wanted]} does not run here: {error.reason}"
+    fix = "" if error.fix == "none" else f" (to fix this: {error.fix})"
+    return "chunked", f"PyTorch computes the same, slower, because {_TITLES[wanted]} does not run: {error.reason}{fix}"
 
 
 _TITLES = {"cpu": "the C++ kernel", "triton": "the fused kernel"}

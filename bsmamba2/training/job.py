@@ -8,7 +8,6 @@ Book: "Scaling up".
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import sys
@@ -25,6 +24,7 @@ from ..config import PRESETS, ModelConfig
 from ..data import Remixer, Windows, find_windows
 from ..kernels import BACKENDS, accelerate, slow_dtype_warning
 from ..model import BSMamba2
+from ..published_layout import sha256_file
 from ..settings import COUNT, SHARE, setting
 from ..synth import STEMS
 from ..train import TrainConfig
@@ -254,8 +254,7 @@ def _load_weights(model: BSMamba2, path: Path) -> str:
     if checkpoint.config != own or len(own.stems) != len(model.config.stems):
         raise ValueError(f"init={str(path)!r} is {checkpoint.config}, and {model.config} is another size")
     model.load_state_dict(checkpoint.state)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_file(path)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def test_layers_are_of_the_mixers_size(name: str, config: ModelConfig) -> None:
 def test_a_budget_that_cannot_be_met_is_told() -> None:
     with pytest.raises(ValueError, match="no width brings this layer within 1%"):
         sequence_layers.make_layer("lstm", dataclasses.replace(MODEL, dim=4, headdim=1, d_state=1, expand=1))
-    with pytest.raises(ValueError, match="'gru' is not one of mamba2, lstm, attention"):
-        sequence_layers.make_layer("gru", MODEL)
+    with pytest.raises(ValueError, match="'rnn' is not one of mamba2, lstm, attention"):
+        sequence_layers.make_layer("rnn", MODEL)
 
 
 @pytest.mark.parametrize("name", sequence_layers.LAYERS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from bsmamba2.experiments import sequence_layers, silence
+from bsmamba2.experiments import silence
 from bsmamba2.experiments.silence import Experiment
 from bsmamba2.training.run_dir import RunError
 
@@ -50,7 +50,7 @@ def of(layer: str, seed: int = 0) -> Experiment:
 
 
 def test_only_the_sequence_layers_differ_at_the_start() -> None:
-    models = {name: silence.build(of(name)).state_dict() for name in sequence_layers.LAYERS}
+    models = {name: silence.build(of(name)).state_dict() for name in silence.COMPARED}
     mamba2 = models["mamba2"]
     for name in ("lstm", "attention"):
         shared = models[name].keys() & mamba2.keys()
@@ -64,7 +64,7 @@ def test_only_the_sequence_layers_differ_at_the_start() -> None:
 
 def test_models_are_equal_within_one_percent() -> None:
     sizes = {}
-    for name in sequence_layers.LAYERS:
+    for name in silence.COMPARED:
         model = silence.build(of(name))
         mixers = [
             block.mixer
@@ -143,7 +143,7 @@ def test_segments_are_what_the_model_is_given() -> None:
 # --- a run is taken up ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", sequence_layers.LAYERS)
+@pytest.mark.parametrize("layer", silence.COMPARED)
 def test_a_stopped_run_ends_with_the_same_bits(layer: str, tmp_path: Path) -> None:
     whole = silence.start(of(layer), tmp_path / "whole")
     assert len(list(whole.steps(silence.batches(of(layer))))) == 4
@@ -157,7 +157,7 @@ def test_a_stopped_run_ends_with_the_same_bits(layer: str, tmp_path: Path) -> No
     ended, reference = again.trainer.ema.state_dict(), whole.trainer.ema.state_dict()
     assert all(torch.equal(ended[key], reference[key]) for key in reference)
     assert not list(tmp_path.glob("*/*.safetensors"))
-    other = next(name for name in sequence_layers.LAYERS if name != layer)
+    other = next(name for name in silence.COMPARED if name != layer)
     with pytest.raises(RunError, match=f"layer='{layer}', now '{other}'"):
         silence.start(of(other), tmp_path / "stopped")
 
@@ -168,7 +168,7 @@ def test_a_stopped_run_ends_with_the_same_bits(layer: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"layer": "gru"}, "layer='gru' must be mamba2 or lstm or attention"),
+        ({"layer": "rnn"}, "layer='rnn' must be mamba2 or lstm or attention"),
         ({"seed": -1}, r"seed=-1 must lie in \[0, inf\)"),
         ({"steps": 0}, r"steps=0 must lie in \[1, inf\)"),
         ({"songs": True}, "songs=True"),
@@ -219,7 +219,7 @@ def sound() -> dict[str, Any]:
             "source_hash": "0123",
             "rows": silence.to_columns(rows),
         }
-        for i, layer in enumerate(sequence_layers.LAYERS)
+        for i, layer in enumerate(silence.COMPARED)
         for seed in (0, 1)
     ]
     return json.loads(json.dumps({"runs": runs}))
@@ -229,7 +229,7 @@ def test_all_rows_of_sound_data_are_read() -> None:
     rows = silence.read_runs(sound())
     assert len(rows) == 3 * 2 * 2 * 2 * 2
     assert {(row["layer"], row["seed"]) for row in rows} == {
-        (layer, seed) for layer in sequence_layers.LAYERS for seed in (0, 1)
+        (layer, seed) for layer in silence.COMPARED for seed in (0, 1)
     }
     means = silence.average(rows, "usdr", ["layer", "occupancy"])
     assert means["lstm", 0.25] == pytest.approx(0.75)
@@ -280,7 +280,7 @@ def test_the_committed_data_are_whole_small_and_of_no_machine() -> None:
     assert "/root" not in text
     rows = silence.read_runs(json.loads(text))
     planned = yaml.safe_load((ROOT / "notebooks" / "params" / "sweep_silence.yaml").read_text(encoding="utf-8"))["grid"]
-    assert set(planned["layer"]) == set(sequence_layers.LAYERS)
+    assert set(planned["layer"]) == set(silence.COMPARED)
     assert len(planned["seed"]) >= 3
     seeds = {row["seed"] for row in rows}
     assert seeds <= set(planned["seed"])  # the page prints which are missing

@@ -33,16 +33,7 @@ from ...model import BSMamba2
 from ...training.datasets import FileTrack
 from ...training.loader import Loader
 from .. import cost
-from .settings import (
-    BACKWARD,
-    BASELINE_CHUNKS,
-    BASELINES,
-    DTYPES,
-    FORWARD,
-    STREAM_MODES,
-    Case,
-    Settings,
-)
+from .settings import BACKWARD, BASELINE_CHUNKS, BASELINES, DTYPES, FORWARD, STREAM_MODES, Case, Settings
 
 EXAMPLES = 64
 """Examples that a run of the loading part reads; up to four of them have been prefetched."""

@@ -17,14 +17,8 @@ from ...config import PRESETS
 PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BACKENDS = {
-    "plain": "the core as the book builds it: `ssd.chunked` with autograd's gradient",
-    "chunked": "cache-blocked chunks with a backward pass of their own: `kernels.chunked`",
-    "cpu": "the C++ kernel: `kernels.cpu`",
-    "triton": "mamba-ssm's kernels on a CUDA device: `kernels.triton`",
-    "matrix": "one masked matrix product: `ssd.matrix`",
-    "recurrent": "a loop over frames: `ssd.recurrent`",
-}
+BACKENDS = ("plain", "chunked", "cpu", "triton", "matrix", "recurrent")
+"""Those of `kernels.accelerate`, and the plain model with `ssd.matrix` or `ssd.recurrent` for its scan."""
 BASELINES = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
@@ -41,44 +35,26 @@ STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: arguments o
 class Settings:
     """What to measure, checked on creation; a `ValueError` names the field that is wrong.
 
-    Attributes:
-        lengths: of the audio, in seconds.
-        parts: of `PARTS`.
-        backends: of `BACKENDS`; those that cannot run here are listed as skipped.
-        dtypes: of `DTYPES`; bfloat16 is autocast for whole modules, as in training and separation.
-        modes: `forward` (no gradients), `forward + backward`.
-        device: cpu, cuda or mps.
-        repeats: rounds, after a warm-up.
-        preset: size of the model.
-        sequences: batch of the scan and the convolution.
-        baselines: of `BASELINES`; those that cannot be imported are listed as skipped.
-        gradient_checkpointing: recompute the model's layers in its backward pass.
-        limit: seconds that one run may take; a longer one is listed as skipped.
-        memory: gigabytes that one run may take beyond its inputs, on a CPU under Linux.
+    Candidates that cannot run here are listed as skipped. bfloat16 is autocast for whole modules, as in training.
     """
 
-    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)
+    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  # of the audio, in seconds
     parts: tuple[str, ...] = PARTS
-    backends: tuple[str, ...] = tuple(BACKENDS)
+    backends: tuple[str, ...] = BACKENDS
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: tuple[str, ...] = (FORWARD, BACKWARD)
-    device: str = "cpu"
-    repeats: int = 5
-    preset: str = "paper"
-    sequences: int = 16
+    device: str = "cpu"  # cpu, cuda or mps
+    repeats: int = 5  # rounds, after a warm-up
+    preset: str = "paper"  # size of the model
+    sequences: int = 16  # batch of the scan and the convolution
     baselines: tuple[str, ...] = tuple(BASELINES)
-    gradient_checkpointing: bool = True
-    limit: float = 60.0
-    memory: float = 12.0
+    gradient_checkpointing: bool = True  # recompute the model's layers in its backward pass
+    limit: float = 60.0  # seconds that one run may take
+    memory: float = 12.0  # gigabytes that one run may take beyond its inputs, on a CPU under Linux
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("parts", PARTS),
-            ("backends", BACKENDS),
-            ("dtypes", DTYPES),
-            ("modes", (FORWARD, BACKWARD)),
-            ("baselines", BASELINES),
-        ):
+        choices = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
+        for name, known in {**choices, "baselines": BASELINES}.items():
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
             if wrong := [value for value in values if value not in known]:
@@ -86,20 +62,16 @@ class Settings:
             if not values and name not in ("baselines", "backends"):
                 raise ValueError(f"{name} is empty: name at least one of {', '.join(known)}")
         object.__setattr__(self, "lengths", tuple(sorted({float(length) for length in self.lengths})))
+        limits = {"repeats": 1, "sequences": 1, "limit": 1e-9, "memory": 1e-9}  # smallest values
+        if wrong := [name for name, least in limits.items() if not least <= getattr(self, name) < math.inf]:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} must be a positive number")
         if not self.lengths or not all(0.1 <= length <= 7200 for length in self.lengths):
             raise ValueError(f"lengths={self.lengths!r} must be seconds from 0.1 to 7200, at least one")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} is not one of {', '.join(PRESETS)}")
-        if self.device not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"device={self.device!r} must be cpu, cuda or mps")
+        for name, known in (("preset", tuple(PRESETS)), ("device", ("cpu", "cuda", "mps"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[self.device]:
             raise ValueError(f"device={self.device!r}: there is no such device here; device='cpu' runs everywhere")
-        for name in ("repeats", "sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
-        for name in ("limit", "memory"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
 
 
 @dataclass(frozen=True)
