@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bsmamba2 import ssd
+from bsmamba2.kernels import chunked as cache_blocked
 
+CHUNKED = pytest.mark.parametrize("chunked", [ssd.chunked, cache_blocked.chunked], ids=["plain", "cache-blocked"])
 NAMES = ("y", "state", "d x", "d dt", "d A", "d B", "d C", "d D", "d initial_state")
 
 
@@ -83,6 +85,7 @@ def assert_same(
         assert relative(found, expected[name]) < bound * max(1, size), name
 
 
+@CHUNKED
 @settings(max_examples=60, deadline=None)
 @given(
     t=st.integers(1, 70),
@@ -95,64 +98,69 @@ def assert_same(
     seed=st.integers(0, 1000),
 )
 def test_all_forms_agree(
-    t: int, h: int, chunk: int, dt: float, decay: float, start: bool, end: bool, seed: int
+    chunked: Callable, t: int, h: int, chunk: int, dt: float, decay: float, start: bool, end: bool, seed: int
 ) -> None:
     inputs = problem(t, h, dt=dt, decay=decay, seed=seed)
     assert_same(ssd.matrix, inputs, start=start, end=end)
-    assert_same(partial(ssd.chunked, chunk=chunk), inputs, start=start, end=end)
+    assert_same(partial(chunked, chunk=chunk), inputs, start=start, end=end)
 
 
-def test_float64_shows_that_the_algebra_is_exact() -> None:
-    assert_same(partial(ssd.chunked, chunk=16), problem(50), torch.float64, 1e-13)
+@CHUNKED
+def test_float64_shows_that_the_algebra_is_exact(chunked: Callable) -> None:
+    assert_same(partial(chunked, chunk=16), problem(50), torch.float64, 1e-13)
 
 
-def test_a_huge_step_among_small_ones_keeps_its_precision() -> None:
+@CHUNKED
+def test_a_huge_step_among_small_ones_keeps_its_precision(chunked: Callable) -> None:
     # After it, float32 running sums stand at −2000 and lose the small differences: 1e-4 relative and worse.
     inputs = problem(60, dt=0.1, decay=4.0)
     inputs[1][:, 20] = 1000.0
-    assert_same(ssd.chunked, inputs, bound=1e-5)
+    assert_same(chunked, inputs, bound=1e-5)
 
 
+@CHUNKED
 @pytest.mark.parametrize(
     ("place", "value"), [(0, math.nan), (0, math.inf), (1, math.nan), (1, math.inf), (2, math.nan)]
 )
-def test_what_is_no_number_comes_out_as_such(place: int, value: float) -> None:
+def test_what_is_no_number_comes_out_as_such(chunked: Callable, place: int, value: float) -> None:
     inputs = [part.float() for part in problem(20)[:6]]
     inputs[place].flatten()[0] = value
-    assert not ssd.chunked(*inputs).isfinite().all()
+    assert not chunked(*inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("decay", [3.0, 30.0, 300.0])
-def test_levels_are_exact_along_many_chunks(decay: float) -> None:
+def test_strong_decay_is_exact_along_many_chunks(decay: float) -> None:
     inputs = problem(150, 4, dt=1.0, decay=decay, n=6)
     for chunk in (16, 64, 150):
         assert_same(partial(ssd.chunked, chunk=chunk), inputs)
 
 
+@CHUNKED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_bit_of_a_frame_depends_on_later_ones(dtype: torch.dtype) -> None:
+def test_no_bit_of_a_frame_depends_on_later_ones(chunked: Callable, dtype: torch.dtype) -> None:
     inputs = [part.to(dtype) for part in problem(64, dt=0.3, decay=10.0)[:6]]
     with torch.no_grad():
-        y = ssd.chunked(*inputs)
+        y = chunked(*inputs)
         for frame in (20, 40, 63):
             for place, size in ((0, 10.0), (1, 1.2), (3, 10.0), (4, 10.0)):
                 changed = [part.clone() for part in inputs]
                 changed[place][:, frame:] *= size
-                assert torch.equal(ssd.chunked(*changed)[:, :frame], y[:, :frame])
+                assert torch.equal(chunked(*changed)[:, :frame], y[:, :frame])
 
 
-def test_a_quiet_stretch_after_a_reset_keeps_its_precision() -> None:
+@CHUNKED
+def test_a_quiet_stretch_after_a_reset_keeps_its_precision(chunked: Callable) -> None:
     # Loud, a reset, then 120 dB below: an error of what was loud would drown it.
     x, dt, A, B, C, D, _ = problem(64, dt=0.1, decay=4.0)
     x[:, 20:] *= 1e-6
     dt[:, 20] = 500.0
-    found = ssd.chunked(*(part.float() for part in (x, dt, A, B, C, D)))
+    found = chunked(*(part.float() for part in (x, dt, A, B, C, D)))
     expected = ssd.recurrent(x, dt, A, B, C, D)
     for frame in range(64):
         assert relative(found[:, frame], expected[:, frame]) < 1e-5, frame
 
 
-@pytest.mark.parametrize("scan", [ssd.recurrent, ssd.matrix, ssd.chunked])
+@pytest.mark.parametrize("scan", [ssd.recurrent, ssd.matrix, ssd.chunked, cache_blocked.chunked])
 def test_a_sequence_in_two_pieces_is_the_sequence(scan: Callable) -> None:
     x, dt, A, B, C, D, start = problem(40)
     whole, end = scan(x, dt, A, B, C, D, initial_state=start, return_state=True)
@@ -165,7 +173,7 @@ def test_a_sequence_in_two_pieces_is_the_sequence(scan: Callable) -> None:
         torch.testing.assert_close(rest[1], end)
 
 
-@pytest.mark.parametrize("scan", [ssd.matrix, ssd.chunked])
+@pytest.mark.parametrize("scan", [ssd.matrix, ssd.chunked, cache_blocked.chunked])
 def test_zeros_stay_zeros_with_finite_gradients(scan: Callable) -> None:
     inputs = [torch.zeros_like(part) if i in (0, 3, 4, 6) else part for i, part in enumerate(problem(20))]
     for name, found in everything(scan, inputs, torch.float32).items():
@@ -173,24 +181,26 @@ def test_zeros_stay_zeros_with_finite_gradients(scan: Callable) -> None:
     assert not everything(scan, inputs, torch.float32)["y"].any()
 
 
-def test_strided_inputs_are_read_as_they_are() -> None:
+@CHUNKED
+def test_strided_inputs_are_read_as_they_are(chunked: Callable) -> None:
     x, dt, A, B, C, D, start = problem(30)
     packed = torch.cat([x.flatten(2), B, C, dt], -1)  # as a mixer's projection gives them
     parts = packed.split([6, 4, 4, 2], -1)
     views = (parts[0].unflatten(-1, (2, 3)), parts[3], A, parts[1], parts[2], D)
     assert not views[0].is_contiguous()
-    found = ssd.chunked(*views, initial_state=start, chunk=8)
+    found = chunked(*views, initial_state=start, chunk=8)
     torch.testing.assert_close(found, ssd.recurrent(x, dt, A, B, C, D, initial_state=start))
-    back = ssd.chunked(*(v.flip(1) if v.dim() > 1 else v for v in views), initial_state=start)
+    back = chunked(*(v.flip(1) if v.dim() > 1 else v for v in views), initial_state=start)
     torch.testing.assert_close(
         back, ssd.recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), D, initial_state=start)
     )
 
 
-def test_bfloat16_keeps_decay_and_state_wide() -> None:
+@CHUNKED
+def test_bfloat16_keeps_decay_and_state_wide(chunked: Callable) -> None:
     # 8 bits of mantissa in x, B and C; the sums behind the decays must not add to that.
     inputs = [part.to(torch.bfloat16) if i in (0, 3, 4) else part.float() for i, part in enumerate(problem(200))]
-    y, state = ssd.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+    y, state = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
     expected, final = ssd.recurrent(
         *(part.double() for part in inputs[:6]), initial_state=inputs[6].double(), return_state=True
     )
@@ -200,13 +210,14 @@ def test_bfloat16_keeps_decay_and_state_wide() -> None:
     assert relative(state, final) < 1e-2
 
 
-def test_autocast_around_it_changes_nothing() -> None:
+@CHUNKED
+def test_autocast_around_it_changes_nothing(chunked: Callable) -> None:
     inputs = [part.float() for part in problem(150)]
-    expected = everything(ssd.chunked, inputs, torch.float32)
+    expected = everything(chunked, inputs, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y, state = ssd.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+        y, state = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
         with torch.no_grad():
-            quick, _ = ssd.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+            quick, _ = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
     torch.testing.assert_close(y, expected["y"], rtol=0, atol=0)
     torch.testing.assert_close(state, expected["state"], rtol=0, atol=0)
     assert relative(quick, expected["y"]) < 1e-5
@@ -221,10 +232,11 @@ def test_a_wrong_shape_is_named(position: int) -> None:
         ssd.chunked(*inputs)
 
 
-def test_wrong_arguments() -> None:
+@CHUNKED
+def test_wrong_arguments(chunked: Callable) -> None:
     x, dt, A, B, C, D, _ = problem(10)
     with pytest.raises(ValueError, match="chunk=0"):
-        ssd.chunked(x, dt, A, B, C, D, chunk=0)
+        chunked(x, dt, A, B, C, D, chunk=0)
     with pytest.raises(ValueError, match=r"x .* must be \(b, t, h, p\)"):
         ssd.recurrent(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0])
     with pytest.raises(ValueError, match="initial_state"):
