@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from ..config import PRESETS, ModelConfig
-from ..experiments.cost import training_cost
 from .console import log
 
 DESCRIPTION = "Count the operations and bytes of a batch, without running one. For the time, give your device's peaks."
@@ -27,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the cost, one line per number."""
+    from ..experiments.cost import training_cost  # here: torch's counter imports Triton, which takes half a second
+
     try:
         cost = training_cost(
             ModelConfig.preset(args.preset), batch=args.batch, seconds=args.seconds, dtype=args.dtype,
