@@ -27,7 +27,7 @@ def command(tmp_path: Path) -> list[str]:
 def test_auto_logs_why_no_kernel_runs(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("backend chunked: the C++ kernel does not run here: ")
+    assert line.startswith("backend chunked: PyTorch computes the same, slower, because the C++ kernel does not run: ")
 
 
 def test_plain_logs_nothing(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
