@@ -100,15 +100,15 @@ def resolve_backend(model: nn.Module, backend: str, dtype: torch.dtype = torch.f
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     wanted = backend if backend != "auto" else "triton" if device.type == triton.GPU else "cpu"
     if not mixers:
-        error: BackendError | None = BackendError("the model has no Mamba-2 mixer for a kernel to replace", "none")
+        reason, fix = "the model has no Mamba-2 mixer for a kernel to replace", "a model with one, or backend='plain'"
+        error: BackendError | None = BackendError(reason, fix)
     else:
         error = _error(wanted, mixers[0], device, dtype)
     if error is None:
         return wanted, f"its self-test agrees with the reference on {device} in {dtype}"
     if backend != "auto":
         raise error
-    fix = "" if error.fix == "none" else f" (to fix this: {error.fix})"
-    return "chunked", f"PyTorch computes the same, slower, because {_TITLES[wanted]} does not run: {error.reason}{fix}"
+    return "chunked", f"PyTorch computes the same, slower, because {_TITLES[wanted]} does not run: {error}"
 
 
 _TITLES = {"cpu": "the C++ kernel", "triton": "the fused kernel"}
