@@ -2,6 +2,7 @@
 
 Needs soundfile (libsndfile), av (FFmpeg's decoders) and soxr, all base dependencies. Begin with `song_files`, which
 joins the others: `files` reads, `resample` changes the rate, `streaming` separates blocks, `writer` writes stems.
+`files` rests on `containers` (with `chunks`, `ogg`, `mpeg_frames`), which finds the sound in a file, and `decoders`.
 `musdb` lists the tracks of a data set.
 """
 

@@ -1,42 +1,48 @@
 """Read audio files block by block: libsndfile where it reads a format right, FFmpeg (through PyAV) for all others.
 
-libsndfile reads WAV, FLAC, Ogg Vorbis, AIFF, CAF and AU; FFmpeg MP3, M4A (AAC, ALAC), Opus, WMA, WebM, and the sound of
-video files. Samples come as float32, integers divided by their full scale, so that the file's full scale is 1.
+libsndfile reads WAV, RF64, W64, AIFF, CAF, AU and Ogg Vorbis; FFmpeg FLAC, MP3, M4A (AAC, ALAC), Opus, WMA, WebM, and
+the sound of video files, whatever they are called. Samples come as float32, integers divided by their full scale, so
+that the file's full scale is 1. All that a file holds is read, or the file is refused: see `containers`.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import av
 import numpy as np
 import soundfile
 import torch
-from av.stream import Discard
 from torch import Tensor
 
+from .containers import find_parts
+from .decoders import BLOCK as BLOCK
+from .decoders import FFmpegDecoder, LibsndfileDecoder, open_decoder, reason
+from .source import DamagedError
+
 SUFFIXES = (
-    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".w64", ".rf64"),
-    *(".caf", ".m4a", ".m4b", ".aac", ".wma", ".mka", ".mp4", ".mkv", ".mov", ".webm"),
+    *(".wav", ".wave", ".rf64", ".bw64", ".bwf", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".flac"),
+    *(".ogg", ".oga", ".ogv", ".spx", ".opus", ".mp3", ".mp2", ".mpga", ".m4a", ".m4b", ".aac", ".ac3", ".eac3"),
+    *(".dts", ".wma", ".wv", ".ape", ".tta", ".amr", ".mka", ".weba", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm"),
+    *(".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
 )
 """Suffixes of the files that a folder is searched for, in any case."""
+
+_MAGIC = re.compile(
+    rb"RIFF....WAVE|RF64|BW64|FORM....AIF|caff|riff|\.snd|fLaC|OggS|ID3|\xff[\xe2-\xe7\xf1-\xfd]"
+    rb"|....ftyp(?!avif|heic|heix|mif1|crx)|\x1a\x45\xdf\xa3|\x30\x26\xb2\x75",
+    re.DOTALL,
+)
 
 RATES = (1_000, 768_000)
 """Lowest and highest sample rate that is accepted, in hertz: beyond them the header of a file is wrong."""
 
-BLOCK = 1 << 16
-"""Samples read at a time in each channel."""
-
-_LIBSNDFILE_MAGIC = (b"RIFF", b"RF64", b"riff", b"FORM", b"caff", b"fLaC", b"OggS", b".snd")
 _FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
-_AGAIN = "get the whole file again"
 
 
 class AudioError(ValueError):
@@ -49,6 +55,8 @@ class AudioReader:
     Attributes:
         rate: sample rate, in hertz.
         channels: c.
+        layout: speakers of the channels, FFmpeg's names, in the order of a WAV file's channel mask, in which the
+            channels come whatever their order in the file; () when the file does not declare them.
         frames: samples in each channel. FFmpeg's formats are decoded once to count them: what the container hides
             (an encoder's delay and padding) is left out.
 
@@ -56,8 +64,8 @@ class AudioReader:
         path: the file.
 
     Raises:
-        AudioError: for a file that is missing, not a regular file, not audio, truncated or empty, or has a rate
-            outside `RATES`.
+        AudioError: for a file that is missing, not a regular file, not audio, cut, damaged or empty, has a rate
+            outside `RATES`, or changes its rate or channels.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -71,44 +79,40 @@ class AudioReader:
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be read ({reason(error)}); change that, or leave it out") from error
         try:
-            self._decoder = self._open()
-            self.rate, self.channels, self.frames = self._decoder.rate, self._decoder.channels, self._decoder.frames
-            self._check_header()
+            self._open_decoders()
         except BaseException:
             self._raw.close()
             raise
 
-    def _open(self) -> _LibsndfileDecoder | _FFmpegDecoder:
-        head = self._raw.read(64)
-        if not head:
+    def _open_decoders(self) -> None:
+        if not self._raw.read(1):
             raise AudioError(f"{self.path}: is empty, 0 bytes; {_FORMATS}")
-        refusal: Exception | None = None
-        if head.startswith(_LIBSNDFILE_MAGIC) and b"OpusHead" not in head:
-            try:
-                return _LibsndfileDecoder(self._raw)
-            except soundfile.LibsndfileError as error:
-                refusal = error
+        self._decoders: list[LibsndfileDecoder | FFmpegDecoder] = []
         try:
-            return _FFmpegDecoder(self._raw)
-        except _Damaged as error:
-            raise self._damaged(error) from error
-        except (av.FFmpegError, OSError) as error:
-            reasons = reason(refusal or error)
-            raise AudioError(f"{self.path}: cannot be read as audio ({reasons}); {_FORMATS}") from error
+            for part in find_parts(self._raw):
+                self._decoders.append(open_decoder(self._raw, part))
+                self._check_header(self._decoders[-1])
+        except DamagedError as error:
+            raise AudioError(f"{self.path}: {error}") from error
+        except (soundfile.LibsndfileError, av.FFmpegError, OSError) as error:
+            raise AudioError(f"{self.path}: cannot be read as audio ({reason(error)}); {_FORMATS}") from error
+        self.rate, self.channels, self.layout = _format(self._decoders[0])
+        self.frames = sum(decoder.frames for decoder in self._decoders)
 
-    def _check_header(self) -> None:
+    def _check_header(self, decoder: LibsndfileDecoder | FFmpegDecoder) -> None:
         low, high = RATES
-        if not low <= self.rate <= high:
+        if not low <= decoder.rate <= high:
             raise AudioError(
-                f"{self.path}: {self.rate:,} Hz is no rate that music is recorded at ({low:,} to {high:,} Hz); "
+                f"{self.path}: {decoder.rate:,} Hz is no rate that music is recorded at ({low:,} to {high:,} Hz); "
                 f"write the right rate into its head, or resample it"
             )
-        if self._decoder.truncated or not _ogg_ends(self._raw):
-            raise AudioError(f"{self.path}: is cut short: its end is missing; {_AGAIN}")
-        if not self.frames:
+        if not decoder.frames:
             raise AudioError(f"{self.path}: holds no samples; give a song")
-        if self.frames >= (1 << 63) - 1:  # a FLAC that was written into a pipe
-            raise AudioError(f"{self.path}: does not say how long it is; convert it, to WAV for example")
+        if _format(decoder) != _format(self._decoders[0]):
+            seconds = sum(before.frames / before.rate for before in self._decoders[:-1])
+            raise AudioError(
+                f"{self.path}: changes its rate or channels after {seconds:.1f} s; split it there, or convert it"
+            )
 
     def blocks(self) -> Iterator[Tensor]:
         """The samples from the start: blocks (c, up to `BLOCK`) float32.
@@ -117,15 +121,13 @@ class AudioReader:
             AudioError: when samples are NaN or infinite, or the data are damaged or end before `frames`.
         """
         try:
-            for block in self._decoder.blocks():
-                if not np.isfinite(block).all():
-                    raise AudioError(f"{self.path}: holds NaN or infinite samples; repair or export it again")
-                yield torch.from_numpy(block)
-        except _Damaged as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: _Damaged) -> AudioError:
-        return AudioError(f"{self.path}: is damaged or cut short {error}; {_AGAIN}")
+            for decoder in self._decoders:
+                for block in decoder.blocks():
+                    if not np.isfinite(block).all():
+                        raise AudioError(f"{self.path}: holds NaN or infinite samples; repair or export it again")
+                    yield torch.from_numpy(block)
+        except DamagedError as error:
+            raise AudioError(f"{self.path}: {error}") from error
 
     def __enter__(self) -> AudioReader:
         return self
@@ -144,190 +146,27 @@ def read(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
         return torch.cat(list(file.blocks()), dim=-1), file.rate
 
 
-class _Damaged(Exception):
-    """Data that cannot be decoded, or end too early: the message says where."""
-
-    def __init__(self, samples: float, rate: int, of: float | None = None, cause: Exception | None = None) -> None:
-        seconds = f"{samples / rate:.1f}"
-        super().__init__(
-            f"after {seconds} s ({reason(cause)})" if cause else f": {seconds} of {(of or 0) / rate:.1f} s can be read"
-        )
-
-
-class _LibsndfileDecoder:
-    """Decoder of the formats that libsndfile reads."""
-
-    def __init__(self, raw: io.FileIO) -> None:
-        raw.seek(0)
-        self._file = soundfile.SoundFile(raw.fileno(), closefd=False)  # without a name: its suffix decides nothing
-        self.rate: int = self._file.samplerate
-        self.channels: int = self._file.channels
-        self.frames: int = self._file.frames
-        # libsndfile takes a chunk that ends too early as it is, and says so in its log alone. Programs that write
-        # into a pipe leave a size of 0 or just below or at 2^31 or 2^32 behind, which means nothing.
-        sizes = re.findall(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", self._file.extra_info, re.MULTILINE)
-        short = [int(claimed) for claimed, actual in sizes if int(actual) + 1 < int(claimed)]
-        self.truncated = any((size + 0x10000) % (1 << 31) > 0x10000 for size in short)
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """(c, up to `BLOCK`) float32."""
-        samples = 0
-        while True:
-            try:
-                block = self._file.read(BLOCK, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
-                raise _Damaged(samples, self.rate, cause=error) from error
-            if not len(block):
-                break
-            samples += len(block)
-            yield block.T.copy()
-        if samples < self.frames:
-            raise _Damaged(samples, self.rate, of=self.frames)
-
-
-class _FFmpegDecoder:
-    """Decoder of all that FFmpeg reads; it decodes the file once to count its samples and to find damage early."""
-
-    truncated = False
-
-    def __init__(self, raw: io.FileIO) -> None:
-        self._raw = raw
-        self._stated: float | None = None  # seconds, by the container
-        self.rate = self.channels = self.frames = 0
-        for frame in self._decode():
-            if not self.frames:
-                self.rate, self.channels = frame.rate, frame.layout.nb_channels
-            elif (frame.rate, frame.layout.nb_channels) != (self.rate, self.channels):
-                raise _Damaged(self.frames, self.rate, cause=ValueError("another rate or number of channels follows"))
-            self.frames += _length(frame)
-        stated = (self._stated or 0.0) * self.rate
-        if self.frames < stated - self.rate / 10:  # some durations are rounded, or count an encoder's delay
-            raise _Damaged(self.frames, self.rate, of=stated)
-        # The edit list of an MP4 may end in the last frame or two. Its duration may be rounded, to 1/600 s at worst.
-        if stated and self._is_mp4 and self.rate / 600 < self.frames - stated < 4096:
-            self.frames = round(stated)
-
-    def _decode(self) -> Iterator[av.AudioFrame]:
-        self._raw.seek(0)
-        container: Any = av.open(self._raw, io_open=_open_nothing, metadata_errors="ignore")
-        with container:
-            stream = container.streams.best("audio")
-            if stream is None:
-                raise av.InvalidDataError(0, "no sound in it")
-            for other in container.streams:
-                if other is not stream:
-                    other.discard = Discard.all
-            format = container.format.name
-            self._is_mp4 = "mp4" in format
-            samples = 0
-            for packet in container.demux(stream):
-                if self._stated is None:
-                    self._stated = _stated_duration(container, stream, packet.pos, self._raw)
-                try:
-                    frames = packet.decode()
-                except av.FFmpegError as error:
-                    if format == "mp3":  # a tag between two frames, say: decoders of MP3 go on with the next frame
-                        continue
-                    if not samples:
-                        raise
-                    raise _Damaged(samples, stream.rate, cause=error) from error
-                for frame in frames:
-                    samples += frame.samples
-                    yield frame
-            if not samples:
-                raise av.InvalidDataError(0, "no sound in it")
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """(c, up to `BLOCK`) float32."""
-        pending: list[np.ndarray] = []
-        samples = pending_samples = 0
-        for frame in self._decode():
-            array = _float32(frame)[:, : min(_length(frame), self.frames - samples)]
-            samples += array.shape[1]
-            pending.append(array)
-            pending_samples += array.shape[1]
-            if pending_samples >= BLOCK or samples == self.frames:
-                yield from np.split(np.concatenate(pending, axis=1), range(BLOCK, pending_samples, BLOCK), axis=1)
-                pending, pending_samples = [], 0
-
-
-def _stated_duration(container: Any, stream: Any, first_packet: int | None, raw: io.FileIO) -> float:
-    """Duration in seconds that a container states, 0 where FFmpeg only guesses it from the file's size."""
-    format = container.format.name
-    if format in ("aac", "ac3", "eac3", "dts", "mpegts"):
-        return 0.0
-    if format == "mp3":  # an encoder's first frame, which is no sound, may count the others
-        start = max(0, (first_packet or 0) - 2048)
-        tag = re.search(rb"(?:Xing|Info)...(.)(....)", _read_at(raw, start, (first_packet or 0) - start), re.DOTALL)
-        if not tag or not tag[1][0] & 1 or not any(tag[2]):
-            return 0.0
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
-
-
-def _length(frame: av.AudioFrame) -> int:
-    """Samples of a decoded frame that count: fewer than it has where the container says that it lasts shorter."""
-    exact = frame.time_base is not None and frame.time_base * frame.rate == 1 and frame.duration
-    return min(frame.samples, frame.duration) if exact else frame.samples
-
-
-def _float32(frame: av.AudioFrame) -> np.ndarray:
-    """The samples of a decoded frame, (c, samples) float32, full scale 1."""
-    array: np.ndarray = frame.to_ndarray()
-    if not frame.format.is_planar:
-        array = array.reshape(frame.samples, -1).T
-    if array.dtype == np.uint8:
-        array = array.astype("int8") - np.int8(-128)
-    scale = 1.0 if array.dtype.kind == "f" else 2.0 ** (1 - 8 * array.dtype.itemsize)
-    return (array * scale).astype("float32")
-
-
-def _open_nothing(url: str, *_: object) -> NoReturn:
-    """A playlist may name other files, or addresses: none is opened."""
-    raise PermissionError(f"{url}: named by another file")
-
-
-def reason(error: Exception) -> str:
-    """What an error says, without the file's name, which stands in front of it already."""
-    if isinstance(error, soundfile.LibsndfileError):
-        return str(error.error_string).strip().rstrip(".")
-    if isinstance(error, OSError | av.FFmpegError):
-        return error.strerror or type(error).__name__
-    return str(error) or type(error).__name__
-
-
-def _read_at(raw: io.FileIO, start: int, size: int) -> bytes:
-    """Bytes of a file from a place on; its position stays, which decoders rely on."""
-    position = raw.tell()
-    raw.seek(start)
-    data = raw.read(size)
-    raw.seek(position)
-    return data
-
-
-def _ogg_ends(raw: io.FileIO) -> bool:
-    """Whether the last page of an Ogg stream is marked as the last (RFC 3533); True for any other file."""
-    if _read_at(raw, 0, 4) != b"OggS":
-        return True
-    longest_page = (1 << 16) + 282
-    tail = _read_at(raw, max(0, os.fstat(raw.fileno()).st_size - longest_page), longest_page)
-    last = tail.rfind(b"OggS")
-    return last >= 0 and len(tail) > last + 5 and bool(tail[last + 5] & 4)
+def _format(decoder: LibsndfileDecoder | FFmpegDecoder) -> tuple[int, int, tuple[str, ...]]:
+    return decoder.rate, decoder.channels, decoder.layout
 
 
 def find_audio_files(
     folder: str | os.PathLike[str], *, without: Iterable[Path] = ()
-) -> tuple[list[Path], list[AudioError]]:
-    """Find audio files in a folder and the folders below it, by suffix, sorted by name; and what went wrong.
+) -> tuple[list[Path], list[AudioError], list[Path]]:
+    """Find audio files in a folder and the folders below it, sorted by name.
 
-    Hidden files and folders are left out, and so are the folders `without`; links to folders are not followed.
-    A folder that cannot be read is an error in the second list, and so is one without any audio file.
+    A file is taken by its suffix, or by its first bytes. Hidden files and folders are left out, and so are the folders
+    `without`; links to folders are not followed.
+
+    Returns:
+        The files; an error for every folder that cannot be read, or one when there is no audio file; and the other
+        files, which were left out.
     """
     folder = Path(folder)
-    excluded = {path.resolve() for path in without}
+    excluded = {os.path.realpath(path) for path in without}
     songs: list[Path] = []
     errors: list[AudioError] = []
+    left_out: list[Path] = []
 
     def note(error: OSError) -> None:
         errors.append(
@@ -336,13 +175,22 @@ def find_audio_files(
 
     for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in excluded
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in excluded
         )
-        songs += [
-            Path(parent) / name
-            for name in sorted(names)
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
+        for path in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
+            (songs if path.suffix.lower() in SUFFIXES or _looks_like_audio(path) else left_out).append(path)
     if not songs and not errors:
         errors.append(AudioError(f"{folder}: the folder holds no WAV, FLAC, OGG, MP3 or M4A file; give one that does"))
-    return songs, errors
+    return songs, errors, left_out
+
+
+def _looks_like_audio(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return bool(_MAGIC.match(file.read(16)))
+    except OSError:
+        return False

@@ -7,43 +7,65 @@ All of it block by block: memory does not grow with the song. Book: "Separating 
 from __future__ import annotations
 
 import os
-import stat
+import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
 from ..model import BSMamba2
-from ..separate import Progress
-from .files import AudioError, AudioReader, reason
+from ..separate import Progress, tta_views
+from .files import AudioReader
 from .resample import resample_blocks
 from .streaming import separate_stream
 from .writer import FORMATS, StemWriter
 
+_SONGS_AT_ONCE = 8
+"""Pairs of a file's channels that are separated in one pass over it: their segments are in memory together."""
 
-def split_channels(signal: Tensor, channels: int) -> Tensor:
-    """Group the channels of a file into songs: (file's channels, samples) → (b, c, samples), in order.
 
-    Channels that are left over, the only one of a mono file among them, are songs of their own, copied to all c.
+def channel_groups(count: int, channels: int = 2, layout: Sequence[str] = ()) -> list[tuple[int, ...]]:
+    """Group the channels of a file into songs of `channels` channels: the indices of each.
+
+    Of a declared layout, a left and a right speaker are a stereo song (FL and FR, BL and BR, ...), each other speaker
+    (FC, LFE, BC, ...) is a mono song. Without one, or for a model that is not stereo, channels that follow each other
+    are a song, and each channel that is left over.
     """
-    grouped = signal.shape[0] // channels * channels
-    songs = signal[:grouped].unflatten(0, (-1, channels)) if grouped else signal[:0, None].expand(-1, channels, -1)
-    single = signal[grouped:, None].expand(-1, channels, -1)
-    return torch.cat([songs, single])
+    if not layout or channels != 2:
+        grouped = count // channels * channels
+        pairs = [tuple(range(i, i + channels)) for i in range(0, grouped, channels)]
+        return [*pairs, *((i,) for i in range(grouped, count))]
+    partner = {name: name.replace("L", "R") for name in layout if name.replace("L", "R") in layout and "L" in name}
+    return [
+        (i, layout.index(partner[name])) if name in partner else (i,)
+        for i, name in enumerate(layout)
+        if name not in partner.values()
+    ]
 
 
-def join_channels(stems: Tensor, count: int) -> Tensor:
-    """Inverse of `split_channels`: (b, stem, c, samples) → (stem, `count` channels, samples).
+def split_channels(signal: Tensor, groups: Sequence[tuple[int, ...]], channels: int = 2) -> Tensor:
+    """Songs of a file's channels: (file's channels, samples) → (b, c, samples); a single channel is copied to all c."""
+    return torch.stack([signal[list(group)].expand(channels, -1) for group in groups])
+
+
+def join_channels(stems: Tensor, groups: Sequence[tuple[int, ...]]) -> Tensor:
+    """Inverse of `split_channels`: (b, stem, c, samples) → (stem, the groups' channels in order, samples).
 
     A channel that was copied is the mean of its copies.
     """
-    songs = count // stems.shape[2]
-    grouped = stems[:songs].transpose(0, 1).flatten(1, 2)
-    single = stems[songs:].mean(2).transpose(0, 1)
-    return torch.cat([grouped, single], dim=1)
+    order = torch.tensor([i for group in groups for i in group]).argsort()
+    songs = [
+        song if song.shape[1] == len(group) else song.mean(1, keepdim=True)
+        for song, group in zip(stems, groups, strict=True)
+    ]
+    return torch.cat(songs, dim=1)[:, order]
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,23 @@ class SeparatedFiles:
 
     paths: Mapping[str, Path]
     gain: float
+
+
+def result_paths(config: ModelConfig, base: str | os.PathLike[str], format: str) -> dict[str, Path]:
+    """Files that `separate_file` writes: stem → path.
+
+    Raises:
+        ValueError: for an unknown format, and for a model with a stem called `instrumental`.
+    """
+    if "instrumental" in map(str.casefold, config.stems):
+        raise ValueError(
+            f"the model's stems are {config.stems}, and `instrumental` is the mixture less the stems: "
+            "give the stem another name"
+        )
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
+    names = (*config.stems, "instrumental")
+    return {name: Path(f"{os.fspath(base)}.{name}{FORMATS[format].suffix}") for name in names}
 
 
 def separate_file(
@@ -64,73 +103,90 @@ def separate_file(
     look_ahead: float | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
+    shifts: int = 1,
+    tta: bool = False,
     format: str = "wav",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> SeparatedFiles:
     """Separate a file into `<base>.<stem>.<suffix>` and `<base>.instrumental.<suffix>`, the mixture less the stems.
 
-    Rate, length and number of channels are the song's own. A mono song is copied to the model's channels, and the
-    mean of the result written. Of more than two channels each two after each other are separated as one stereo song,
-    an odd last one as a mono song.
+    Rate, length, number of channels and their layout are the song's own. The channels are separated in the groups of
+    `channel_groups`; a mono one is copied to the model's channels, and the mean of the result written.
 
     Args:
         model: as in `separate`.
         song: the file.
         base: folder and name of the results, without a suffix; missing folders are made.
-        segment, overlap, look_ahead, batch, dtype: as in `separate_stream`.
+        segment, overlap, look_ahead, batch, dtype, shifts, tta: as in `separate_stream`.
         format: a key of `FORMATS`.
         overwrite: whether results that exist may be replaced.
-        progress: called with the file's samples as they are written.
+        progress: called with the file's samples as they are done.
 
     Raises:
         AudioError: for a song that cannot be read, results that exist, and results that cannot be written.
-        ValueError: as `separate_stream`, and for a model with a stem called `instrumental`.
+        ValueError: as `separate_stream` and `result_paths`.
     """
-    config = model.config
-    if "instrumental" in config.stems:
-        raise ValueError(
-            f"the model's stems are {config.stems}, and `instrumental` is the mixture less the stems: "
-            "give the stem another name"
-        )
-    names = (*config.stems, "instrumental")
+    config, paths = model.config, result_paths(model.config, base, format)
     with AudioReader(song) as file:
-        if format not in FORMATS:
-            raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
-        paths = {name: Path(f"{os.fspath(base)}.{name}{FORMATS[format].suffix}") for name in names}
-        for path in paths.values():
-            _make_room(path, overwrite)
-        mixture = _ReplayBuffer(file.blocks())
-        songs = (split_channels(block, config.channels) for block in mixture)
-        stems = separate_stream(
-            model, resample_blocks(songs, file.rate, config.sample_rate),
-            segment=segment, overlap=overlap, look_ahead=look_ahead, batch=batch, dtype=dtype,
-        )  # fmt: skip
-        with StemWriter(paths, file.rate, file.channels, format, frames=file.frames) as writer:
+        layout = file.layout
+        groups = channel_groups(file.channels, config.channels, layout)
+        at_once = max(1, _SONGS_AT_ONCE // len(tta_views(config, shifts, tta)))
+        passes = [groups[i : i + at_once] for i in range(0, len(groups), at_once)]
+
+        def separate_pass(file: AudioReader, groups: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tensor, Tensor]]:
+            """The mixture and the stems of some channels: (channels, samples) and (stem, channels, samples)."""
+            picked = sorted(i for group in groups for i in group)
+            mixture = _ReplayBuffer(block[picked] for block in file.blocks())
+            places = [tuple(picked.index(i) for i in group) for group in groups]
+            songs = (split_channels(block, places, config.channels) for block in mixture)
+            stems = separate_stream(
+                model, resample_blocks(songs, file.rate, config.sample_rate), segment=segment, overlap=overlap,
+                look_ahead=look_ahead, batch=batch, dtype=dtype, shifts=shifts, tta=tta,
+            )  # fmt: skip
             for block in resample_blocks(stems, config.sample_rate, file.rate):
                 original = mixture.take(block.shape[-1])  # shorter at the end: a rate's rounding
                 if not original.shape[-1]:
                     continue
-                estimates = join_channels(block[..., : original.shape[-1]], file.channels)
-                writer.write(dict(zip(names, (*estimates, original - estimates.sum(0)), strict=True)))
+                yield original, join_channels(block[..., : original.shape[-1]], places)
                 if progress is not None:
-                    progress(original.shape[-1], file.frames)
+                    progress(original.shape[-1], file.frames * len(passes))
+
+        with StemWriter(
+            paths, file.rate, file.channels, format, frames=file.frames, layout=layout, overwrite=overwrite
+        ) as writer:  # fmt: skip
+            several = len(passes) > 1
+            folder = paths["instrumental"].parent
+            blocks = _join_passes(song, passes, separate_pass, folder) if several else separate_pass(file, groups)
+            for original, estimates in blocks:
+                writer.write(dict(zip(paths, (*estimates, original - estimates.sum(0)), strict=True)))
     return SeparatedFiles(paths, writer.gain)
 
 
-def _make_room(path: Path, overwrite: bool) -> None:
-    """Make the folder of a result; raise AudioError when it cannot be made, or the result exists."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kind = stat.S_IFMT(path.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise AudioError(
-            f"{path}: cannot be written ({reason(error)}); give another folder, or rename the song"
-        ) from error
-    if not overwrite or kind == stat.S_IFDIR:
-        raise AudioError(f"{path}: exists; give another folder with -o, or --overwrite")
+def _join_passes(
+    song: str | os.PathLike[str],
+    passes: Sequence[Sequence[tuple[int, ...]]],
+    separate_pass: Callable[..., Any],
+    folder: Path,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `separate_pass` for all channels of a file, in several passes over it; the stems wait on the disk."""
+    order = np.argsort([i for groups in passes for i in sorted(sum(groups, ()))])
+    with ExitStack() as stack:
+        spools = []
+        for groups in passes:
+            spool = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            with AudioReader(song) as file:
+                for _, stems in separate_pass(file, groups):
+                    spool.write(stems.permute(2, 0, 1).contiguous().numpy().data)
+            spool.seek(0)
+            spools.append((spool, stems.shape[:2]))
+        with AudioReader(song) as file:
+            for block in file.blocks():
+                parts = [
+                    np.frombuffer(spool.read(4 * block.shape[1] * count * width), "float32").reshape(-1, count, width)
+                    for spool, (count, width) in spools
+                ]
+                yield block, torch.from_numpy(np.concatenate(parts, axis=2)[..., order].transpose(1, 2, 0))
 
 
 class _ReplayBuffer:

@@ -19,14 +19,23 @@ Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..model import BSMamba2, StreamingState
-from ..separate import _forward_batches, _inference_context, check_mixture, check_stems, overlap_add_window
-from ..spectrogram import check_length, istft
+from ..separate import (
+    View,
+    _forward_batches,
+    _inference_context,
+    average,
+    check_mixture,
+    check_stems,
+    overlap_add_window,
+    tta_views,
+)
+from ..spectrogram import analysis_window, check_length, istft
 
 
 def separate_stream(
@@ -38,6 +47,8 @@ def separate_stream(
     look_ahead: float | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
+    shifts: int = 1,
+    tta: bool = False,
 ) -> Iterator[Tensor]:
     """Streaming separation: songs of one length come in blocks, in parallel, and go out in blocks.
 
@@ -52,6 +63,7 @@ def separate_stream(
         look_ahead: seconds of the future that each segment sees, its state carried on from the segment before.
         batch: segments that go through the model at once; with a look-ahead, only those of parallel songs.
         dtype: of the model's arithmetic, one of `separate.DTYPES`.
+        shifts, tta: test-time averaging, see `separate.tta_views`; the views are parallel songs.
 
     Yields:
         (b, stem, c, samples) float32 on the CPU, as many samples in all as came in.
@@ -61,13 +73,50 @@ def separate_stream(
     """
     config = model.config
     length, step, weight = overlap_add_window(config, segment, overlap, batch)
-    if look_ahead is None:
-        yield from _stream_overlap_add(model, blocks, step, weight, batch, dtype)
-        return
-    if not 0 <= look_ahead <= 3600:
+    if look_ahead is not None and not 0 <= look_ahead <= 3600:
         raise ValueError(f"look_ahead={look_ahead!r} must be seconds, at least 0 and at most 3600")
-    frames, ahead = (round(samples / config.hop_length) for samples in (length, look_ahead * config.sample_rate))
-    yield from _stream_stateful(model, blocks, frames, ahead, batch, dtype)
+
+    def stream(songs: Iterable[Tensor]) -> Iterator[Tensor]:
+        if look_ahead is None:
+            return _stream_overlap_add(model, songs, step, weight, batch, dtype)
+        frames, ahead = (round(samples / config.hop_length) for samples in (length, look_ahead * config.sample_rate))
+        return _stream_stateful(model, songs, frames, ahead, batch, dtype)
+
+    views = tta_views(config, shifts, tta)
+    yield from stream(blocks) if len(views) == 1 else _stream_average(stream, blocks, views)
+
+
+def _stream_average(
+    stream: Callable[[Iterable[Tensor]], Iterator[Tensor]], blocks: Iterable[Tensor], views: Sequence[View]
+) -> Iterator[Tensor]:
+    """Average over views of the mixture, which `stream` separates as parallel songs."""
+    longest = views[-1].delay
+
+    def view_blocks() -> Iterator[Tensor]:
+        """(view, b, c, samples), and zeros until the most delayed view has come to its end."""
+        transformed = None
+        for block in blocks:
+            yield (transformed := torch.stack([view.transform(block) for view in views]))
+        if transformed is not None:
+            yield transformed.new_zeros(*transformed.shape[:-1], longest)
+
+    delayed = _delay(view_blocks(), [view.delay for view in views])
+    estimates = (stems.unflatten(0, (len(views), -1)) for stems in stream(block.flatten(0, 1) for block in delayed))
+    skip = longest
+    for aligned in _delay(estimates, [longest - view.delay for view in views]):
+        mean = average(views, aligned)[..., skip:]
+        skip = max(0, skip - aligned.shape[-1])
+        yield mean
+
+
+def _delay(blocks: Iterable[Tensor], delays: Sequence[int]) -> Iterator[Tensor]:
+    """Delay lines: blocks (view, ..., samples), each view later by its own number of samples; zeros come first."""
+    history = torch.zeros(0)
+    for block in blocks:
+        history = torch.cat((history if len(history) else torch.zeros(*block.shape[:-1], max(delays)), block), dim=-1)
+        ends = [history.shape[-1] - delay for delay in delays]
+        yield torch.stack([line[..., end - block.shape[-1] : end] for line, end in zip(history, ends, strict=True)])
+        history = history[..., block.shape[-1] :]
 
 
 def _stream_overlap_add(
@@ -118,7 +167,7 @@ def _stream_stateful(
     model: BSMamba2, blocks: Iterable[Tensor], frames: int, ahead: int, batch: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Segments of `frames` frames, each with `ahead` more behind it: (b, c, samples) → (b, stem, c, samples) blocks."""
-    n_fft, hop_length = model.config.n_fft, model.config.hop_length
+    n_fft, hop_length, win_length = model.config.n_fft, model.config.hop_length, model.config.win_length
     received = emitted = 0
 
     def checked_blocks() -> Iterator[Tensor]:
@@ -135,7 +184,7 @@ def _stream_stateful(
         """Masked spectrograms: complex (b, stem, c, f, t)."""
         pending: Tensor | None = None  # from the first frame of the next segment on
         states: list[StreamingState] = []  # for each `batch` of songs
-        for spectrogram in stft_blocks(checked_blocks(), n_fft, hop_length):
+        for spectrogram in stft_blocks(checked_blocks(), n_fft, hop_length, win_length):
             pending = spectrogram if pending is None else torch.cat((pending, spectrogram), dim=-1)
             while pending.shape[-1] > frames + ahead:
                 masks, states = _stream_masks(model, pending[..., : frames + ahead], states, frames, batch, dtype)
@@ -144,7 +193,7 @@ def _stream_stateful(
         if pending is not None:  # the look-ahead reaches the end of the song: all that is left is one segment
             yield _stream_masks(model, pending, states, pending.shape[-1], batch, dtype)[0] * pending[:, None]
 
-    for block in istft_blocks(stem_spectrograms(), n_fft, hop_length):
+    for block in istft_blocks(stem_spectrograms(), n_fft, hop_length, win_length):
         block = block[..., : received - emitted].float()  # the last may have zeros behind the song
         check_stems(block, dtype)
         emitted += block.shape[-1]
@@ -164,13 +213,14 @@ def _stream_masks(
         return torch.cat([masks.cpu() for masks, _ in pairs]), [state for _, state in pairs]
 
 
-def stft_blocks(blocks: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 441) -> Iterator[Tensor]:
+def stft_blocks(
+    blocks: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 441, win_length: int | None = None
+) -> Iterator[Tensor]:
     """Streaming STFT: the frames of `spectrogram.stft`, each as soon as its samples have arrived.
 
     Args:
         blocks: (..., samples), real, in order, of any length.
-        n_fft: window and transform length, in samples.
-        hop_length: samples between frames, at most half of n_fft.
+        n_fft, hop_length, win_length: as in `spectrogram.stft`.
 
     Yields:
         Complex (..., f, t).
@@ -181,6 +231,16 @@ def stft_blocks(blocks: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 4
     half = n_fft // 2
     pending: Tensor | None = None  # from the first sample of the next frame on
     reflected = False
+
+    def transform(frames: int) -> Tensor:
+        """The first `frames` frames of `pending`."""
+        assert pending is not None
+        audio = pending[..., : (frames - 1) * hop_length + n_fft]
+        window = analysis_window(n_fft, win_length, audio.dtype, audio.device)
+        flat = audio.reshape(-1, audio.shape[-1])
+        spectrogram = torch.stft(flat, n_fft, hop_length, window=window, center=False, return_complex=True)
+        return spectrogram.reshape(*audio.shape[:-1], *spectrogram.shape[1:])
+
     for block in blocks:
         pending = block if pending is None else torch.cat((pending, block), dim=-1)
         if not reflected and pending.shape[-1] > half:
@@ -188,32 +248,24 @@ def stft_blocks(blocks: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 4
             reflected = True
         frames = (pending.shape[-1] - n_fft - 1) // hop_length + 1  # one sample more stays, to reflect the end
         if reflected and frames > 0:
-            yield _stft_frames(pending, frames, n_fft, hop_length)
+            yield transform(frames)
             pending = pending[..., frames * hop_length :]
     if pending is None:
         return
     if not reflected:
         check_length(pending.shape[-1], n_fft)
     pending = torch.cat((pending, pending[..., -half - 1 : -1].flip(-1)), dim=-1)
-    yield _stft_frames(pending, (pending.shape[-1] - n_fft) // hop_length + 1, n_fft, hop_length)
+    yield transform((pending.shape[-1] - n_fft) // hop_length + 1)
 
 
-def _stft_frames(audio: Tensor, frames: int, n_fft: int, hop_length: int) -> Tensor:
-    """The first `frames` frames of (..., samples), the first of them at the first sample: complex (..., f, t)."""
-    audio = audio[..., : (frames - 1) * hop_length + n_fft]
-    window = torch.hann_window(n_fft, dtype=audio.dtype, device=audio.device)
-    flat = audio.reshape(-1, audio.shape[-1])
-    spectrogram = torch.stft(flat, n_fft, hop_length, window=window, center=False, return_complex=True)
-    return spectrogram.reshape(*audio.shape[:-1], *spectrogram.shape[1:])
-
-
-def istft_blocks(spectrograms: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 441) -> Iterator[Tensor]:
+def istft_blocks(
+    spectrograms: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 441, win_length: int | None = None
+) -> Iterator[Tensor]:
     """Streaming inverse STFT: the samples of `spectrogram.istft`, each as soon as all its frames have arrived.
 
     Args:
         spectrograms: complex (..., f, t), in order, of any length.
-        n_fft: window and transform length, in samples.
-        hop_length: samples between frames, at most half of n_fft.
+        n_fft, hop_length, win_length: as in `spectrogram.istft`.
 
     Yields:
         Real (..., samples): in all one less than hop for each frame, the most that audio of so many frames has.
@@ -225,7 +277,8 @@ def istft_blocks(spectrograms: Iterable[Tensor], n_fft: int = 2048, hop_length: 
     def samples_to(end: int) -> Tensor:
         """The samples from `emitted` to `end`."""
         assert pending is not None
-        return istft(pending, end - first * hop_length, n_fft, hop_length)[..., emitted - first * hop_length :]
+        start = first * hop_length
+        return istft(pending, end - start, n_fft, hop_length, win_length)[..., emitted - start :]
 
     for block in spectrograms:
         pending = block if pending is None else torch.cat((pending, block), dim=-1)

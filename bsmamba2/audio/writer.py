@@ -9,8 +9,9 @@ import contextlib
 import io
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,57 +20,47 @@ import numpy as np
 import soundfile
 from torch import Tensor
 
-from .files import AudioError, AudioReader, reason
+from ..atomic_write import fsync
+from .decoders import SPEAKERS, VORBIS_SPEAKERS, reason
+from .files import AudioError, AudioReader
+
+try:
+    import fcntl
+except ImportError:  # Windows, which deletes no file that is open
+    fcntl = None  # type: ignore[assignment]
 
 _WRITE_CHUNK = 1 << 16
 """Frames written in one call: minutes of Vorbis in one call crash libsndfile."""
 
+_EXISTS = "{}: exists; give another folder with -o, or --overwrite"
+
 
 @dataclass(frozen=True)
 class Format:
-    """Output format.
-
-    Attributes:
-        suffix: of the file's name.
-        container: soundfile's name of the format.
-        subtype: soundfile's name of the encoding.
-        bits: of a sample, 0 for a lossy encoding.
-        bounded: whether samples beyond ±1 would clip.
-    """
+    """Output format: suffix, soundfile's names of container and encoding, bits per sample (0: lossy), most channels."""
 
     suffix: str
     container: str
     subtype: str
     bits: int
-    bounded: bool = True
+    channels: int
 
 
 FORMATS = {
-    "wav": Format(".wav", "WAV", "FLOAT", 32, bounded=False),
-    "wav24": Format(".wav", "WAV", "PCM_24", 24),
-    "wav16": Format(".wav", "WAV", "PCM_16", 16),
-    "flac": Format(".flac", "FLAC", "PCM_24", 24),
-    "ogg": Format(".ogg", "OGG", "VORBIS", 0),
-    "mp3": Format(".mp3", "MP3", "MPEG_LAYER_III", 0),
+    "wav": Format(".wav", "WAV", "FLOAT", 32, 1024),
+    "wav24": Format(".wav", "WAV", "PCM_24", 24, 1024),
+    "wav16": Format(".wav", "WAV", "PCM_16", 16, 1024),
+    "flac": Format(".flac", "FLAC", "PCM_24", 24, 8),
+    "ogg": Format(".ogg", "OGG", "VORBIS", 0, 255),
+    "mp3": Format(".mp3", "MP3", "MPEG_LAYER_III", 0, 2),
 }
 
 
-def write(path: str | os.PathLike[str], audio: Tensor, sample_rate: int, format: str = "wav") -> float:
-    """Write one audio file, (c, samples); returns the gain, as `StemWriter` has it.
-
-    Raises:
-        AudioError: as `StemWriter`.
-    """
-    with StemWriter({"audio": Path(path)}, sample_rate, audio.shape[0], format, frames=audio.shape[1]) as stems:
-        stems.write({"audio": audio})
-    return stems.gain
-
-
 class StemWriter:
-    """Writer of audio files that belong together, of one rate, length and number of channels.
+    """Writer of audio files that belong together, of one rate, length and number of channels: all appear, or none.
 
-    Until the block ends without an error, they have names that begin with a dot, in the folders where they are to
-    stand; then each takes its own name. After an error nothing of them is left.
+    Until the block ends without an error, they have hidden names in their folders; then each gets its own. After an
+    error nothing of them is left. What a killed process left is removed by the next writer to the folder.
 
     32-bit float (`wav`) holds every level. The other formats end at ±1: there the samples wait in 32-bit float until
     the highest peak of all the files is known, and when it passes 1 all are made quieter by the same `gain`, so
@@ -77,50 +68,61 @@ class StemWriter:
     16 bits, and not changed, is written back as the same 16 bits.
 
     Args:
-        paths: name → file.
+        paths: name → file; missing folders are made.
         rate: in hertz.
         channels: c.
         format: a key of `FORMATS`.
         frames: samples to come in each channel, about: it decides whether a WAV file needs 64-bit sizes.
+        layout: speakers of the channels, as `AudioReader.layout`: the channel mask of a WAV file.
+        overwrite: whether files that exist may be replaced.
 
     Raises:
-        AudioError: for a rate or number of channels that the format does not have, a folder that cannot be written,
-            a full disk.
+        AudioError: for a rate, number of channels or layout that the format does not have, a folder that cannot be
+            written, a file that exists, a full disk.
         ValueError: for an unknown format.
     """
 
     def __init__(
-        self, paths: Mapping[str, Path], rate: int, channels: int, format: str = "wav", *, frames: int
-    ) -> None:
+        self, paths: Mapping[str, Path], rate: int, channels: int, format: str = "wav", *, frames: int,
+        layout: Sequence[str] = (), overwrite: bool = True,
+    ) -> None:  # fmt: skip
         if format not in FORMATS:
             raise ValueError(f"format={format!r} is not one of {', '.join(FORMATS)}")
         self.paths, self.rate, self.channels, self.frames = dict(paths), rate, channels, frames
-        self.format = FORMATS[format]
+        self.format, self.overwrite = FORMATS[format], overwrite
         self.gain = 1.0
         self.peak = 0.0
         self._files: dict[str, _TempAudioFile] = {}
-        try:  # does the encoder take this rate and these channels? before anything long begins
+        self._token = secrets.token_hex(8)
+        fault = f"cannot be written as {format.upper()}; choose --format wav"
+        subject = f"{next(iter(self.paths.values()))}: {channels} channels"
+        self._order = _channel_order(self.format, channels, layout)
+        if channels > self.format.channels:
+            raise AudioError(f"{subject}, more than {self.format.channels}, {fault}")
+        if self._order is None:
+            raise AudioError(f"{subject} for {' '.join(layout)} {fault}")
+        mask = sum(1 << SPEAKERS.index(name) for name in layout)
+        self._mask = 0 if mask in (0b11, 0b100) else mask  # stereo and mono need none
+        try:  # does the encoder take this rate? before anything long begins
             with soundfile.SoundFile(
                 io.BytesIO(), "w", rate, channels, self.format.subtype, format=self.format.container
             ) as trial:
                 trial.write(np.zeros((1, channels), dtype="float32"))
         except (soundfile.LibsndfileError, ValueError, AssertionError) as error:
-            raise AudioError(
-                f"{next(iter(self.paths.values()))}: {rate:,} Hz with {channels} channels cannot be written "
-                f"as {self.format.container} {self.format.subtype}; choose --format wav"
-            ) from error
+            raise AudioError(f"{subject} of {rate:,} Hz {fault}") from error
 
     def __enter__(self) -> StemWriter:
         try:
-            for name in self.paths:
-                self._files[name] = self._new_file(name, FORMATS["wav"])
+            for name, path in self.paths.items():
+                _prepare(path, self.overwrite)
+                self._files[name] = self._new_file(path, FORMATS["wav"])
         except BaseException:
             self._discard()
             raise
         return self
 
-    def _new_file(self, name: str, format: Format) -> _TempAudioFile:
-        return _TempAudioFile(self.paths[name], self.rate, self.channels, format, self.frames)
+    def _new_file(self, path: Path, format: Format) -> _TempAudioFile:
+        return _TempAudioFile(path, self._token, self.rate, self.channels, format, self.frames, self._mask)
 
     def write(self, audio: Mapping[str, Tensor]) -> None:
         """Write the next samples of each file: name → (c, samples).
@@ -145,24 +147,49 @@ class StemWriter:
     def _finish(self) -> None:
         for file in self._files.values():
             file.close()
-        if self.format.bounded:
+        if self.format.bits != 32:
             top = 1 - 2.0 ** (1 - self.format.bits) if self.format.bits else 1.0
             self.gain = top / self.peak if self.peak > 1 else 1.0
             for name, float_file in list(self._files.items()):
-                encoded = self._files[name] = self._new_file(name, self.format)
+                encoded = self._files[name] = self._new_file(float_file.path, self.format)
                 try:
                     with AudioReader(float_file.temp_path) as samples:
                         for block in samples.blocks():
-                            encoded.write(_quantise(block.T.numpy() * np.float32(self.gain), self.format.bits))
+                            frames = block.T.numpy()[:, self._order] * np.float32(self.gain)
+                            encoded.write(_quantise(frames, self.format.bits))
                     encoded.close()
                 finally:
-                    float_file.discard()
-        for file in self._files.values():
-            file.commit()
+                    _remove([float_file.temp_path])
+                    float_file.release()
+        for file in self._files.values() if self.overwrite else ():
+            file.delete_old()
+        files = list(self._files.values())
+        for number, file in enumerate(files):
+            try:
+                file.commit()
+            except BaseException:
+                for committed in files[:number]:
+                    committed.path.unlink(missing_ok=True)
+                raise
 
     def _discard(self) -> None:
         for file in self._files.values():
-            file.discard()
+            file.release()
+        _remove([file.temp_path for file in self._files.values()], self.paths.values())
+
+
+def _channel_order(format: Format, channels: int, layout: Sequence[str]) -> list[int] | None:
+    """Order in which a format stores the channels of a file; None where it has no place for one of the speakers."""
+    identity = list(range(channels))
+    speakers = VORBIS_SPEAKERS.get(channels, "").split()  # FLAC has the same ones, in the order of `SPEAKERS`
+    if format.container not in ("FLAC", "OGG") or channels < 3 or not (speakers or layout):
+        return identity
+    names = list(layout) or sorted(speakers, key=SPEAKERS.index)
+    if "SL" not in speakers:  # speakers at the sides or behind are the same here
+        names = [{"SL": "BL", "SR": "BR"}.get(name, name) for name in names]
+    if sorted(names) != sorted(speakers):
+        return None
+    return [names.index(name) for name in speakers] if format.container == "OGG" else identity
 
 
 def _quantise(frames: np.ndarray, bits: int) -> np.ndarray:
@@ -174,82 +201,99 @@ def _quantise(frames: np.ndarray, bits: int) -> np.ndarray:
     return rounded.astype("int16") if bits == 16 else rounded.astype("int32") << (32 - bits)
 
 
-@dataclass
 class _TempAudioFile:
-    """Audio file under a temporary name in its folder; `commit` gives it its own."""
+    """Audio file under a hidden name in its folder, locked while it is open; `commit` gives it its own name."""
 
-    path: Path
-    rate: int
-    channels: int
-    format: Format
-    frames: int
-    temp_path: Path = field(init=False)
+    _raw: _ErrorCapturingFile | None = None
+    _file: Any = None
 
-    def __post_init__(self) -> None:
-        self.temp_path = self.path.with_name(f".bsmamba2-{secrets.token_hex(8)}.part")
-        # Sizes in a WAV file have 32 bits; RF64 is the same file with 64-bit sizes, and keeps the suffix.
-        size = self.frames * self.channels * max(self.format.bits, 8) // 8
-        container = "RF64" if self.format.container == "WAV" and size > 0xFFFF0000 else self.format.container
+    def __init__(
+        self, path: Path, token: str, rate: int, channels: int, format: Format, frames: int, mask: int
+    ) -> None:
+        self.path, self._mask = path, mask
+        self.temp_path = path.with_name(f".bsmamba2-{token}-{secrets.token_hex(4)}.part")
+        container = format.container
+        if container == "WAV":  # its sizes have 32 bits; RF64 is the same file with 64-bit sizes, and keeps the suffix
+            size = frames * channels * format.bits // 8
+            container = "RF64" if size > 0xFFFF0000 else "WAVEX" if mask else "WAV"
+        self._has_mask = container in ("RF64", "WAVEX")
         try:
-            self._raw = _ErrorCapturingFile(self.temp_path)
-        except OSError as error:
-            raise self._error(error) from error
+            with self._errors():
+                self._raw = _ErrorCapturingFile(self.temp_path)
+                self._file = soundfile.SoundFile(self._raw, "w", rate, channels, format.subtype, format=container)
+        except BaseException:
+            self.release()
+            _remove([self.temp_path])
+            raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Errors of the system and of libsndfile as AudioError; soundfile asserts that all was written."""
         try:
-            self._file = soundfile.SoundFile(
-                self._raw, "w", self.rate, self.channels, self.format.subtype, format=container
-            )
-        except soundfile.LibsndfileError as error:
-            self._raw.close()
-            self.temp_path.unlink(missing_ok=True)
-            raise self._error(self._raw.error or error) from error
+            yield
+            if self._raw and self._raw.error:
+                raise self._raw.error
+        except FileExistsError as error:
+            raise AudioError(_EXISTS.format(self.path)) from error
+        except (OSError, soundfile.LibsndfileError, AssertionError) as error:
+            cause = (self._raw and self._raw.error) or error
+            fix = "give another folder with -o, or make room"
+            raise AudioError(f"{self.path}: cannot be written ({reason(cause)}); {fix}") from error
 
     def write(self, frames: np.ndarray) -> None:
         """Write (samples, c)."""
         for start in range(0, len(frames), _WRITE_CHUNK):
-            self._call(self._file.write, frames[start : start + _WRITE_CHUNK])
+            with self._errors():
+                self._file.write(frames[start : start + _WRITE_CHUNK])
 
     def close(self) -> None:
         """Finish the file and flush it to the disk."""
-        self._call(self._file.close)
-        try:
-            os.fsync(self._raw.fileno())
-            self._raw.close()
-        except OSError as error:
-            raise self._error(error) from error
+        assert self._raw is not None
+        with self._errors():
+            self._file.close()
+            if self._has_mask:  # soundfile has no means to set it
+                self._raw.seek(0)
+                self._raw.seek(self._raw.read(128).index(b"fmt ") + 28)
+                self._raw.write(self._mask.to_bytes(4, "little"))
+            fsync(self._raw)
+            if fcntl is None:
+                self._raw.close()
+
+    def delete_old(self) -> None:
+        """Delete the file that is to be replaced, if there is one."""
+        with self._errors():
+            self.path.unlink(missing_ok=True)
 
     def commit(self) -> None:
-        """Rename the file to its own name."""
-        try:
-            self.temp_path.replace(self.path)
-        except OSError as error:
-            raise self._error(error) from error
+        """Give the file its own name, which must be free. The hidden name stays, too, where there are hard links."""
+        with self._errors():
+            try:
+                os.link(self.temp_path, self.path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                self.path.touch(exist_ok=False)
+                self.temp_path.replace(self.path)
 
-    def discard(self) -> None:
-        """Close and delete the file, unless it was committed."""
+    def release(self) -> None:
+        """Close the file, whatever its state."""
         with contextlib.suppress(soundfile.LibsndfileError, AssertionError):  # of a file that is thrown away
-            self._file.close()
-        self._raw.close()
-        self.temp_path.unlink(missing_ok=True)
-
-    def _call(self, function: Any, *arguments: object) -> None:
-        try:
-            function(*arguments)
-        except (soundfile.LibsndfileError, AssertionError) as error:  # soundfile asserts that all was written
-            raise self._error(self._raw.error or error) from error
-        if self._raw.error is not None:
-            raise self._error(self._raw.error)
-
-    def _error(self, error: Exception) -> AudioError:
-        fix = "give another folder with -o, or make room"
-        return AudioError(f"{self.path}: cannot be written ({reason(error)}); {fix}")
+            if self._file:
+                self._file.close()
+        if self._raw:
+            self._raw.close()
 
 
 class _ErrorCapturingFile(io.FileIO):
-    """File for libsndfile to write: its callbacks may not raise, so the first error is kept here."""
+    """New file for libsndfile to write: its callbacks may not raise, so the first error is kept here."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "xb+")
+        super().__init__(path if fcntl is None else path.with_suffix(".new"), "xb+")
         self.error: OSError | None = None
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks, where `sweep` removes nothing
+                fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.with_suffix(".new").replace(path)
 
     def write(self, data: Any) -> int:
         view, written = memoryview(data), 0
@@ -262,3 +306,41 @@ class _ErrorCapturingFile(io.FileIO):
 
     def _store(self, data: memoryview) -> int:
         return super().write(data)
+
+
+def _prepare(path: Path, overwrite: bool) -> None:
+    """Make the folder of a file, remove what killed processes left in it, and check that the file may be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        kind = stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise AudioError(
+            f"{path}: cannot be written ({reason(error)}); give another folder, or rename the song"
+        ) from error
+    if not overwrite or kind == stat.S_IFDIR:
+        raise AudioError(_EXISTS.format(path))
+
+
+def sweep(folder: Path) -> None:
+    """Remove the hidden files of writers that were killed, and results that lack the others of their song."""
+    songs: dict[str, list[Path]] = {}
+    for path in folder.glob(".bsmamba2-*.part"):
+        if path.is_file() and not path.is_symlink():
+            songs.setdefault(path.name.split("-")[1], []).append(path)
+    for parts in songs.values():
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # of a writer that is alive, or not ours
+            for part in parts if fcntl is not None else ():
+                fcntl.flock(stack.enter_context(part.open("rb+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(parts, folder.iterdir())
+
+
+def _remove(parts: Sequence[Path], named: Iterable[Path] = ()) -> None:
+    """Remove hidden files, and unless each of them has a name of its own among `named`, these names."""
+    lexists = os.path.lexists  # False for a name that is too long
+    inodes = {path.lstat().st_ino for path in parts if lexists(path)}
+    names = [path for path in named if path not in parts and lexists(path) and path.lstat().st_ino in inodes]
+    for path in (*(names if len(names) < len(inodes) else ()), *parts):
+        path.unlink(missing_ok=True)

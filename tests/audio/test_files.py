@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import cut, poke, wave, with_bytes
+from audio_files import cut, encode_tone, poke, wave, with_bytes
 
 from bsmamba2.audio.files import BLOCK, AudioError, AudioReader, read
 
@@ -112,31 +111,6 @@ def test_a_sound_stream_without_a_size_is_no_cut_file(tmp_path: Path) -> None:
     assert read(song)[0].shape == (2, 900)
 
 
-def encode(path: Path, codec: str, rate: int, channels: int = 2, *, video: bool = False, **options: str) -> np.ndarray:
-    """Write 100,001 samples of a tone in noise through FFmpeg's encoders; returns them, (c, samples) float32."""
-    layout, sample_format = ("mono", "stereo")[channels - 1], "s16p" if codec == "alac" else "flt"
-    sample_format = "fltp" if codec in ("aac", "wmav2", "libmp3lame") else sample_format
-    audio = 0.3 * np.sin(2 * np.pi * 440 * np.arange(100_001) / rate) * np.ones((channels, 1))
-    audio = (audio + np.random.default_rng(0).normal(0, 0.02, audio.shape)).astype("float32")
-    samples = np.rint(audio * 32768).astype("int16") if sample_format == "s16p" else audio
-    samples = samples if sample_format.endswith("p") else samples.T.reshape(1, -1)
-    with av.open(path, "w", options=options) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout, format=sample_format)
-        stream.codec_context.bit_rate = 128_000
-        if video:
-            pictures = container.add_stream("mpeg4", rate=25, width=64, height=64, pix_fmt="yuv420p")
-            for i in range(round(100_001 / rate * 25)):
-                picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), "uint8"), format="rgb24")
-                picture.pts = i
-                container.mux(pictures.encode(picture))
-            container.mux(pictures.encode(None))
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format=sample_format, layout=layout)
-        frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return samples / np.float32(32768) if sample_format == "s16p" else audio
-
-
 ENCODED = {
     "song.m4a": ("aac", 44_100, 2, False, 100_001),
     "mono.m4a": ("aac", 48_000, 1, False, 100_001),
@@ -154,7 +128,7 @@ ENCODED = {
 @pytest.mark.parametrize("name", ENCODED)
 def test_what_ffmpeg_reads_is_read_to_its_exact_length(tmp_path: Path, name: str) -> None:
     codec, rate, channels, video, samples = ENCODED[name]
-    audio = torch.from_numpy(encode(tmp_path / name, codec, rate, channels, video=video))
+    audio = torch.from_numpy(encode_tone(tmp_path / name, codec, rate, channels, video=video))
     with AudioReader(tmp_path / name) as file:
         assert (file.rate, file.channels, file.frames) == (rate, channels, samples)
         blocks = list(file.blocks())
@@ -178,7 +152,7 @@ def test_what_ffmpeg_reads_is_read_to_its_exact_length(tmp_path: Path, name: str
 def test_what_ffmpeg_reads_is_refused_when_it_is_cut(tmp_path: Path, name: str, share: float) -> None:
     codec, rate, channels, video, _ = ENCODED[name]
     for options in ({}, {"movflags": "faststart"}) if "m4a" in name else ({},):
-        encode(tmp_path / name, codec, rate, channels, video=video, **options)
+        encode_tone(tmp_path / name, codec, rate, channels, video=video, **options)
         with pytest.raises(AudioError, match=r"cut short|cannot be read as audio") as error:
             read(cut(tmp_path / name, share))
         assert str(tmp_path / name) in str(error.value)

@@ -16,11 +16,13 @@ import torch
 from audio_files import found_in, wave
 from conftest import TINY
 from stand_in_models import Identity
+from torch import Tensor
 
 from bsmamba2 import BSMamba2
-from bsmamba2.audio.files import AudioError, read
+from bsmamba2.audio import song_files
+from bsmamba2.audio.files import AudioError, AudioReader, read
 from bsmamba2.audio.resample import resample
-from bsmamba2.audio.song_files import join_channels, separate_file, split_channels
+from bsmamba2.audio.song_files import channel_groups, join_channels, separate_file, split_channels
 from bsmamba2.audio.writer import _ErrorCapturingFile
 from bsmamba2.separate import separate
 
@@ -28,14 +30,105 @@ from bsmamba2.separate import separate
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 64])
 def test_channels_are_paired_in_order(count: int) -> None:
     signal = torch.randn(count, 10)
-    songs = split_channels(signal, 2)
+    groups = channel_groups(count)
+    songs = split_channels(signal, groups)
     assert songs.shape == ((count + 1) // 2, 2, 10)
     for channel in range(count):
         assert torch.equal(songs[channel // 2, channel % 2], signal[channel])
     if count % 2:
         assert torch.equal(songs[-1, 1], signal[-1])
     stems = torch.stack([songs, 2 * songs], dim=1)  # (b, stem, c, samples)
-    assert torch.equal(join_channels(stems, count), torch.stack([signal, 2 * signal]))
+    assert torch.equal(join_channels(stems, groups), torch.stack([signal, 2 * signal]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [
+        ("FC", [["FC"]]),
+        ("FL FR LFE", [["FL", "FR"], ["LFE"]]),
+        ("FL FR FC LFE BL BR", [["FL", "FR"], ["FC"], ["LFE"], ["BL", "BR"]]),
+        ("FL FR FC LFE BC SL SR", [["FL", "FR"], ["FC"], ["LFE"], ["BC"], ["SL", "SR"]]),
+        ("FL FC LFE BR", [["FL"], ["FC"], ["LFE"], ["BR"]]),
+        (
+            "FL FR FC BL BR FLC FRC SL SR TFL TFC TFR TBL TBR",
+            [["FL", "FR"], ["FC"], ["BL", "BR"], ["FLC", "FRC"], ["SL", "SR"], ["TFL", "TFR"], ["TFC"], ["TBL", "TBR"]],
+        ),
+    ],
+)
+def test_speakers_are_paired_by_their_names(layout: str, groups: list[list[str]]) -> None:
+    names = layout.split()
+    found = channel_groups(len(names), 2, names)
+    assert [[names[i] for i in group] for group in found] == groups
+    signal = torch.randn(len(names), 10)
+    songs = split_channels(signal, found)
+    assert torch.equal(join_channels(torch.stack([songs, 2 * songs], dim=1), found), torch.stack([signal, 2 * signal]))
+    assert channel_groups(len(names), 1, names) == [(i,) for i in range(len(names))]
+
+
+def surround(path: Path, channels: int = 6, rate: int = 8000, frames: int = 9001) -> Path:
+    """A WAV file with a channel mask where libsndfile has a usual one (5.1)."""
+    samples = np.random.default_rng(0).normal(0, 0.1, (frames, channels)).clip(-1, 1)
+    soundfile.write(path, samples, rate, format="WAVEX", subtype="PCM_16")
+    return path
+
+
+@pytest.mark.parametrize("format", ["wav", "wav16", "wav24", "flac"])
+def test_a_surround_file_keeps_its_channels_and_its_layout(tmp_path: Path, format: str) -> None:
+    song = surround(tmp_path / "song.wav")
+    model = Identity()
+    done = separate_file(model, song, tmp_path / "out" / "song", segment=0.5, format=format)  # type: ignore[arg-type]
+    assert {shape[0] for shape in model.shapes} == {1}
+    with AudioReader(song) as before, AudioReader(done.paths["vocals"]) as after:
+        assert before.layout == ("FL", "FR", "FC", "LFE", "BL", "BR")
+        assert after.layout in (before.layout, ("FL", "FR", "FC", "LFE", "SL", "SR")[: 6 if format == "flac" else 0])
+        found, expected = (torch.cat(list(file.blocks()), dim=-1) for file in (after, before))
+    assert torch.equal(found, expected)
+
+
+class Panned(Identity):
+    """Its stem is the mean of both channels, so that pairs show: in each of a pair, and a single one as it was."""
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        return super().forward(mixture).mean(2, keepdim=True).expand(-1, -1, 2, -1)
+
+
+def test_pairs_are_of_the_speakers_and_not_of_neighbours(tmp_path: Path) -> None:
+    song = surround(tmp_path / "song.wav")
+    done = separate_file(Panned(), song, tmp_path / "song", segment=0.5)  # type: ignore[arg-type]
+    before, found = read(song)[0], read(done.paths["vocals"])[0]
+    for channel, others in enumerate([(0, 1), (0, 1), (2,), (3,), (4, 5), (4, 5)]):
+        torch.testing.assert_close(found[channel], before[list(others)].mean(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"look_ahead": 0.1}, {"tta": True, "shifts": 2}], ids=str)
+@pytest.mark.parametrize("rate", [8000, 11_025])
+def test_many_channels_in_several_passes_are_those_of_one(
+    tiny: BSMamba2, tmp_path: Path, options: dict, rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    song, told = surround(tmp_path / "song.wav", 5, rate), []
+    found = []
+    for at_once in (1000, 1):
+        monkeypatch.setattr(song_files, "_SONGS_AT_ONCE", at_once)
+        base = tmp_path / str(at_once)
+        told.clear()
+        done = separate_file(tiny, song, base, segment=0.5, progress=lambda *x: told.append(x), **options)
+        found.append([read(path)[0] for path in done.paths.values()])
+        assert sum(samples for samples, _ in told) == told[0][1]
+    for one, several in zip(*found, strict=True):
+        assert torch.equal(one, several)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is reset through /proc")
+def test_many_channels_take_little_memory(tmp_path: Path) -> None:
+    """Nine seconds at the model's rate of 44,100 Hz: at once, 255 channels of segments would take gigabytes."""
+    model = Identity()
+    model.config = replace(TINY, sample_rate=44_100)
+    song = surround(tmp_path / "song.wav", 255, 44_100, 50)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    done = separate_file(model, song, tmp_path / "out", segment=2.0)  # type: ignore[arg-type]
+    assert resident("VmHWM") - before < 300
+    assert torch.equal(read(done.paths["vocals"])[0], read(song)[0])
 
 
 @pytest.mark.parametrize("way", [{"overlap": 0.0}, {"overlap": 0.5}, {"look_ahead": 0.2}], ids=str)
@@ -117,8 +210,9 @@ def resident(field: str) -> float:
     return int(found[1]) / 1000
 
 
-def test_a_stem_may_not_be_called_as_what_is_left(tmp_path: Path) -> None:
-    model = BSMamba2(replace(TINY, stems=("instrumental", "vocals")))
+@pytest.mark.parametrize("name", ["instrumental", "Instrumental"])
+def test_a_stem_may_not_be_called_as_what_is_left(name: str, tmp_path: Path) -> None:
+    model = BSMamba2(replace(TINY, stems=(name, "vocals")))
     with pytest.raises(ValueError, match="give the stem another name"):
         separate_file(model, wave(tmp_path / "song.wav"), tmp_path / "out")
     assert found_in(tmp_path) == ["song.wav"]

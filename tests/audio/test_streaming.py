@@ -308,3 +308,61 @@ def test_frames_out_of_range_are_named(tiny: BSMamba2, frames: int) -> None:
 def test_wrong_arguments_of_a_stream_are_named(model: nn.Module, mixture: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         separate_at_once(model, mixture, **options)
+
+
+@pytest.mark.parametrize("options", [{"shifts": 3}, {"tta": True}, {"shifts": 2, "tta": True}], ids=str)
+@pytest.mark.parametrize("size", [1234, 5001])
+def test_averaging_in_blocks_is_averaging_at_once(tiny: BSMamba2, options: dict, size: int) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 5001) * torch.tensor([[1.0], [0.3]])
+    expected = separate(tiny, mixture, segment=0.1, **options)
+    received = given = 0
+    pieces = []
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal received
+        for block in mixture.split(size, -1):
+            received += block.shape[-1]
+            yield block[None]
+
+    for piece in separate_stream(tiny, blocks(), segment=0.1, **options):
+        pieces.append(piece)
+        given += piece.shape[-1]
+        assert received - given <= 4000 + 1600 + size  # half a second, two segments, a block
+    assert torch.equal(torch.cat(pieces, -1)[0], expected)
+    assert list(separate_stream(tiny, [], segment=0.1, **options)) == []
+
+
+@pytest.mark.parametrize("look_ahead", [None, 0.05])
+def test_an_averaged_identity_gives_its_input_back_bit_for_bit(look_ahead: float | None) -> None:
+    torch.manual_seed(0)
+    songs = torch.randn(3, 2, 8123)
+    options = {"segment": 0.1, "look_ahead": look_ahead, "shifts": 3, "tta": True}
+    found = torch.cat(list(separate_stream(Identity(), songs.split(1000, -1), **options)), -1)  # type: ignore[arg-type]
+    assert torch.equal(found[:, 0], songs)
+
+
+def test_an_averaged_state_is_that_of_each_view(deep: BSMamba2) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 5001) * torch.tensor([[1.0], [0.3]])
+    options = {"segment": 0.1, "look_ahead": 0.05}
+    plain = separate_at_once(deep, mixture, **options)  # type: ignore[arg-type]
+    swapped = separate_at_once(deep, mixture.flip(0), **options).flip(1)  # type: ignore[arg-type]
+    inverted = -separate_at_once(deep, -mixture, **options)  # type: ignore[arg-type]
+    found = separate_at_once(deep, mixture, tta=True, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, (plain + swapped + inverted) / 3, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("win_length", [100, 64])
+def test_a_short_window_is_used_in_blocks_as_at_once(win_length: int) -> None:
+    torch.manual_seed(0)
+    audio = torch.randn(2, 1501, dtype=torch.float64)
+    spectrogram = torch.cat(list(stft_blocks(audio.split(70, -1), 128, 32, win_length)), -1)
+    torch.testing.assert_close(spectrogram, stft(audio, 128, 32, win_length), rtol=0, atol=1e-12)
+    back = torch.cat(list(istft_blocks(spectrogram.split(3, -1), 128, 32, win_length)), -1)
+    torch.testing.assert_close(back[..., :1501], audio, rtol=0, atol=1e-12)
+    model = BSMamba2(replace(TINY, win_length=win_length)).eval()
+    mixture = torch.randn(2, 801)
+    found = separate_at_once(model, mixture, segment=1.0, look_ahead=0.0)
+    assert distance(found, whole(model, mixture)) < 1e-6
+    assert distance(found, whole(BSMamba2(TINY).eval(), mixture)) > 1e-3

@@ -1,0 +1,161 @@
+"""WAV, RF64, BW64, W64, AIFF, CAF and AU: how much sound they claim, and how much there is.
+
+A chunk of sound that ends behind the end of the file is cut. A size that counts the file's head, or that was never
+written, is corrected for libsndfile, and all sound to the end of the file is read. Sound behind the chunk that holds it
+is an error, since nothing says where it ends.
+
+Sources: EBU Tech 3306 (RF64), ITU-R BS.2088 (BW64).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .source import CUT, DamagedError, FileBytes, Part
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How chunks are stored: place of the file's kind and of the first chunk, `struct` of id and size, padding."""
+
+    kind: int
+    first: int
+    id: str
+    size: str
+    align: int
+    sound: bytes
+
+    @property
+    def head(self) -> int:
+        """Bytes before the contents of a chunk."""
+        return struct.calcsize(self.id + self.size[1])
+
+
+_WAV = _Family(8, 12, "<4s", "<I", 2, b"data")
+_AIFF = _Family(8, 12, ">4s", ">I", 2, b"SSND")
+_CAF = _Family(4, 8, ">4s", ">q", 1, b"data")
+_W64 = _Family(24, 40, "<16s", "<Q", 8, b"data")  # its sizes count the head of the chunk
+_FAMILIES = {b"RIFF": _WAV, b"RF64": _WAV, b"BW64": _WAV, b"FORM": _AIFF, b"caff": _CAF, b"riff": _W64}
+_KINDS = (b"WAVE", b"AIFF", b"AIFC", b"wave", b"\0\1\0\0")
+_CHUNK_ID = re.compile(rb"[A-Za-z\xa9_][ -~]{3}")
+
+
+def is_chunked(data: FileBytes, start: int) -> bool:
+    """Whether one of these containers begins at `start`."""
+    magic = data.at(start, 4)
+    family = _FAMILIES.get(magic)
+    return magic == b".snd" or (family is not None and data.at(start + family.kind, 4) in _KINDS)
+
+
+def chunked_parts(data: FileBytes, start: int) -> Iterator[Part]:
+    """Recordings in a file of chunks.
+
+    Raises:
+        DamagedError: when sound is missing, or follows where no chunk claims it.
+    """
+    while is_chunked(data, start):
+        part, start = _au_part(data, start) if data.at(start, 4) == b".snd" else _chunked_part(data, start)
+        yield part
+
+
+def _chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
+    """The recording at `start`, and where it ends."""
+    magic = data.at(start, 4)
+    family = _FAMILIES[magic]
+    patches = {start: b"RF64"} if magic == b"BW64" else {}
+    has_sound, wide, pos = False, 0, start + family.first
+    while pos + family.head <= data.size:
+        id, size = _chunk(data, pos, family)
+        if has_sound and id in _FAMILIES:  # another file follows
+            break
+        if not _CHUNK_ID.match(id):
+            if has_sound:
+                _check_rest(data, pos)
+            break
+        body = pos + family.head
+        size_at, format = body - struct.calcsize(family.size), family.size
+        if id == b"ds64":  # sizes of 64 bits: of the file, and of the sound
+            wide = body + 8
+        if id == b"LIST":  # libsndfile gives up where its contents are padded to four bytes
+            patches[pos] = b"JUNK"
+        if id == family.sound:
+            has_sound = True
+            if wide and size == 0xFFFFFFFF:
+                size_at, format = wide, "<Q"
+                (size,) = data.unpack(format, wide)
+            form = start + 8 + data.unpack(family.size, start + 4)[0] if family.first == 12 else 0
+            kept = _sound_bytes(data, body, size, family, form)
+            if kept != size:
+                stored = kept + family.head * (family is _W64)
+                patches[size_at] = struct.pack(format, min(stored, (1 << 8 * struct.calcsize(format)) - 1))
+            if body + kept == data.size:
+                pos = data.size
+                break
+            size = kept
+        pos, padded = _next(body, size, family), body + size + -size % 4
+        is_chunk = [bool(_CHUNK_ID.match(data.at(place, 4))) for place in (pos, padded)]
+        if family.align == 2 and not has_sound and is_chunk == [False, True]:  # padded to four bytes, not to two
+            patches[size_at] = struct.pack(format, padded - body)
+            pos = padded
+    end = min(pos, data.size) if has_sound else data.size
+    return _patched(start, end, patches), end
+
+
+def _chunk(data: FileBytes, pos: int, family: _Family) -> tuple[bytes, int]:
+    """Id, of four bytes, and size of the contents."""
+    id, size = data.unpack(family.id + family.size[1], pos)
+    return id[:4], max(0, size - family.head) if family is _W64 else size
+
+
+def _next(body: int, size: int, family: _Family) -> int:
+    end = body + size
+    return end + (-size if family is _W64 else -end) % family.align
+
+
+def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form: int) -> int:
+    """Bytes of sound from `body` on, where its chunk claims some number, and the whole file claims to end at `form`.
+
+    Programs that write into a pipe leave 0 or a size just below or at 2^31, 2^32 or 2^64 behind (SoX: 0x7f000000).
+    """
+    there = data.size - body
+    if claimed == 0:
+        pos = body
+        while pos + family.head <= data.size and _CHUNK_ID.match(data.at(pos, 4)):
+            pos = _next(pos + family.head, max(0, _chunk(data, pos, family)[1]), family)
+        return 0 if pos >= data.size else there  # nothing but chunks: there is no sound
+    if 0 < claimed <= there:
+        wrapped = family.align == 2 and there >= 1 << 32 and (there - claimed) % (1 << 32) == 0
+        return there if wrapped else claimed  # a count of 32 bits that started over
+    over = claimed - there
+    unwritten = (claimed + 0x10000) % (1 << 31) <= 0x10000 or abs(claimed - 0x7F000000) <= 64
+    # A size that counts the head. Where the size of the whole file is right, nothing is missing.
+    counts_head = over in (8, body - 8, body) or (over <= max(44, body) and 0 < form <= data.size + 1)
+    if unwritten or counts_head or over == 1:  # 1: the padding
+        return there
+    raise DamagedError(CUT)
+
+
+def _check_rest(data: FileBytes, end: int) -> None:
+    """Raise DamagedError when something other than tags and zeros follows."""
+    if data.skip_tags(end) < data.size:
+        raise DamagedError(f"holds {data.size - end:,} bytes behind the sound that its head counts; export it again")
+
+
+def _patched(start: int, end: int, patches: dict[int, bytes]) -> Part:
+    """A part for libsndfile, with different bytes at some places of the file."""
+    pieces: list[bytes | range] = []
+    for place in sorted(patches):
+        pieces += [range(start, place), patches[place]]
+        start = place + len(patches[place])
+    return Part((*pieces, range(start, end)), "libsndfile")
+
+
+def _au_part(data: FileBytes, start: int) -> tuple[Part, int]:
+    body, size = data.unpack(">II", start + 4)
+    kept = _sound_bytes(data, start + body, size or 0xFFFFFFFF, _AIFF, 0)
+    end = start + body + kept
+    _check_rest(data, end)
+    return _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))}), data.size

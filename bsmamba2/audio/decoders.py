@@ -1,0 +1,246 @@
+"""Decode one recording of a file: libsndfile for PCM and Vorbis, FFmpeg (through PyAV) for all others.
+
+Samples come as float32, integers divided by their full scale, and channels in the order of a WAV file's channel mask.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import av
+import numpy as np
+import soundfile
+from av.stream import Discard
+
+from .source import AGAIN, DamagedError, Part, Splice
+
+BLOCK = 1 << 16
+"""Samples read at a time in each channel, fewer where there are more than two."""
+
+SPEAKERS = (
+    *("FL", "FR", "FC", "LFE", "BL", "BR", "FLC", "FRC", "BC", "SL", "SR"),
+    *("TC", "TFL", "TFC", "TFR", "TBL", "TBC", "TBR"),
+)
+"""FFmpeg's names of the speakers, in the order of the bits of a WAV file's channel mask."""
+
+VORBIS_SPEAKERS = {
+    1: "FC",
+    2: "FL FR",
+    3: "FL FC FR",
+    4: "FL FR BL BR",
+    5: "FL FC FR BL BR",
+    6: "FL FC FR BL BR LFE",
+    7: "FL FC FR SL SR BC LFE",
+    8: "FL FC FR SL SR BL BR LFE",
+}
+"""Number of channels → their speakers in Vorbis and Opus, in their order (RFC 7845, 5.1.1.2)."""
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the file's name, which stands in front of it already."""
+    if isinstance(error, soundfile.LibsndfileError):
+        return str(error.error_string).strip().rstrip(".")
+    if isinstance(error, OSError | av.FFmpegError):
+        return error.strerror or type(error).__name__
+    return str(error) or type(error).__name__
+
+
+def open_decoder(raw: io.FileIO, part: Part) -> LibsndfileDecoder | FFmpegDecoder:
+    """Open a recording with the decoder that its container calls for, or with the one that can read it.
+
+    Raises:
+        DamagedError: when less comes than the container claims.
+        LibsndfileError, FFmpegError, OSError: when it cannot be decoded.
+    """
+    if part.decoder == "libsndfile":
+        try:
+            return LibsndfileDecoder(raw, part)
+        except soundfile.LibsndfileError as error:
+            try:
+                return FFmpegDecoder(raw, replace(part, decoder=""))
+            except (av.FFmpegError, OSError):
+                raise error from None
+    return FFmpegDecoder(raw, part)
+
+
+class LibsndfileDecoder:
+    """Decoder of the formats that libsndfile reads."""
+
+    def __init__(self, raw: io.FileIO, part: Part) -> None:
+        self._file = soundfile.SoundFile(Splice(raw, part.pieces))
+        self.rate: int = self._file.samplerate
+        self.channels: int = self._file.channels
+        self.frames: int = self._file.frames
+        _check_length(self.frames, self.rate, part.seconds)
+        names = VORBIS_SPEAKERS.get(self.channels, "").split() if part.vorbis else _speakers(raw, part)
+        self.layout, self._order = _wav_order(names)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """(c, up to `BLOCK`) float32."""
+        samples = 0
+        while samples < self.frames:
+            try:
+                block = self._file.read(_block_size(self.channels), dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError as error:
+                raise _undecodable(samples, self.rate, error) from error
+            if not len(block):
+                _check_length(samples, self.rate, self.frames / self.rate)
+            samples += len(block)
+            yield np.ascontiguousarray(block.T[self._order] if self._order else block.T)
+
+
+class FFmpegDecoder:
+    """Decoder of all that FFmpeg reads; it decodes the recording once to count its samples and to find damage early."""
+
+    def __init__(self, raw: io.FileIO, part: Part) -> None:
+        self._raw, self._part = raw, part
+        self._stated = 0.0  # seconds, by the container
+        self.rate = self.channels = self.frames = 0
+        for frame in self._decode():
+            if not self.frames:
+                self.rate, self.channels = frame.rate, frame.layout.nb_channels
+                self.layout, self._order = _wav_order(_names(frame.layout))
+            elif (frame.rate, frame.layout.nb_channels) != (self.rate, self.channels):
+                raise DamagedError(
+                    f"changes its rate or number of channels after {self.frames / self.rate:.1f} s; "
+                    "split it there, or convert it"
+                )
+            self.frames += _length(frame)
+        _check_length(self.frames, self.rate, part.seconds)
+        # Some durations are rounded, or count an encoder's delay.
+        _check_length(self.frames + self.rate / 10, self.rate, self._stated)
+        stated = self._stated * self.rate
+        # The edit list of an MP4 may end in the last frame or two. Its duration may be rounded, to 1/600 s at worst.
+        if stated and part.decoder == "mp4" and self.rate / 600 < self.frames - stated < 4096:
+            self.frames = round(stated)
+
+    def _decode(self) -> Iterator[av.AudioFrame]:
+        format, expected = self._part.decoder, 0
+        with _open(Splice(self._raw, self._part.pieces), format) as container:
+            stream = container.streams.best("audio")
+            if stream is None:
+                raise av.InvalidDataError(0, "no sound in it")
+            for other in container.streams:
+                if other is not stream:
+                    other.discard = Discard.all
+            if not self._part.seconds:
+                self._stated = _stated_duration(container, stream)
+            if format == "flac":
+                stream.codec_context.options = {"err_detect": "crccheck+explode"}
+            samples = 0
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    if not samples:
+                        raise
+                    raise _undecodable(samples, stream.rate, error) from error
+                for frame in frames:
+                    _keep(frame.layout)
+                    if format == "flac" and frame.pts is not None:  # frames of FLAC are numbered
+                        if expected < round(frame.pts * frame.time_base * frame.rate):
+                            raise _undecodable(samples, stream.rate, ValueError("frames are missing there"))
+                        expected = round(frame.pts * frame.time_base * frame.rate) + frame.samples
+                    samples += frame.samples
+                    yield frame
+            if not samples:
+                raise av.InvalidDataError(0, "no sound in it")
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """(c, up to `BLOCK`) float32."""
+        pending: list[np.ndarray] = []
+        samples = pending_samples = 0
+        size = _block_size(self.channels)
+        for frame in self._decode():
+            array = _float32(frame)[:, : min(_length(frame), self.frames - samples)]
+            samples += array.shape[1]
+            pending.append(array[self._order] if self._order else array)
+            pending_samples += array.shape[1]
+            if pending_samples >= size or samples == self.frames:
+                yield from np.split(np.concatenate(pending, axis=1), range(size, pending_samples, size), axis=1)
+                pending, pending_samples = [], 0
+
+
+def _open(source: io.RawIOBase, format: str) -> Any:
+    return av.open(source, format=format or None, io_open=_open_nothing, metadata_errors="ignore")
+
+
+def _open_nothing(url: str, *_: object) -> NoReturn:
+    """A playlist may name other files, or addresses: none is opened."""
+    raise PermissionError(f"{url}: named by another file")
+
+
+def _stated_duration(container: Any, stream: Any) -> float:
+    """Duration in seconds that a container states, 0 where FFmpeg only guesses it from the file's size."""
+    if container.format.name in ("aac", "ac3", "eac3", "dts", "mp3", "mpegts", "mpeg"):
+        return 0.0
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+
+
+def _speakers(raw: io.FileIO, part: Part) -> list[str]:
+    """Speakers of a file's channels, by FFmpeg's reading of its head."""
+    try:
+        with _open(Splice(raw, part.pieces), "") as container:
+            return _names(container.streams.audio[0].layout)
+    except (av.FFmpegError, OSError, IndexError):
+        return []
+
+
+def _keep(layout: Any) -> None:
+    """Never free a layout with an order of its own: PyAV 18 would free its memory twice, which may end the process."""
+    if " channels (" in layout.name or "ambisonic" in layout.name:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(layout))
+
+
+def _names(layout: Any) -> list[str]:
+    _keep(layout)
+    return [channel.name for channel in layout.channels]
+
+
+def _wav_order(names: list[str]) -> tuple[tuple[str, ...], list[int] | None]:
+    """Speakers in WAV order, () where they are not known; and the place of each in the file, None for the same."""
+    if not names or not set(names) <= set(SPEAKERS) or len(set(names)) < len(names):
+        return (), None
+    order = sorted(range(len(names)), key=lambda i: SPEAKERS.index(names[i]))
+    return tuple(names[i] for i in order), None if order == sorted(order) else order
+
+
+def _block_size(channels: int) -> int:
+    return min(BLOCK, max(1, 2 * BLOCK // channels))
+
+
+def _length(frame: av.AudioFrame) -> int:
+    """Samples of a decoded frame that count: fewer than it has where the container says that it lasts shorter."""
+    base = frame.time_base
+    exact = base is not None and base.denominator == frame.rate * base.numerator
+    return min(frame.samples, frame.duration) if exact and frame.duration else frame.samples
+
+
+def _float32(frame: av.AudioFrame) -> np.ndarray:
+    """The samples of a decoded frame, (c, samples) float32, full scale 1."""
+    channels = frame.layout.nb_channels
+    if frame.format.is_planar and channels >= 8:  # PyAV looks for a ninth plane, and may crash
+        (frame,) = av.AudioResampler(frame.format.packed).resample(frame)
+    array: np.ndarray = frame.to_ndarray()
+    if not frame.format.is_planar:
+        array = array.reshape(-1, channels).T
+    if array.dtype == np.uint8:
+        array = array.astype("int8") - np.int8(-128)
+    scale = 1.0 if array.dtype.kind == "f" else 2.0 ** (1 - 8 * array.dtype.itemsize)
+    return (array * scale).astype("float32")
+
+
+def _undecodable(samples: float, rate: int, cause: Exception) -> DamagedError:
+    return DamagedError(f"is damaged or cut short after {samples / rate:.1f} s ({reason(cause)}); {AGAIN}")
+
+
+def _check_length(samples: float, rate: int, claimed: float) -> None:
+    """Raise DamagedError when fewer samples are there than a number of seconds that is claimed."""
+    if samples + 0.5 < claimed * rate:
+        raise DamagedError(f"is damaged or cut short: {samples / rate:.1f} of {claimed:.1f} s can be read; {AGAIN}")

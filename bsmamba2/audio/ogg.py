@@ -1,0 +1,133 @@
+"""Ogg pages: chains of recordings, checksums, and how much sound they claim.
+
+A file that ends within a page or a packet is cut, and one with a missing page or a wrong checksum is damaged. A missing
+end-of-stream flag is not a fault: recorders and live streams leave it out.
+
+Sources: RFC 3533 (Ogg), RFC 7845 (Opus in Ogg), RFC 6716 (Opus packets).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .source import AGAIN, CUT, DamagedError, FileBytes, Part
+
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def ogg_crc(page: bytes) -> int:
+    """CRC-32 of an Ogg page whose own CRC field is zero: zlib's, with the bits of each byte reversed."""
+    crc = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{crc:032b}"[::-1], 2)
+
+
+@dataclass
+class _Stream:
+    """A logical stream: its first bytes, granule positions, next page number, last page and that page's flags."""
+
+    head: bytes
+    number: int
+    start: int = 0
+    last: int = -1
+    page: range = range(0)
+    flags: int = 0
+    is_open: bool = False  # a packet goes on in the next page
+
+    @property
+    def is_opus(self) -> bool:
+        return self.head.startswith(b"OpusHead")
+
+    @property
+    def rate(self) -> int:
+        """Granules per second, 0 where this module does not know them."""
+        if self.is_opus:
+            return 48_000
+        if self.head.startswith(b"\x01vorbis"):
+            return int.from_bytes(self.head[12:16], "little")
+        return int.from_bytes(self.head[27:30], "big") >> 4 if self.head.startswith(b"\x7fFLAC") else 0
+
+    @property
+    def is_sound(self) -> bool:
+        return self.rate > 0 or self.head.startswith((b"Speex   ", b"fLaC", b"PCM     "))
+
+
+def ogg_parts(data: FileBytes, pos: int) -> Iterator[Part]:
+    """Recordings in an Ogg file, one for each link of its chain.
+
+    Raises:
+        DamagedError: when it is cut, a page is missing, or a checksum is wrong.
+    """
+    link, streams, begun = pos, dict[int, _Stream](), False
+    while pos < data.size:
+        head = data.at(pos, 27)
+        if not head.startswith(b"OggS"[: len(head)]):
+            if data.skip_tags(pos) == data.size:
+                break
+            raise DamagedError(f"is damaged: no page begins at byte {pos:,}; {AGAIN}")
+        lacing = data.at(pos + 27, head[26]) if len(head) == 27 else b""
+        body = 27 + len(lacing)
+        size = body + sum(lacing)
+        if len(head) < 27 or len(lacing) < head[26] or pos + size > data.size:
+            raise DamagedError(CUT)
+        page = data.at(pos, size)
+        flags, granule, serial, number, crc = struct.unpack("<BqIII", page[5:26])
+        if ogg_crc(page[:22] + bytes(4) + page[26:]) != crc:
+            raise DamagedError(f"is damaged: the page at byte {pos:,} fails its checksum; {AGAIN}")
+        if flags & 2:  # begins a stream
+            if begun:
+                yield _part(data, link, pos, streams)
+                link, streams, begun = pos, {}, False
+            streams[serial] = _Stream(page[body : body + 64], number)
+        else:
+            begun = True
+        stream = streams.get(serial)
+        # A recording of a live stream lacks the pages between its head and its first sound.
+        if stream is None or (number != stream.number and stream.last >= 0):
+            raise DamagedError(f"is damaged: pages are missing before byte {pos:,}; {AGAIN}")
+        if granule > 0:
+            if stream.last < 0:
+                stream.start = max(0, granule - _opus_samples(page[body:], lacing)) if stream.is_opus else granule
+            stream.last = granule
+        stream.number = (number + 1) & 0xFFFFFFFF
+        stream.page, stream.flags, stream.is_open = range(pos, pos + size), flags, lacing[-1:] == b"\xff"
+        pos += size
+    yield _part(data, link, pos, streams)
+
+
+def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) -> Part:
+    """One link of a chain, whose last page ends the stream: decoders trim the last packet only there."""
+    sound = [stream for stream in streams.values() if stream.is_sound]
+    if any(stream.is_open for stream in sound):
+        raise DamagedError(CUT)
+    if len(sound) != 1:
+        return Part((range(start, end),), "ogg")
+    (stream,) = sound
+    pieces: tuple[bytes | range, ...] = (range(start, end),)
+    if not stream.flags & 4:
+        page = bytearray(data.at(stream.page.start, len(stream.page)))
+        page[5] |= 4
+        page[22:26] = bytes(4)
+        page[22:26] = struct.pack("<I", ogg_crc(bytes(page)))
+        pieces = (range(start, stream.page.start), bytes(page), range(stream.page.stop, end))
+    pre_skip = int.from_bytes(stream.head[10:12], "little") if stream.is_opus else 0
+    seconds = (stream.last - stream.start - pre_skip) / stream.rate if stream.rate else 0.0
+    is_vorbis = len(streams) == 1 and stream.head.startswith(b"\x01vorbis")  # beside a picture it is FFmpeg's
+    return Part(pieces, "libsndfile" if is_vorbis else "ogg", seconds, is_vorbis)
+
+
+def _opus_samples(body: bytes, lacing: bytes) -> int:
+    """Samples at 48 kHz of the packets that a page holds whole."""
+    samples = start = end = 0
+    for size in lacing:
+        end += size
+        if size < 255:
+            config, code, count = *divmod(body[start], 4), 0
+            config >>= 1
+            sizes = (480, 960, 1920, 2880) if config < 12 else (480, 960) * 2 if config < 16 else (120, 240, 480, 960)
+            count = (1, 2, 2, body[start + 1] & 63 if end > start + 1 else 0)[code] if end > start else 0
+            samples += count * sizes[config & 3]
+            start = end
+    return samples
