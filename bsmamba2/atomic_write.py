@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
+from typing import IO
 
 
 def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview | str) -> None:
@@ -12,19 +14,19 @@ def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview |
 
     Args:
         path: the file, replaced when it exists; its folder must exist. The target of a link is replaced, not the link.
-        payload: bytes, or text, which is written as UTF-8.
+        payload: bytes, or text, which is written as UTF-8; of a name in another encoding, bytes become escapes.
 
     Raises:
         OSError: when it cannot be written, a full disk for one; it names `path`, and an older file is unchanged.
     """
-    path = Path(path).resolve()
-    payload = payload.encode() if isinstance(payload, str) else payload
+    path = Path(os.path.realpath(path))
+    payload = payload.encode(errors="backslashreplace") if isinstance(payload, str) else payload
     temporary = path.with_name(f".bsmamba2-{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(payload)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -32,3 +34,12 @@ def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview |
             reason = f"cannot save {len(payload):,} bytes, nothing was changed: {error.strerror or error}"
             raise OSError(error.errno, reason, str(path)) from error
         raise
+
+
+def fsync(file: IO[bytes]) -> None:
+    """Flush a file to the disk, where its file system can: some on a network cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise

@@ -15,8 +15,9 @@ letters: see `bsmamba2.config`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ def separate(
     overlap: float = 0.5,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
+    shifts: int = 1,
+    tta: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Separate a song that fits in memory, by overlap-add; see `audio.separate_stream` for one that does not.
@@ -52,22 +55,35 @@ def separate(
         overlap: share of a segment that the next one covers too, from 0 to below 1.
         batch: segments that go through the model at once.
         dtype: of the model's arithmetic, one of `DTYPES`.
+        shifts, tta: test-time averaging, see `tta_views`.
         progress: called as samples are finished.
 
     Returns:
         (stem, c, samples) float32, on the mixture's device.
 
     Raises:
-        ValueError: for other channels, no samples, NaN or infinite samples, a segment, overlap or batch out of range,
-            or a model that gives NaN or infinite samples.
+        ValueError: for other channels, no samples, NaN or infinite samples, a segment, overlap, batch or number of
+            shifts out of range, or a model that gives NaN or infinite samples.
     """
     config = model.config
     if mixture.dim() != 2 or mixture.shape[0] != config.channels or not mixture.shape[1]:
         raise ValueError(f"mixture {tuple(mixture.shape)} must be (c={config.channels}, samples), not empty")
     length, step, weight = overlap_add_window(config, segment, overlap, batch)
     check_mixture(mixture)
-
     samples = mixture.shape[1]
+    views = tta_views(config, shifts, tta)
+    if len(views) > 1:
+
+        def separate_view(view: View) -> Tensor:
+            padded = torch.nn.functional.pad(view.transform(mixture), (view.delay, views[-1].delay - view.delay))
+            report = None if progress is None else lambda done, total: progress(done, total * len(views))
+            stems = separate(
+                model, padded, segment=segment, overlap=overlap, batch=batch, dtype=dtype, progress=report
+            )  # fmt: skip
+            return stems[..., view.delay : view.delay + samples]
+
+        return average(views, map(separate_view, views))
+
     starts = range(0, max(0, samples - length) + step, step)
     padded = torch.nn.functional.pad(mixture.cpu(), (0, starts[-1] + length - samples))
     weighted_sum = torch.zeros(len(config.stems), *padded.shape, dtype=torch.float64)
@@ -122,6 +138,45 @@ def stagger_step(step: int, length: int, hop_length: int) -> int:
     offset = hop_length // max(2, round(length / step))
     staggered = step + (offset - step) % hop_length
     return staggered if staggered < length else step
+
+
+@dataclass(frozen=True)
+class View:
+    """Copy of a mixture for test-time averaging: delayed by some samples, channels swapped, polarity inverted."""
+
+    delay: int
+    swapped: bool = False
+    sign: int = 1
+
+    def transform(self, audio: Tensor) -> Tensor:
+        """(..., c, samples) with the view's channels and polarity; its own inverse, of a mixture and of stems."""
+        return (audio.flip(-2) if self.swapped else audio) * self.sign
+
+
+def tta_views(config: ModelConfig, shifts: int, tta: bool) -> list[View]:
+    """Views of the mixture whose estimates are averaged (test-time averaging); each costs one pass of the model.
+
+    Args:
+        config: gives the sample rate.
+        shifts: evenly spaced delays within half a second, whose segments and frames begin at different samples, as
+            Demucs's random ones do; 1: none.
+        tta: whether each is also separated with its channels swapped, and with its polarity inverted: 3 passes.
+
+    Raises:
+        ValueError: for a number of shifts out of range.
+    """
+    if not 1 <= shifts <= 100:
+        raise ValueError(f"shifts={shifts!r} must be from 1 to 100")
+    half_second = config.sample_rate // 2
+    step = stagger_step(half_second // shifts, half_second + config.hop_length, config.hop_length)
+    transforms = ((False, 1), (True, 1), (False, -1)) if tta else ((False, 1),)
+    return [View(i * step, swapped, sign) for i in range(shifts) for swapped, sign in transforms]
+
+
+def average(views: Sequence[View], estimates: Iterable[Tensor]) -> Tensor:
+    """Mean of the estimates (..., c, samples) of each view, transformed back: float32, summed in float64."""
+    pairs = zip(views, estimates, strict=True)
+    return (sum(view.transform(stems).double() for view, stems in pairs) / len(views)).float()  # type: ignore[union-attr]
 
 
 def _forward_batches(model: BSMamba2, segments: Tensor, batch: int, dtype: torch.dtype) -> Tensor:

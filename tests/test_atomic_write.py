@@ -92,3 +92,18 @@ def test_text_is_written_as_utf_8_and_bytes_as_they_are(payload, tmp_path):
     write_atomically(tmp_path / "m", payload)
     assert (tmp_path / "m").read_text(encoding="utf-8") == "déjà vu"
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush_is_no_error(code, tmp_path, monkeypatch):
+    def fsync(_: int) -> None:
+        raise OSError(code, "not supported")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    write_atomically(tmp_path / "m", b"content")
+    assert (tmp_path / "m").read_bytes() == b"content"
+
+
+def test_a_name_in_another_encoding_is_written_with_escapes(tmp_path):
+    write_atomically(tmp_path / "m", "caf\udce9, café")
+    assert (tmp_path / "m").read_text(encoding="utf-8") == "caf\\udce9, café"

@@ -11,8 +11,8 @@ import torch
 from stand_in_models import Broken, Counting, Identity
 from torch import Tensor, nn
 
-from bsmamba2 import BSMamba2
-from bsmamba2.separate import separate, stagger_step
+from bsmamba2 import BSMamba2, ModelConfig
+from bsmamba2.separate import separate, stagger_step, tta_views
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.25, 0.5, 0.9, 0.99])
@@ -123,6 +123,8 @@ def test_progress_counts_every_sample() -> None:
         (Identity(), torch.zeros(2, 100), {"segment": 0.001}, "segment=0.001"),
         (Identity(), torch.zeros(2, 100), {"segment": math.inf}, "segment=inf"),
         (Identity(), torch.zeros(2, 100), {"batch": 0}, "batch=0"),
+        (Identity(), torch.zeros(2, 100), {"shifts": 0}, "shifts=0"),
+        (Identity(), torch.zeros(2, 100), {"shifts": 101}, "shifts=101"),
         (Broken(), torch.ones(2, 100), {}, "another checkpoint"),
         (Broken(), torch.ones(2, 100), {"dtype": torch.bfloat16}, "float32"),
     ],
@@ -134,3 +136,50 @@ def test_wrong_arguments_are_named(model: nn.Module, mixture: Tensor, options: d
 
 def test_separation_leaves_no_gradient(tiny: BSMamba2) -> None:
     assert not separate(tiny, torch.randn(2, 1000), segment=0.1).requires_grad
+
+
+@pytest.mark.parametrize("options", [{"shifts": 3}, {"tta": True}, {"shifts": 2, "tta": True}], ids=str)
+def test_an_average_of_identities_is_the_input_bit_for_bit(options: dict) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 5001) * torch.logspace(-38, 3, 5001)
+    model, told = Identity(), []
+    found = separate(model, mixture, segment=0.1, progress=lambda *done: told.append(done), **options)  # type: ignore[arg-type]
+    assert torch.equal(found[0], mixture)
+    passes = options.get("shifts", 1) * (3 if "tta" in options else 1)
+    assert {whole for _, whole in told} == {passes * max(whole // passes for _, whole in told)}
+    assert sum(done for done, _ in told) == told[0][1]
+
+
+def test_the_average_is_that_of_passes_made_by_hand(tiny: BSMamba2) -> None:
+    torch.manual_seed(0)
+    mixture = torch.randn(2, 9000) * torch.tensor([[1.0], [0.3]])
+    plain = separate(tiny, mixture, segment=0.5)
+    swapped = separate(tiny, mixture.flip(0), segment=0.5).flip(1)
+    inverted = -separate(tiny, -mixture, segment=0.5)
+    found = separate(tiny, mixture, segment=0.5, tta=True)
+    torch.testing.assert_close(found, (plain + swapped + inverted) / 3, rtol=0, atol=1e-6)
+    assert not torch.equal(swapped, plain)
+    delays = [view.delay for view in tta_views(tiny.config, 2, False)]
+    assert delays[0] == 0
+    assert 0 <= delays[1] - 2000 < 32  # about half of half a second, and half a hop between the frames
+    assert delays[1] % 32 == 16
+    both = [
+        separate(tiny, nn.functional.pad(mixture, (delay, delays[1] - delay)), segment=0.5)[..., delay : delay + 9000]
+        for delay in delays
+    ]
+    found = separate(tiny, mixture, segment=0.5, shifts=2)
+    torch.testing.assert_close(found, (both[0] + both[1]) / 2, rtol=0, atol=1e-6)
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(found, separate(tiny, mixture, segment=0.5, shifts=2))
+    assert torch.equal(plain, separate(tiny, mixture, segment=0.5, shifts=1, tta=False))
+
+
+@pytest.mark.parametrize("shifts", [1, 2, 3, 5, 10])
+def test_shifts_are_spread_over_half_a_second_and_over_a_hop(shifts: int) -> None:
+    config = ModelConfig()
+    delays = [view.delay for view in tta_views(config, shifts, False)]
+    assert len(delays) == shifts
+    assert delays[-1] <= 22_050
+    assert delays[-1] >= 22_050 * (shifts - 1) / shifts - 1
+    places = sorted(delay % config.hop_length for delay in delays)
+    assert max(later - place for place, later in pairwise([*places, config.hop_length])) <= 441 / shifts + shifts

@@ -1,24 +1,41 @@
-"""Console output of the commands: messages on standard error, progress bars, errors in one line."""
+"""Console output of the commands: messages on standard error, progress bars, errors in one line; and their signals."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ..audio.decoders import reason
 from ..audio.files import AudioError
 from ..kernels import is_out_of_memory
 from ..separate import Progress
 
 
 def log(*messages: object) -> None:
-    """Print each message on a line of its own, on standard error."""
+    """Print each message on a line of its own, on standard error; where that is closed, nowhere."""
     for message in messages:
-        print(escape(message), file=sys.stderr)
+        with suppress(OSError, ValueError):
+            print(escape(message), file=sys.stderr)
+
+
+def print_line(*results: object) -> None:
+    """Print each result on a line of its own, at once; the command goes on where nobody reads them any more."""
+    try:
+        for result in results:
+            print(escape(result))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what waits in its buffer
+        if not isinstance(error, BrokenPipeError):
+            log(f"standard output: {reason(error)}")
 
 
 def escape(message: object) -> str:
@@ -33,7 +50,8 @@ def describe_error(error: Exception, subject: Path) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return f"{subject}: too little memory; use a smaller --batch or --segment"
-    return f"{subject}: {error}"
+    is_empty = not str(error) or (isinstance(error, OSError) and error.errno and not error.strerror)
+    return f"{subject}: {type(error).__name__ if is_empty else error}"
 
 
 @contextmanager
@@ -48,6 +66,32 @@ def reraise_oom() -> Iterator[None]:
         for note in getattr(error, "__notes__", []):
             memory_error.add_note(note)
         raise memory_error from error
+
+
+@contextmanager
+def signals_as_interrupts(restore: bool) -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, unless they are ignored (nohup).
+
+    A second signal within three seconds is ignored, so that the cleaning up after the first comes to its end.
+    """
+    last = -3.0
+
+    def interrupt(signum: int, frame: object) -> None:
+        nonlocal last
+        if time.monotonic() - last > 3:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python takes no signals elsewhere
+        for number in {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")}:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if restore else ():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -71,5 +115,5 @@ def make_output(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise ValueError(f"{folder}: cannot be made a folder ({reason}); give another one with -o") from error
+        cause = "is a file" if isinstance(error, FileExistsError) else reason(error)
+        raise ValueError(f"{folder}: cannot be made a folder ({cause}); give another one with -o") from error

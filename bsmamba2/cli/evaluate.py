@@ -1,13 +1,16 @@
-"""`bsmamba2 evaluate [FOLDER] -o DIR`: score a checkpoint on tracks whose vocals are known."""
+"""`bsmamba2 evaluate [FOLDER] -o DIR`: score a checkpoint on tracks whose stems are known."""
 
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
+from urllib.parse import quote
 
 from tqdm import tqdm
 
 from .. import checkpoints
+from ..atomic_write import write_atomically
 from ..evaluation import PROTOCOLS, EvalRow, EvalSet, Evaluation, Failure, load_tracks, tracks_of
 from ..evaluation import evaluate as evaluation
 from ..evaluation.protocols import SEGMENTS
@@ -15,13 +18,13 @@ from ..kernels import BackendError
 from ..published_layout import sha256_file
 from ..separate import DTYPES
 from ..synth import excerpt, synthesise_songs
-from .console import describe_error, escape, log, make_output, reraise_oom
+from .console import describe_error, escape, log, make_output, print_line, reraise_oom
 from .model_arguments import add_model_arguments, load_model
 
 DESCRIPTION = """\
-Separate every track, compare with its vocals, and write evaluation.json, rows.csv, by_segment.png and
-by_occupancy.png. A run that was stopped is resumed: tracks that are done are not done again, unless the
-checkpoint, the protocol or the track has changed."""
+Separate every track, compare each stem of the model with the track's, and write evaluation.json, rows.csv,
+by_segment.png and by_occupancy.png. A run that was stopped is resumed: tracks that are done are not done again,
+unless the checkpoint, the protocol or the track has changed."""
 
 EPILOG = "protocols:\n" + "\n".join(
     f"  {protocol.name}: {protocol.segment:g} s segments, overlap {protocol.overlap:g}, "
@@ -59,26 +62,29 @@ def parse_segments(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every track at every segment length, then write and print the tables."""
-    protocol = PROTOCOLS[args.protocol]
+    protocol, output = PROTOCOLS[args.protocol], args.output
     path = args.checkpoint or checkpoints.bundled_checkpoint()
     try:
         model, sha256 = load_model(args), sha256_file(path)
-        tracks = load_tracks(args.folder) if args.folder else default_tracks(args)
-        make_output(args.output)
+        tracks = load_tracks(args.folder, model.config.stems) if args.folder else default_tracks(args)
+        make_output(output)
     except (ValueError, OSError, BackendError) as error:
         log(error)
         return 2
     rows: list[EvalRow] = []
     failures: list[Failure] = []
-    total = len({protocol.segment, *args.segments}) * len(tracks.tracks)
+    total = len({protocol.segment, *args.segments}) * len(tracks.tracks) * len(model.config.stems)
     try:
+        # A file may give other models with another --config or other --weights: their rows are not the same.
+        identity = f"{sha256} {args.weights} {model.config.to_json()}" if args.checkpoint else sha256
         results = evaluation.run(
-            model, sha256, tracks, protocol, args.output,
-            segments=args.segments, batch=args.batch, dtype=DTYPES[args.dtype],
+            model, identity, tracks, protocol, output,
+            segments=args.segments, batch=args.batch, dtype=DTYPES[args.dtype], log=log,
         )  # fmt: skip
-        bar = tqdm(results, desc=f"tracks on {args.device}", total=total, unit="track", disable=None, leave=False)
-        with reraise_oom():
-            for result in bar:
+        label = f"tracks on {args.device}"
+        with reraise_oom(), tqdm(desc=label, total=total, unit="row", disable=None, leave=False) as bar:
+            for result in results:
+                bar.update()
                 if isinstance(result, EvalRow):
                     rows.append(result)
                     continue
@@ -89,20 +95,18 @@ def run(args: argparse.Namespace) -> int:
             checkpoint=path.name, checkpoint_sha256=sha256, tracks=tracks, protocol=protocol, dtype=args.dtype,
             rows=tuple(rows), failures=tuple(failures),
         )  # fmt: skip
-        paths = report.save(args.output) + save_plots(report, args.output)
+        paths = report.save(output) + save_plots(report, output)
     except (OSError, MemoryError) as error:
-        log(describe_error(error, args.output))
+        log(describe_error(error, output))
         return 1
     for title, lines in (
         ("segment length", report.segment_table()),
-        ("vocal occupancy", report.occupancy_table()),
+        ("occupancy", report.occupancy_table()),
         ("published figures (dB)", report.comparison_table()),
     ):
-        print(title)
-        for line in lines:
-            print("  " + "  ".join(f"{key} {format_value(value)}".strip() for key, value in line.items()))
-    for path in paths:
-        print(escape(path))
+        cells = [[f"{key} {format_value(value)}".strip() for key, value in line.items()] for line in lines]
+        print_line(title, *("  " + "  ".join(line) for line in cells))
+    print_line(*paths)
     return 1 if failures else 0
 
 
@@ -119,16 +123,26 @@ def default_tracks(args: argparse.Namespace) -> EvalSet:
 
 
 def save_plots(report: Evaluation, output: Path) -> list[Path]:
-    """Save the two plots, if matplotlib is installed; returns their paths."""
+    """Save two plots for each stem, if matplotlib is installed; returns their paths."""
     try:
         from ..teaching import plotting
     except ImportError as error:
         log(f"no plots: {error}; pip install 'bsmamba2[book]'")
         return []
     metrics = {"usdr": "uSDR (dB)", "csdr": "cSDR (dB)", "silence_leakage": "leakage into silence (dB)"}
-    paths = [output / "by_segment.png", output / "by_occupancy.png"]
-    plotting.scores(report.rows, "segment", "segment length (s)", metrics, ticks=report.segments).savefig(paths[0])
-    plotting.scores(report.default_rows, "occupancy", "share of the track with vocals", metrics).savefig(paths[1])
+    paths = []
+    for stem in report.stems:
+        suffix = "" if report.stems == ["vocals"] else f"-{quote(stem, safe=' ')}"
+        rows = [row for row in report.rows if row.stem == stem]
+        own = report.at(report.protocol.segment, stem)
+        for name, figure in (
+            ("segment", plotting.scores(rows, "segment", "segment length (s)", metrics, ticks=report.segments)),
+            ("occupancy", plotting.scores(own, "occupancy", f"share of the track with {stem}", metrics)),
+        ):
+            paths.append(output / f"by_{name}{suffix}.png")
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png")
+            write_atomically(paths[-1], picture.getvalue())
     return paths
 
 

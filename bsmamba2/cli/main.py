@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
+import warnings
+from pathlib import Path
+from typing import Any
 
 from . import backends, cost, evaluate, separate, train
-from .console import log
+from .console import escape, log, print_line, signals_as_interrupts
 
 COMMANDS = {
     "separate": (separate, "take the vocals out of songs"),
@@ -20,9 +24,13 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not stop a command
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, or there is no console: a file that is opened next must not get its number
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: PTH123, SIM115
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show stops no command
+    warnings.formatwarning = lambda message, *_, **__: f"{escape(message)}\n"
     parser = argparse.ArgumentParser(prog="bsmamba2", description="BSMamba2, a vocal separator.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
@@ -32,8 +40,21 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         module.add_arguments(command)
     args = parser.parse_args(arguments)
-    try:
-        return COMMANDS[args.command][0].run(args)
-    except KeyboardInterrupt:
-        log("stopped")
-        return 130
+    for name, value in vars(args).items():
+        setattr(args, name, [*map(expand_user, value)] if isinstance(value, list) else expand_user(value))
+    with signals_as_interrupts(restore=arguments is not None):
+        try:
+            code = COMMANDS[args.command][0].run(args)
+            print_line()  # what is not written yet
+        except KeyboardInterrupt:
+            log("stopped")
+            return 130
+        except BrokenPipeError:
+            print_line()
+            return 141
+    return code
+
+
+def expand_user(value: Any) -> Any:
+    """`~` of a path as the home folder, as shells do it, unless it stands within an argument, as in --output=~/x."""
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111  (no error without a home)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import checkpoints
-from ..kernels import BACKENDS, accelerate, cpu, slow_dtype_warning
+from ..kernels import BACKENDS, accelerate, slow_dtype_warning
 from ..model import BSMamba2
 from ..separate import DTYPES
 from .console import log
@@ -19,6 +19,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="in this project's or a published layout; the bundled one when left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE",
+        help="YAML or JSON file with the hop, window, stems or bands of a checkpoint that does not store them: fields "
+        "of ModelConfig, or the training toolbox's own file (default: one next to the checkpoint, if it fits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("auto", "ema", "raw"), default="auto",
+        help="of a checkpoint that has both: ema, the moving averages (auto takes them when they are there), or raw",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else cpu")
     parser.add_argument(
@@ -60,10 +69,14 @@ def load_model(args: argparse.Namespace) -> BSMamba2:
     dtype = DTYPES[args.dtype]
     if slow := slow_dtype_warning(device, dtype):
         log(f"--dtype {args.dtype}: {slow}")
-    model = checkpoints.load_checkpoint(path).to(device)
+    checkpoint = checkpoints.read_checkpoint(path, weights=args.weights, config=args.config)
+    for note in checkpoint.notes:
+        log(note)
+    model = checkpoint.model().to(device)
     acceleration = accelerate(model, args.backend, dtype=dtype)
     if acceleration.build_seconds is not None:
-        log(f"built the C++ kernel in {acceleration.build_seconds:.0f} s; it is kept in {cpu.cache_folder()}")
+        kept = f"; it is kept in {acceleration.kept_in}" if acceleration.kept_in else ""
+        log(f"built the C++ kernel in {acceleration.build_seconds:.0f} s{kept}")
     if args.backend == "auto" and acceleration.backend not in ("cpu", "triton"):
         log(acceleration)
     return model

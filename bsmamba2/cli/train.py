@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -12,9 +11,10 @@ from typing import get_args, get_type_hints
 from tqdm import tqdm
 
 from ..kernels import BackendError
+from ..settings import read_parameters
 from ..training.distributed import init_distributed
-from ..training.job import JobConfig, read_parameters
-from .console import log, reraise_oom
+from ..training.job import JobConfig
+from .console import log, print_line, reraise_oom
 
 DESCRIPTION = """\
 Train a model on synthesised songs, or on a folder of stems (--data). The run is stored in --output-dir: after Ctrl-C, a
@@ -54,17 +54,21 @@ def run(args: argparse.Namespace) -> int:
             for step in bar:
                 best = "" if training.best is None else f"{training.best[0]:.2f} dB"
                 bar.set_postfix(loss=f"{step.loss:.3f}", best=best)
-    except (ValueError, OSError, ImportError, BackendError, FloatingPointError, MemoryError) as error:
-        notes = getattr(error, "__notes__", [])  # a run that had begun adds where it stopped
-        if isinstance(error, MemoryError):
-            fix = "use a smaller batch with gradient accumulation, or gradient checkpointing; see bsmamba2 cost"
-            notes = [*notes, fix]
-        print(str(error) or "too little memory", *notes, sep="\n", file=sys.stderr)
-        return 1 if notes else 2
     except KeyboardInterrupt as error:
-        log(error or "stopped at once")
+        log(str(error) or "stopped at once")
         return 130
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError) as error:
+        worker_died = "DataLoader worker" in str(error)  # in torch's words
+        if isinstance(error, RuntimeError) and not isinstance(error, BackendError) and not worker_died:
+            raise
+        notes = getattr(error, "__notes__", [])  # a run that had begun adds where it stopped
+        log(*str(error or "too little memory").strip().split("\n"), *notes)
+        if worker_died:
+            log("too little memory? use fewer --workers")
+        elif isinstance(error, MemoryError):
+            log("use a smaller batch with gradient accumulation, or gradient checkpointing; see bsmamba2 cost")
+        return 1 if notes or isinstance(error, MemoryError) else 2
     if training.writer:
         best = "" if training.best is None else f", best {training.best[0]:.2f} dB uSDR at step {training.best[1]}"
-        print(f"{training.trainer.step} steps done{best}: {training.folder}")
+        print_line(f"{training.trainer.step} steps done{best}: {training.folder}")
     return 0

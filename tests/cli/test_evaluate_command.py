@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from eval_tracks import musdb
 
 from bsmamba2 import BSMamba2, ModelConfig, save_checkpoint
@@ -60,6 +65,70 @@ def test_command_names_a_bad_track_once_and_does_the_others(
     assert [one["track"] for one in json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]] == [
         "B – Zwei"
     ] * 2
+
+
+def test_command_on_a_model_of_several_stems(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    save_checkpoint(BSMamba2(replace(TINY, stems=("drums", "vocals"))), tmp_path / "model.safetensors")
+    root, output = musdb(tmp_path / "musdb"), tmp_path / "out"
+    arguments = ["evaluate", str(root), "--checkpoint", str(tmp_path / "model.safetensors"), "-o", str(output)]
+    assert main([*arguments, "--segments", ""]) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    content = json.loads((output / "evaluation.json").read_text())
+    assert [(one["track"], one["stem"]) for one in content["rows"]] == [
+        (name, stem) for name in ("A - One", "B – Zwei") for stem in ("drums", "vocals")
+    ]
+    assert list(content["averages"]) == ["drums, 8 s", "vocals, 8 s"]
+    assert {path.name for path in output.iterdir()} == {
+        "rows", "evaluation.json", "rows.csv", "by_segment-drums.png", "by_segment-vocals.png",
+        "by_occupancy-drums.png", "by_occupancy-vocals.png",
+    }  # fmt: skip
+    assert "drums, 8 s" in said.out
+
+
+def test_command_reports_a_damaged_row_in_one_line(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, output = musdb(tmp_path / "musdb"), tmp_path / "out"
+    arguments = ["evaluate", str(root), "--checkpoint", str(checkpoint), "-o", str(output), "--segments", ""]
+    assert main(arguments) == 0
+    path = sorted(output.rglob("rows/*/*.json"))[0]
+    path.write_text('{"identity": ' + "[" * 100_000)
+    capfd.readouterr()
+    assert main(arguments) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: is damaged (")
+    assert len(json.loads((output / "evaluation.json").read_text())["rows"]) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there, and a home is not $HOME")
+def test_command_on_names_in_another_encoding_at_home(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = musdb(tmp_path / "musdb", names=("one",))
+    (root / "test" / "one").rename(root / "test" / os.fsdecode(b"caf\xe9"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(root / "test")
+    arguments = ["evaluate", ".", "--checkpoint", str(checkpoint), "-o", "~/out", "--segments", ""]
+    assert main(arguments) == 0
+    assert capfd.readouterr().err == ""
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["tracks"] == {"name": "1 tracks in test", "names": [r"caf\udce9"]}
+    assert r"caf\udce9" in (tmp_path / "out" / "rows.csv").read_text(encoding="utf-8")
+    (next((root / "test").iterdir()) / "vocals.wav").write_text("no sound")
+    assert main(arguments) == 1
+    assert r"caf\udce9" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell closes the stream")
+def test_command_without_standard_error(checkpoint: Path, tmp_path: Path) -> None:
+    root, output = musdb(tmp_path / "musdb"), tmp_path / "out"
+    arguments = ["evaluate", str(root), "--checkpoint", str(checkpoint), "-o", str(output), "--backend", "plain"]
+    code = "import sys; assert sys.stderr is None; from bsmamba2.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code, *arguments, "--segments", ""]
+    assert subprocess.run(command, stdout=subprocess.PIPE, timeout=120).returncode == 0
+    assert (output / "rows.csv").exists()
 
 
 def test_command_on_the_bundled_songs(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_kernel_that_was_built_is_one_line(
 ) -> None:
     def built(model: BSMamba2, backend: str, *, dtype: torch.dtype) -> Acceleration:
         assert (backend, dtype) == ("auto", torch.bfloat16)
-        return Acceleration("cpu", "its self-test agrees", 20.7)
+        return Acceleration("cpu", "its self-test agrees", 20.7, Path("/cache"))
 
     monkeypatch.setattr(model_arguments, "accelerate", built)
     monkeypatch.setattr(model_arguments, "slow_dtype_warning", lambda device, dtype: "takes 13 times as long")
@@ -76,3 +76,32 @@ def test_every_backend_gives_the_same_stems(tmp_path: Path) -> None:
         assert main(["separate", str(tmp_path / "song.wav"), *files, "--backend", backend]) == 0
         found[backend] = torch.from_numpy(soundfile.read(tmp_path / backend / "song.vocals.wav")[0])
     assert (found["auto"] - found["plain"]).abs().max() < 1e-5 * found["plain"].abs().max()
+
+
+def test_notes_are_logged_and_options_change_what_is_loaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = BSMamba2(replace(TINY, hop_length=16, win_length=64))
+    save_checkpoint(model, tmp_path / "published.ckpt", layout="published")
+    weights = torch.load(tmp_path / "published.ckpt")
+    torch.save({"model": weights, "ema_model": dict(weights)}, tmp_path / "m.ckpt")
+    (tmp_path / "config.json").write_text('{"hop_length": 16, "win_length": 64, "sample_rate": 8000}')
+    soundfile.write(tmp_path / "song.wav", torch.randn(4000, 2).mul(0.1).numpy(), 8000)
+    base = ["separate", str(tmp_path / "song.wav"), "--checkpoint", "~/m.ckpt", "--backend", "plain"]
+    assert main([*base, "-o", str(tmp_path / "a")]) == 0
+    assumed, ema = capfd.readouterr().err.splitlines()
+    path = tmp_path / "m.ckpt"
+    assert assumed.startswith(f"{path}: hop_length=32, win_length=128, sample_rate=44100, stems=")
+    assert "--config FILE" in assumed
+    assert ema.startswith(f"{path}: EMA weights (moving averages) are loaded")
+    assert main([*base, "-o", str(tmp_path / "b"), "--weights", "raw", "--config", "~/config.json"]) == 0
+    given, assumed = capfd.readouterr().err.splitlines()
+    assert given.startswith(f"{path}: hop_length, win_length, sample_rate from ")
+    assert given.endswith("/config.json")
+    assert assumed.startswith(f"{path}: stems=")
+    (tmp_path / "config.json").write_text("[1]")
+    assert main([*base, "-o", str(tmp_path / "c"), "--config", "~/config.json"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "config.json must hold names and values" in line

@@ -197,10 +197,6 @@ BAD = {
     "cut WAV": (lambda p: cut(wave(p / "bad.wav")), "is cut short"),
     "cut WAV, within its head": (lambda p: cut(wave(p / "bad.wav"), 0.008), "cannot be read as audio"),
     "cut WAV, of 3 GB": (lambda p: poke(wave(p / "bad.wav"), 40, (3 << 30).to_bytes(4, "little")), "is cut short"),
-    "FLAC out of a pipe": (
-        lambda p: poke(wave(p / "bad.flac", frames=9_000), 21, b"\xf0\0\0\0\0"),
-        "does not say how long it is",
-    ),
     "cut AIFF": (lambda p: cut(wave(p / "bad.aiff")), "is cut short"),
     "cut FLAC": (lambda p: cut(wave(p / "bad.flac", frames=90_000)), "cut short"),
     "cut OGG": (lambda p: cut(wave(p / "bad.ogg", frames=50_000)), "cut short"),
@@ -472,4 +468,6 @@ def test_help_says_what_happens_to_more_channels(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         main(["separate", "--help"])
     assert stop.value.code == 0
-    assert "Of more than two\nchannels each two after each other" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Of more than two\nchannels, a left and a right one" in text
+    assert "does not name its speakers, each two after each other" in text
