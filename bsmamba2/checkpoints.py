@@ -1,12 +1,13 @@
 """Checkpoints: load and save a model, in our layout and in both published ones.
 
-    bsmamba2    safetensors: our names, the configuration and a format version in the metadata
+    bsmamba2    safetensors: our names; the configuration, a format version and a hash in the metadata
     published   torch.save of {published name: tensor}, as `bs_mamba2_vocals.ckpt`
     lightning   torch.save of {"state_dict": {"model." + published name: tensor}, ...}, as the authors' file
 
-Book: "The whole model". Sources: the authors' code (github.com/EuiYeonKim/BSMamba2, 42eb8c8) and,
+Wrappers and prefixes of other training programs are unwrapped (`state_dict`). Nothing in a file is ever executed
+(`safe_pickle`). Book: "The whole model". Sources: the authors' code (github.com/EuiYeonKim/BSMamba2, 42eb8c8) and,
 for the EMA entry, the callback of the training code that it builds on (amanteur/BandSplitRNN-PyTorch,
-src/utils/callbacks.py, from NVIDIA NeMo). Nothing in a file is ever executed (`safe_pickle`).
+src/utils/callbacks.py, from NVIDIA NeMo).
 """
 
 from __future__ import annotations
@@ -30,13 +31,22 @@ from . import ssd
 from .atomic_write import write_atomically
 from .config import ModelConfig
 from .model import BSMamba2
+from .published_layout import (
+    choose_config,
+    expected_shapes,
+    from_published,
+    is_published,
+    to_published,
+    unsupported_variant,
+)
 from .published_layout import describe_known_file as describe_known_file
-from .published_layout import from_published, infer_config, is_published, to_published
-from .safe_pickle import load_state_dict
+from .safe_pickle import load_pickle
+from .state_dict import FoundWeights, find_weights, misfit, not_finite, own_copies, sha256_state
 
 Layout = Literal["bsmamba2", "published", "lightning"]
 Weights = Literal["auto", "ema", "raw"]
 FORMAT_VERSION = 2
+HASH_KEY = "bsmamba2.sha256"
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "weights" / "small.safetensors"
 """The checkpoint inside the package: what the commands take when none is named."""
@@ -57,6 +67,7 @@ class Checkpoint:
         config: as stored, as given, or inferred (see `read_checkpoint`).
         state: name → tensor, exactly the names of `BSMamba2(config).state_dict()`.
         metadata: further entries that `save_checkpoint` was given.
+        notes: lines about the file that its user should see: which weights were taken, and what was assumed.
     """
 
     path: Path
@@ -65,6 +76,7 @@ class Checkpoint:
     config: ModelConfig
     state: dict[str, Tensor]
     metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def model(self, *, scan: ssd.Scan | str = ssd.chunked) -> BSMamba2:
         """Build the model, in evaluation mode, on the CPU; `scan` is a function or the name of one in `ssd`."""
@@ -77,7 +89,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     *,
     weights: Weights = "auto",
-    config: ModelConfig | None = None,
+    config: ModelConfig | str | os.PathLike[str] | None = None,
     scan: ssd.Scan | str = ssd.chunked,
 ) -> BSMamba2:
     """Load a model from a file of any layout, in evaluation mode, on the CPU, in float32.
@@ -89,14 +101,18 @@ def load_checkpoint(
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], *, weights: Weights = "auto", config: ModelConfig | None = None
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights = "auto",
+    config: ModelConfig | str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any layout; the content decides which, never the file's name.
 
     A published file carries no configuration. Widths, depth, bands and the number of stems then follow from
-    the tensors. The rest is assumed: 44,100 Hz; hop 441 (n_fft / 4 where that is too long); two channels, or
-    one if only then n_fft = 2·(bins - 1) is a power of two; the stem is `vocals` if there is one, else they
-    are `stem_0`, `stem_1`, ….
+    the tensors. The rest comes from a YAML file of the training toolbox (`config.read_config`) in the same folder,
+    if one fits, or is assumed: 44,100 Hz; hop 441 (n_fft / 4 where that is too long); a window of n_fft; two
+    channels, or one if only then n_fft = 2·(bins - 1) is a power of two; the stem is `vocals` if there is one, else
+    they are `stem_0`, `stem_1`, …. `Checkpoint.notes` says which.
 
     A Lightning file of the authors' code has the raw weights in `state_dict` and their moving averages, in
     the order of the parameters, under `optimizer_states` in a list `ema` (read from code, not seen in their
@@ -104,50 +120,64 @@ def read_checkpoint(
 
     Args:
         path: the file.
-        weights: of a Lightning file, `ema` or `raw`; `auto` takes the averages when they are there.
-        config: the architecture, when the file has none or the assumptions do not fit.
+        weights: of a file that has both, `ema` or `raw`; `auto` takes the averages when they are there.
+        config: the architecture, when the file has none or the assumptions do not fit; or the path of a YAML or
+            JSON file with some of its fields.
 
     Returns:
         The checkpoint. Weights of any floating type become float32, each in memory of its own.
 
     Raises:
-        CheckpointError: when the file is no checkpoint, is cut short, lacks what `weights` asks for, or has
-            tensors that are missing, unexpected, of another shape, not floating-point or not finite.
+        CheckpointError: when the file is no checkpoint, is cut short or damaged, is of another model, lacks what
+            `weights` asks for, or has tensors that are missing, unexpected, of another shape, not floating-point or
+            not finite.
         FileNotFoundError: when there is no such file.
     """
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights={weights!r} must be 'auto', 'ema' or 'raw'")
-    path = Path(path)
-    tensors, averages, lightning, metadata = _read_tensors(path)
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  # Path's fails for an unknown user
+    found, metadata = _read_file(path)
+    tensors, averages = found.tensors, found.averages
     version, stored = metadata.pop("bsmamba2.format", None), metadata.pop("bsmamba2.config", None)
     if version not in (None, str(FORMAT_VERSION)):
         fix = "it is older than the first release, train it again" if version == "1" else "update bsmamba2"
-        raise CheckpointError(f"{path} has format {version!r}, this is format {FORMAT_VERSION}: {fix}")
+        raise CheckpointError(f"{path} has format {version!r:.20}, this is format {FORMAT_VERSION}: {fix}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if variant := unsupported_variant(shapes):
+        raise CheckpointError(f"{path} is {variant}, which bsmamba2 does not have: use a file of BSMamba2 itself")
     published = stored is None and is_published(tensors)
-    layout: Layout = "lightning" if lightning else "published" if published else "bsmamba2"
+    layout: Layout = "lightning" if found.lightning else "published" if published else "bsmamba2"
+    notes: list[str] = []
     try:
-        if config is None and stored is not None:
-            config = ModelConfig.from_mapping(json.loads(stored))
-        config = config or infer_config({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if not isinstance(config, ModelConfig):
+            config, notes = choose_config(path, shapes, stored, Path(config) if config else None)
         if config.depth + len(config.freqs_per_bands) * len(config.stems) > len(tensors):
-            raise ValueError(f"{len(tensors)} tensors are too few for {config}")
-        expected = _empty_model(config).state_dict()
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: no usable configuration: {error}; load with config=ModelConfig(...)") from error
-    expected = to_published(expected) if published else expected
-    _check_state_dict(path, tensors, expected)
+            raise ValueError(f"{len(tensors)} tensors are too few for its layers, bands and stems")
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        fix = "name its configuration with --config FILE or config="
+        raise CheckpointError(f"{path}: no usable configuration: {error}; {fix}") from error
+    expected = expected_shapes(config, published=published)
+    if fault := misfit(tensors, expected):
+        raise CheckpointError(f"{path} {fault}")
+    if weights == "raw" and found.only_averages:
+        raise CheckpointError(f"{path} holds EMA weights only: use weights='ema'")
     used: Literal["ema", "raw"] = "raw" if weights == "raw" or (weights == "auto" and not averages) else "ema"
     if used == "ema":
         if len(averages) != len(tensors):
             fault = f"{len(averages)} EMA weights for {len(tensors)} parameters"
             raise CheckpointError(f"{path} holds {fault}: use weights='raw'")
         tensors = dict(zip(tensors, averages, strict=True))
-        _check_state_dict(path, tensors, expected, "EMA ")
+        if fault := misfit(tensors, expected, "EMA "):
+            raise CheckpointError(f"{path} {fault}")
+        choice = "the file has no others" if found.only_averages else "weights='raw' (--weights raw) takes the raw ones"
+        theirs = ", which the authors' own evaluation uses" if found.lightning and not found.only_averages else ""
+        notes.append(f"EMA weights (moving averages) are loaded; {choice}{theirs}")
     tensors = from_published(tensors) if published else tensors
-    state = {name: _own_copy(tensor.to(torch.float32)) for name, tensor in tensors.items()}
-    _check_finite(path, state)
+    state = own_copies({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    if fault := not_finite(state):
+        raise CheckpointError(f"{path}: {fault}")
     metadata.pop("format", None)
-    return Checkpoint(path, layout, used, config, state, metadata)
+    return Checkpoint(path, layout, used, config, state, metadata, tuple(f"{path}: {note}" for note in notes))
 
 
 def save_checkpoint(
@@ -180,12 +210,14 @@ def save_checkpoint(
     for key, value in entries.items():
         if key == "format" or key.startswith("bsmamba2.") or not isinstance(value, str):
             raise ValueError(f"metadata {key!r}: {value!r} must be a string under a name of your own")
-    state = {name: _own_copy(tensor.cpu()) for name, tensor in model.state_dict().items()}
-    _check_state_dict("the model to save", state, _empty_model(model.config).state_dict())
-    _check_finite("the model to save", state)
+    state = own_copies(model.state_dict())
+    if fault := misfit(state, expected_shapes(model.config)):
+        raise CheckpointError(f"the model to save {fault}")
+    if fault := not_finite(state):
+        raise CheckpointError(f"the model to save: {fault}")
     if layout == "bsmamba2":
         ours = {"bsmamba2.format": str(FORMAT_VERSION), "bsmamba2.config": model.config.to_json()}
-        payload = safetensors.torch.save(state, {**entries, "format": "pt", **ours})
+        payload = _serialize(state, {**entries, "format": "pt", **ours})
     else:
         content: dict[str, Any] = to_published(state)
         if layout == "lightning":
@@ -193,7 +225,7 @@ def save_checkpoint(
         buffer = io.BytesIO()
         torch.save(content, buffer)
         payload = buffer.getvalue()
-    write_atomically(path, payload)
+    write_atomically(os.path.expanduser(path), payload)  # noqa: PTH111
 
 
 def bundled_checkpoint() -> Path:
@@ -210,27 +242,40 @@ def bundled_checkpoint() -> Path:
     return BUNDLED_CHECKPOINT
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], list[Tensor], bool, dict[str, str]]:
-    """Tensors by their name in the file, its EMA weights (or none), whether it is Lightning's, metadata."""
+def _read_file(path: Path) -> tuple[FoundWeights, dict[str, str]]:
+    """The weights in a file, and its metadata."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is a folder or a device: name a checkpoint file")
     with path.open("rb") as file:
         head = file.read(9)
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28:
-        try:
+    try:
+        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28:
             with safe_open(path, framework="pt") as reader:
                 tensors = {name: reader.get_tensor(name) for name in list(reader.keys())}
-                return tensors, [], False, dict(reader.metadata() or {})
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}): get the file again") from error
-    if not head or (head[:2] == b"PK" and not zipfile.is_zipfile(path)):
-        raise CheckpointError(f"{path} is truncated: it ends after {path.stat().st_size:,} bytes: get the file again")
-    if head[:2] != b"PK" and head[:1] != b"\x80":
-        raise CheckpointError(f"{path} is no checkpoint: safetensors and torch.save do not begin with {head!r}")
-    try:
-        return *load_state_dict(path), {}
+                metadata = dict(reader.metadata() or {})
+            if (recorded := metadata.pop(HASH_KEY, None)) not in (None, sha256_state(tensors, metadata)):
+                raise ValueError(f"is damaged: its content does not have the SHA-256 {recorded!r:.12}… that it records")
+            return find_weights(tensors) if tensors else FoundWeights({}, []), metadata
+        if not head or (head[:2] == b"PK" and not zipfile.is_zipfile(path)):
+            raise ValueError(f"is truncated: it ends after {path.stat().st_size:,} bytes")
+        if head[:2] != b"PK" and head[:1] != b"\x80":
+            raise ValueError(f"is no checkpoint: safetensors and torch.save do not begin with {head!r}")
+        return find_weights(load_pickle(path)), {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error!s:.200}): get the file again") from error
     except ValueError as error:
         raise CheckpointError(f"{path} {error}") from error
+
+
+def _serialize(state: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file with a hash, the same for the same content: the library shuffles the metadata."""
+    content = safetensors.torch.save(state, {**metadata, HASH_KEY: sha256_state(state, metadata)})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
 
 
 class _SkipInit(TorchFunctionMode):
@@ -249,43 +294,3 @@ class _SkipInit(TorchFunctionMode):
 def _empty_model(config: ModelConfig, scan: ssd.Scan | str = ssd.chunked) -> BSMamba2:
     with _SkipInit():
         return BSMamba2(config, scan=scan)
-
-
-def _own_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _check_state_dict(
-    source: Path | str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str = ""
-) -> None:
-    """Raise CheckpointError that names missing, unexpected, misshapen and not floating-point tensors."""
-
-    def first(names: list[str]) -> str:
-        return "; ".join(names[:4]) + (f"; and {len(names) - 4} more" if len(names) > 4 else "")
-
-    faults = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of the wrong shape": [
-            f"{name}: {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-        "not plain floating-point": [
-            f"{name}: {tensor.dtype}, {tensor.layout}, {tensor.device}"
-            for name, tensor in state.items()
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
-        ],
-    }
-    reasons = [f"{len(names)} {kind}tensors {fault}: {first(names)}" for fault, names in faults.items() if names]
-    if reasons:
-        raise CheckpointError(
-            f"{source} does not fit a BSMamba2 with {len(expected)} tensors. {'. '.join(reasons)}. "
-            f"Use a whole file of this model, or give the config= that it was made with"
-        )
-
-
-def _check_finite(source: Path | str, state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: {name} has NaN or infinite values: take an earlier checkpoint")

@@ -13,9 +13,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .bands import generate_bands, published_bands
+from .settings import read_parameters, short_repr
+
+MOST_VALUES_PER_SECOND = 1 << 26
+"""Most mixer values per second of audio: 4.5 times the published model's (256 MB in float32)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +37,9 @@ class ModelConfig:
         stems: names of the sources that the model gives, in order.
         channels: audio channels that are separated jointly, `c`.
         sample_rate: in hertz. The model itself never reads it; files are converted to it.
-        n_fft: STFT window and transform length, in samples.
+        n_fft: STFT transform length, in samples.
         hop_length: samples between frames.
+        win_length: window length, in samples, where it is shorter than n_fft; None: n_fft.
         d_state: width of the state-space state, `n`.
         headdim: channels that share one decay, `p`.
         expand: inner width of a Mamba-2 mixer as a multiple of `dim`.
@@ -49,6 +55,7 @@ class ModelConfig:
     sample_rate: int = 44_100
     n_fft: int = 2048
     hop_length: int = 441
+    win_length: int | None = None
     d_state: int = 128
     headdim: int = 64
     expand: int = 4
@@ -59,31 +66,50 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("freqs_per_bands", "stems"):
-                if isinstance(value, str) or not hasattr(value, "__iter__"):
-                    raise ValueError(f"{field.name}={value!r} must be a sequence")
+                if not isinstance(value, list | tuple) or not value:
+                    raise ValueError(f"{field.name}={short_repr(value)} must be a list, not empty")
                 object.__setattr__(self, field.name, tuple(value))
-            elif not is_positive_int(value):
-                raise ValueError(f"{field.name}={value!r} must be a positive whole number")
-        if not self.freqs_per_bands or not all(is_positive_int(width) for width in self.freqs_per_bands):
-            raise ValueError(f"freqs_per_bands={self.freqs_per_bands!r} must be positive whole numbers of bins")
+            elif not is_positive_int(value) and not (field.name == "win_length" and value is None):
+                raise ValueError(f"{field.name}={short_repr(value)} must be a positive whole number")
+        if not all(is_positive_int(width) for width in self.freqs_per_bands):
+            shown = short_repr(self.freqs_per_bands)
+            raise ValueError(f"freqs_per_bands={shown} must be positive whole numbers of bins")
         if sum(self.freqs_per_bands) != self.bins:
             raise ValueError(
                 f"freqs_per_bands cover {sum(self.freqs_per_bands)} bins, but n_fft={self.n_fft} gives {self.bins}: "
                 f"make their sum n_fft // 2 + 1"
             )
-        if not self.stems or not all(isinstance(stem, str) and stem for stem in self.stems):
-            raise ValueError(f"stems={self.stems!r} must be names, at least one")
-        if len(set(self.stems)) != len(self.stems):
-            raise ValueError(f"stems={self.stems!r} names a stem twice")
-        if self.n_fft % 2 or self.hop_length > self.n_fft // 2:
+        for stem in self.stems:  # they become names of files
+            if (
+                not isinstance(stem, str)
+                or not 0 < len(stem) <= 100
+                or not stem.isprintable()
+                or set(stem) & set("/\\")
+            ):
+                raise ValueError(
+                    f"stems={short_repr(self.stems)} must be names of 1 to 100 printable characters, without / and \\"
+                )
+        if len({stem.casefold() for stem in self.stems}) != len(self.stems):
+            raise ValueError(f"stems={short_repr(self.stems)} names a stem twice")
+        if self.win_length == self.n_fft:
+            object.__setattr__(self, "win_length", None)  # so that equal configurations compare equal
+        window = self.win_length or self.n_fft
+        if self.n_fft % 2 or window > self.n_fft or self.hop_length > window // 2:
             raise ValueError(
-                f"n_fft={self.n_fft} must be even and hop_length={self.hop_length} at most half of it, "
-                f"or the inverse STFT cannot rebuild the signal"
+                f"n_fft={self.n_fft} must be even, the window (win_length={window}) at most n_fft, and "
+                f"hop_length={self.hop_length} at most half the window, or the inverse STFT cannot rebuild the signal"
             )
         if self.inner % self.headdim:
             raise ValueError(
                 f"expand * dim = {self.inner} is not a multiple of headdim={self.headdim}: "
                 f"heads must fill the inner width exactly"
+            )
+        values = self.sample_rate * len(self.freqs_per_bands) * (2 * self.inner + 2 * self.d_state + self.heads)
+        if values > MOST_VALUES_PER_SECOND * self.hop_length:
+            raise ValueError(
+                f"sample_rate={self.sample_rate}, hop_length={self.hop_length} and {len(self.freqs_per_bands)} bands "
+                f"take {4e-9 * values / self.hop_length:,.1f} GB for each layer and second of audio, "
+                f"more than {4e-9 * MOST_VALUES_PER_SECOND:.1f}: use a longer hop or a smaller model"
             )
 
     @property
@@ -126,13 +152,46 @@ class ModelConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
-            raise ValueError(f"unknown configuration field {unknown[0]!r}; known: {', '.join(sorted(names))}")
+            raise ValueError(f"unknown configuration field {short_repr(unknown[0])}; known: {', '.join(sorted(names))}")
         return cls(**values)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Fields of a `ModelConfig` from a YAML or JSON file, for checkpoints that store none; absent fields stay absent.
+
+    The file has our own field names, or the layout of ZFTurbo's Music-Source-Separation-Training: sections `audio`,
+    `model` and `training`, whose model has a hop of 512 and a window of 2,048 in 2,048 where the file gives none.
+
+    Raises:
+        ValueError: for a file that cannot be read, or holds something else; it names the file.
+    """
+    values = read_parameters(path)
+    model, audio, training = (values.get(section) or {} for section in ("model", "audio", "training"))
+    if not values.keys() & {"model", "audio"}:
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
+        if unknown:
+            raise ValueError(f"{path}: {short_repr(unknown[0])} is no field of a ModelConfig (hop_length, stems, ...)")
+        return values
+    if not all(isinstance(section, dict) for section in (model, audio, training)):
+        raise ValueError(f"{path}: the sections audio, model and training must hold names and values")
+    n_fft = model.get("stft_n_fft", 2048)
+    fields = {"n_fft": n_fft, "hop_length": model.get("stft_hop_length", 512)}
+    fields["win_length"] = model.get("stft_win_length", 2048)
+    for name, value in (("freqs_per_bands", model.get("freqs_per_bands")), ("sample_rate", audio.get("sample_rate"))):
+        if value is not None:
+            fields[name] = value
+    if "stereo" in model:
+        fields["channels"] = 2 if model["stereo"] is True else 1
+    target, instruments = training.get("target_instrument"), training.get("instruments")
+    stems = [target] if target else instruments
+    if isinstance(stems, list) and len(stems) == model.get("num_stems", 1):
+        fields["stems"] = stems
+    return fields
+
+
 def is_positive_int(value: object) -> bool:
-    """Whether a value is a whole number above 0; True and False are not numbers."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Whether a value is a whole number from 1 to 2^63 - 1; True and False are not numbers."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 63
 
 
 PRESETS: dict[str, dict[str, Any]] = {

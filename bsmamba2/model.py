@@ -85,10 +85,9 @@ class BSMamba2(nn.Module):
         """
         if mixture.dim() != 3 or mixture.shape[1] != self.config.channels:
             raise ValueError(f"mixture {tuple(mixture.shape)} must be (b, c={self.config.channels}, samples)")
-        n_fft, hop_length = self.config.n_fft, self.config.hop_length
-        spectrogram = stft(mixture, n_fft, hop_length)
-        stems = self.apply_to_spectrogram(spectrogram)
-        return istft(stems, mixture.shape[-1], n_fft, hop_length)
+        lengths = self.config.n_fft, self.config.hop_length, self.config.win_length
+        stems = self.apply_to_spectrogram(stft(mixture, *lengths))
+        return istft(stems, mixture.shape[-1], *lengths)
 
     def apply_to_spectrogram(self, spectrogram: Tensor) -> Tensor:
         """Estimate the masks of a spectrogram and apply them: complex (b, c, f, t) → complex (b, stem, c, f, t).

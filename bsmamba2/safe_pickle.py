@@ -1,85 +1,297 @@
-"""Safe unpickling: `torch.save` files are read without running anything that they contain.
+"""Safe unpickling: `torch.save` files are read without running or importing anything that they name.
 
-Files of PyTorch Lightning name classes of their own (of hyper-parameters, say), which
-`torch.load(weights_only=True)` rejects. Here an empty stub replaces each of them.
+Only containers, numbers, text and tensors are rebuilt. Every other object (NumPy values, paths, a whole model, a call
+of `os.system`) becomes a `Skipped`. Time and memory are bounded by the size of the file.
+
+Formats: the zip archive of torch 1.6 and later, and the sequence of pickles that older versions wrote.
 """
 
 from __future__ import annotations
 
-import pickle
+import io
+import math
+import pickletools
 import re
+import sys
 import zipfile
-from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-
-class _StubClass:
-    """Stub of a class that a file names: calling it gives an empty dict."""
-
-    def __new__(cls, *_: object) -> OrderedDict[str, object]:  # type: ignore[misc]
-        return OrderedDict()
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def load_pickle(path: Path) -> Any:
-    """Unpickle a `torch.save` file safely: unknown classes become `_StubClass`, never looked up or called.
+class Skipped:
+    """Placeholder of an object that is not rebuilt; `name` says which."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Storage(Skipped):
+    def __init__(self, content: Tensor, dtype: torch.dtype) -> None:
+        super().__init__("a storage without a tensor")
+        self.content, self.dtype = content, dtype
+
+
+def load_pickle(source: Path | BinaryIO) -> Any:
+    """Unpickle a `torch.save` file safely, with every tensor on the CPU; see `Skipped`.
+
+    Args:
+        source: a path, or a file open for reading in which `seek` works.
 
     Raises:
-        ValueError: when the file is cut short, damaged or calls a function; the message says which.
+        ValueError: when the file is cut short, damaged (its CRC-32 are checked), would unpack to far more than its
+            own size, or is not from `torch.save`.
+        OSError: when the file cannot be opened.
     """
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return load_pickle(file)
     try:
-        with path.open("rb") as file:  # not by its name: torch.load goes by the extension .safetensors
-            unknown = []
-            if zipfile.is_zipfile(path):
-                unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-                file.seek(0)
-            names = [name.rpartition(".") for name in unknown]
-            stubs: list[Any] = [type(name, (_StubClass,), {"__module__": module}) for module, _, name in names]
-            with torch.serialization.safe_globals(stubs):
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own message proposes weights_only=False: not repeated
-        rejected = re.search(r"GLOBAL (\S+)", str(error))
-        detail = str(error).partition("WeightsUnpickler error:")[2].strip() or "bad pickle"
-        reason = f"it calls for {rejected[1]}" if rejected else detail.splitlines()[0]
-        raise ValueError(f"is damaged or not safe to read ({reason}); nothing in it was run: get it again") from None
-    except Exception as error:  # any other means bad bytes: torch raises a dozen kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _load_zip(source) if zipfile.is_zipfile(source) else _load_legacy(source)
+    except _Refused:
+        raise
+    except Exception as error:  # bad bytes raise a dozen kinds, and OSError for an offset below 0
+        reason = f"{type(error).__name__}: {error!s:.200}".splitlines()[0]
         raise ValueError(f"is truncated or damaged ({reason}): get it again") from error
 
 
-def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[Tensor], bool]:
-    """Load a state dict, alone or inside a Lightning checkpoint, with `load_pickle`.
+class _Refused(ValueError):
+    """A fault with a message of its own."""
 
-    Returns:
-        Tensors by name (of a Lightning file, without its prefix `model.`), the EMA weights of a Lightning
-        file (or none) in the order of its parameters, and whether the file is Lightning's.
 
-    Raises:
-        ValueError: as `load_pickle`, and when the file holds something else than tensors.
+def _load_zip(file: BinaryIO) -> Any:
+    length = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        unpacked = sum(entry.file_size for entry in entries.values())
+        if unpacked > 4 * length + (1 << 20):
+            raise _Refused(f"would unpack from {length:,} to {unpacked:,} bytes: save it again with torch.save")
+        name = next((name for name in entries if re.fullmatch("([^/]*/)?data[.]pkl", name)), None)
+        if name is None:
+            raise _Refused(f"is truncated or damaged, or a zip archive without data.pkl ({len(entries)} entries)")
+        root = name.removesuffix("data.pkl")
+        if f"{root}constants.pkl" in entries:
+            raise _Refused("is a TorchScript archive: save the model's state_dict() with torch.save")
+        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != sys.byteorder.encode():
+            raise _Refused("was saved on a machine of the opposite byte order: convert it there to safetensors")
+
+        def read_storage(key: str, _: int) -> Tensor:
+            return _as_tensor(archive.read(f"{root}data/{key}"))  # zipfile checks the CRC-32
+
+        return _Machine(io.BytesIO(archive.read(name)), read_storage).run()
+
+
+def _load_legacy(file: BinaryIO) -> Any:
+    """Pickles of a magic number, a version, the machine, the object and the storage keys, followed by the storages."""
+    file.seek(0)
+    content = io.BytesIO(file.read())  # of a bounded length: reading 2^40 bytes from a file would make room for them
+    storages: dict[str, Tensor] = {}
+
+    def reserve(key: str, nbytes: int) -> Tensor:  # the tensors are views, filled below
+        if nbytes + sum(map(len, storages.values())) > len(content.getbuffer()):
+            raise EOFError("the file ends before its tensors do")
+        return storages.setdefault(key, torch.zeros(nbytes, dtype=torch.uint8))
+
+    magic, *_, found, keys = (_Machine(content, reserve).run() for _ in range(5))
+    if magic != LEGACY_MAGIC:
+        raise _Refused("is truncated or damaged, or not from torch.save: save a state dict with torch.save")
+    for key in keys:
+        content.seek(8, io.SEEK_CUR)  # the number of elements, as in the pickle
+        storages[key].copy_(_as_tensor(content.read(len(storages[key]))))
+    return found
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> object:
+    """A view of a storage, which must not be larger than that (strides of 0), nor leave it (as_strided checks)."""
+    lengths = (offset, *size, *stride)
+    flat = storage.content.view(storage.dtype)
+    if len(lengths) > 32 or not all(type(length) is int for length in lengths) or math.prod(size) > flat.numel():
+        return Skipped("a tensor larger than its storage")
+    return flat.as_strided(size, stride, offset)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: object, hooks: object, dtype: torch.dtype, *_: object
+) -> object:
+    return _rebuild_tensor(_Storage(storage.content, dtype), offset, size, stride)
+
+
+def _rebuild_parameter(data: object, *_: object) -> object:
+    return data
+
+
+def _rebuild_from_type(function: Any, _: object, arguments: Any, *__: object) -> object:
+    return function(*arguments) if isinstance(function, FunctionType) else Skipped("a tensor subclass")
+
+
+def _empty_dict(*_: object) -> dict[Any, Any]:
+    return {}
+
+
+_FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    ("collections", "OrderedDict"): _empty_dict,
+    ("collections", "defaultdict"): _empty_dict,
+}
+
+
+_STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64, "UntypedStorage": torch.uint8,
+    "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
+}  # fmt: skip
+
+
+def _find_global(module: str, name: str) -> object:
+    """A function that rebuilds, a data type, or a placeholder: nothing is imported, and nothing else looked up."""
+    if (module, name) in _FUNCTIONS:
+        return _FUNCTIONS[module, name]
+    if module in ("torch", "torch.cuda", "torch.storage"):
+        found = _STORAGES.get(name, vars(torch).get(name))
+        if isinstance(found, torch.dtype):
+            return found
+    return Skipped(f"{module}.{name}")
+
+
+class _Machine:
+    """The stack machine of pickles, in which classes, calls and hashed containers do nothing.
+
+    `pickletools` decodes the opcodes. Python's own unpickler would have to lose its calls, its memo indices of 2^31
+    (which take 32 GB in the C version) and of keys that are nested tuples (whose hash takes exponential time).
     """
-    content = load_pickle(path)
-    averages: list[Tensor] = []
-    lightning = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
-    if lightning:
-        averages = _find_ema(content.get("optimizer_states"))
-        content = content["state_dict"]
-        if any(str(name).startswith("model.") for name in content):  # the others are windows of the featurisers
-            content = {name[6:]: value for name, value in content.items() if str(name).startswith("model.")}
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"holds no tensors but {content!r:.60}: save a state dict")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            fault = f"entry {name!r} is no tensor but {type(value).__name__}"
-            raise ValueError(f"is no state dict: {fault}: save a state dict, alone or under 'state_dict'")
-    return dict(content), averages, lightning
 
+    def __init__(self, content: BinaryIO, read_storage: Callable[[str, int], Tensor]) -> None:
+        self.content, self.read_storage = content, read_storage
+        self.storages: dict[str, Tensor] = {}
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
 
-def _find_ema(optimizer_states: object) -> list[Tensor]:
-    for entry in optimizer_states if isinstance(optimizer_states, list) else []:
-        averages = entry.get("ema") if isinstance(entry, dict) else None
-        if isinstance(averages, list | tuple) and all(isinstance(value, Tensor) for value in averages):
-            return list(averages)
-    return []
+    def run(self) -> Any:
+        """Run to the opcode STOP, and return the object."""
+        for opcode, argument, _ in pickletools.genops(self.content):
+            self._step(opcode, argument)
+        return self.stack.pop()
+
+    def _step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        stack, memo = self.stack, self.memo
+        match opcode.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case "POP" if self.marks and self.marks[-1] == len(stack):
+                self.marks.pop()
+            case "POP" | "BUILD":
+                stack.pop()
+            case "POP_MARK" | "ADDITEMS":
+                self._since_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_DICT":
+                stack.append({"LIST": list, "TUPLE": tuple, "DICT": dict}[opcode.name[6:]]())
+            case "EMPTY_SET":
+                stack.append(Skipped("a set"))
+            case "LIST":
+                stack.append(self._since_mark())
+            case "TUPLE":
+                stack.append(tuple(self._since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._pop(int(opcode.name[5:]))))
+            case "DICT":
+                items = self._since_mark()
+                stack.append({})
+                self._add(items)
+            case "APPEND":
+                self._add(self._pop(1))
+            case "SETITEM":
+                self._add(self._pop(2))
+            case "APPENDS" | "SETITEMS":
+                self._add(self._since_mark())
+            case "GLOBAL":
+                stack.append(_find_global(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_find_global(*map(str, self._pop(2))))
+            case "REDUCE":
+                self._call(*self._pop(2))
+            case "NEWOBJ" | "NEWOBJ_EX":
+                self._skip(self._pop(2 if opcode.name == "NEWOBJ" else 3))
+            case "OBJ" | "FROZENSET" | "INST":
+                self._skip(self._since_mark())
+            case "BINPERSID":
+                self._storage(stack.pop())
+            case _ if opcode.arg is not None and not opcode.stack_before and opcode.name[:3] not in ("EXT", "PER"):
+                stack.append(argument)  # a number, text or bytes
+            case _:
+                raise ValueError(f"opcode {opcode.name}")
+
+    def _pop(self, count: int) -> list[Any]:
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        if len(values) < count:
+            raise IndexError("stack is empty")
+        return values
+
+    def _since_mark(self) -> list[Any]:
+        mark = self.marks.pop()
+        values = self.stack[mark:]
+        del self.stack[mark:]
+        return values
+
+    def _skip(self, values: list[Any]) -> None:
+        self.stack.append(Skipped(values[0].name if values and isinstance(values[0], Skipped) else "an object"))
+
+    def _call(self, function: object, arguments: Any) -> None:
+        if not isinstance(function, FunctionType):
+            self._skip([function])
+            return
+        try:  # one of _FUNCTIONS: no other gets here
+            self.stack.append(function(*arguments))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            self.stack.append(Skipped(f"a tensor that cannot be rebuilt ({type(error).__name__})"))
+
+    def _add(self, items: list[Any]) -> None:
+        """Add to a list, or to a dict under keys of text or numbers."""
+        target = self.stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is dict:
+            pairs = zip(items[::2], items[1::2], strict=True)
+            target.update((key, value) for key, value in pairs if isinstance(key, str | int | float))
+
+    def _storage(self, reference: object) -> None:
+        match reference:
+            case ("storage", torch.dtype() as dtype, str() as key, _, int() as count, *_):
+                nbytes = count * dtype.itemsize
+                if key not in self.storages:
+                    self.storages[key] = self.read_storage(key, nbytes)
+                if not 0 <= nbytes <= len(self.storages[key]):
+                    raise EOFError("a tensor is cut short")
+                self.stack.append(_Storage(self.storages[key][:nbytes], dtype))
+            case _:
+                self.stack.append(Skipped("a persistent object"))

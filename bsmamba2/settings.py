@@ -5,17 +5,23 @@
         lr: float = setting(5e-4, "learning rate", within="[0, inf)")
         __post_init__ = check_settings
 
-The command line makes its flags from the same fields.
+The command line makes its flags from the same fields; `read_parameters` reads values for them from a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
+import os
+import reprlib
 import typing
+from pathlib import Path
 from typing import Any
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 ITEMS = {str: "names", int: "whole numbers", float: "numbers"}
+LONGEST = 1_000_000  # characters in a file of parameters
 COUNT, NOT_NEGATIVE, SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
 
 
@@ -29,6 +35,50 @@ def setting(default: Any, help: str, choices: tuple[str, ...] = (), *, within: s
         within: the allowed interval of numbers, `[1, inf)` or `(0, 1]` for instance.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Names and values from a JSON or YAML file.
+
+    Raises:
+        ValueError: when it cannot be read, or holds something else.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  # Path's fails for an unknown user
+    kind, parse = ("YAML", _parse_yaml) if path.suffix.lower() in (".yaml", ".yml") else ("JSON", json.loads)
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("is a folder or a device, not a file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        values = parse(text) if len(text) <= LONGEST else None
+    except ImportError as error:
+        raise ValueError(f"{path}: YAML requires PyYAML: pip install pyyaml, or write the same as JSON") from error
+    except Exception as error:  # parsers raise a dozen kinds
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: no {kind}: {type(error).__name__}: {reason}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path} must hold names and values, as `steps: 400`, in at most {LONGEST:,} characters")
+    return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """YAML without aliases, a few of which can stand for billions of values, or deep nesting; tuples are lists."""
+    yaml: Any = importlib.import_module("yaml")
+
+    class Loader(yaml.SafeLoader):
+        def fetch_alias(self) -> None:
+            raise yaml.MarkedYAMLError(problem="an alias: write its value instead", problem_mark=self.get_mark())
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level > 50:  # PyYAML's time grows with the square
+                raise RecursionError
+            super().fetch_flow_collection_start(token)
+
+    Loader.add_constructor("tag:yaml.org,2002:python/tuple", Loader.construct_yaml_seq)
+    return yaml.load(text, Loader)
 
 
 def check_settings(config: Any) -> None:
@@ -47,20 +97,38 @@ def check_settings(config: Any) -> None:
             items = tuple(value) if isinstance(value, list | tuple) else ()  # JSON and YAML have lists
             if items:
                 object.__setattr__(config, field.name, items)
-        if not items or not all(_fits(item, kind) for item in items):
+        if not items or not all(fits_type(item, kind) for item in items):
             hint = "; in YAML write 1.0e-3, not 1e-3" if kind is float and isinstance(value, str) else ""
-            raise ValueError(f"{field.name}={value!r} must be {expected}{hint}")
+            hint = "; this one is too large" if any(map(_too_large, items)) else hint
+            raise ValueError(f"{field.name}={short_repr(value)} must be {expected}{hint}")
         choices, within = field.metadata.get("choices"), field.metadata.get("within")
         if choices and value not in choices:
-            raise ValueError(f"{field.name}={value!r} must be {' or '.join(choices)}")
+            raise ValueError(f"{field.name}={short_repr(value)} must be {' or '.join(choices)}")
         if within and not all(_inside(item, within) for item in items):
-            raise ValueError(f"{field.name}={value!r} must lie in {within}")
+            raise ValueError(f"{field.name}={short_repr(value)} must lie in {within}")
 
 
-def _fits(value: object, kind: type) -> bool:
+def short_repr(value: object) -> str:
+    """`repr` of any value in one line of at most 200 characters, in bounded time."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxtuple = 2, 8, 8
+    brief.maxstring = brief.maxlong = brief.maxother = 80
+    try:
+        text = brief.repr(value)
+    except ValueError:  # Python refuses to print whole numbers of more than 4,300 digits
+        text = f"{type(value).__name__} of very many digits"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def fits_type(value: object, kind: type) -> bool:
+    """Whether a value is of a type: a whole number passes as float, bool never as a number."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, int | float if kind is float else kind)
+    return isinstance(value, int | float if kind is float else kind) and not _too_large(value)
+
+
+def _too_large(value: object) -> bool:
+    return abs(value) >= 2**63 if isinstance(value, int) else isinstance(value, str) and len(value) > 4096
 
 
 def _inside(value: float, interval: str) -> bool:

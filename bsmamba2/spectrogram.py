@@ -1,22 +1,31 @@
 """Audio → complex spectrogram → audio (book: "The spectrogram").
 
-Periodic Hann window of n_fft samples, centred frames with reflected edges, not normalised; as
-published. `bsmamba2.audio.streaming` does both for audio that arrives in blocks. Axis letters: see `bsmamba2.config`.
+Periodic Hann window (of n_fft samples unless a shorter one is asked for), centred frames with reflected edges, not
+normalised; as published. `bsmamba2.audio.streaming` does both for audio that arrives in blocks. Axis letters: see
+`bsmamba2.config`.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def stft(audio: Tensor, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
+def analysis_window(n_fft: int, win_length: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Periodic Hann window of `win_length` samples (None: n_fft), zero-padded on both sides to (n_fft,)."""
+    length = win_length or n_fft
+    left = (n_fft - length) // 2  # as torch.stft pads its window
+    return nn.functional.pad(torch.hann_window(length, dtype=dtype, device=device), (left, n_fft - length - left))
+
+
+def stft(audio: Tensor, n_fft: int = 2048, hop_length: int = 441, win_length: int | None = None) -> Tensor:
     """Short-time Fourier transform (STFT) of the published model.
 
     Args:
         audio: (..., samples), real, more than n_fft // 2 samples (the edges are reflected).
-        n_fft: window and transform length, in samples.
+        n_fft: transform length, in samples.
         hop_length: samples between frames.
+        win_length: window length, in samples, at most n_fft; n_fft when absent.
 
     Returns:
         Complex (..., f, t) with f = n_fft // 2 + 1 and t = samples // hop + 1.
@@ -26,7 +35,7 @@ def stft(audio: Tensor, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
     """
     samples = audio.shape[-1]
     check_length(samples, n_fft)
-    window = torch.hann_window(n_fft, dtype=audio.dtype, device=audio.device)
+    window = analysis_window(n_fft, win_length, audio.dtype, audio.device)
     flat = audio.reshape(-1, samples)
     spectrogram = torch.stft(
         flat, n_fft, hop_length, window=window, center=True, pad_mode="reflect", return_complex=True
@@ -34,19 +43,22 @@ def stft(audio: Tensor, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
     return spectrogram.unflatten(0, audio.shape[:-1]) if audio.dim() > 1 else spectrogram[0]
 
 
-def istft(spectrogram: Tensor, samples: int, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
+def istft(
+    spectrogram: Tensor, samples: int, n_fft: int = 2048, hop_length: int = 441, win_length: int | None = None
+) -> Tensor:
     """Inverse short-time Fourier transform: least-squares overlap-add, the inverse of `stft`.
 
     Args:
         spectrogram: complex (..., f, t).
         samples: length of the audio to return.
-        n_fft: window and transform length, in samples.
+        n_fft: transform length, in samples.
         hop_length: samples between frames.
+        win_length: window length, in samples, at most n_fft; n_fft when absent.
 
     Returns:
         Real (..., samples).
     """
-    window = torch.hann_window(n_fft, dtype=spectrogram.real.dtype, device=spectrogram.device)
+    window = analysis_window(n_fft, win_length, spectrogram.real.dtype, spectrogram.device)
     flat = spectrogram.reshape(-1, *spectrogram.shape[-2:])
     audio = torch.istft(flat, n_fft, hop_length, window=window, center=True, length=samples)
     return audio.unflatten(0, spectrogram.shape[:-2]) if spectrogram.dim() > 2 else audio[0]

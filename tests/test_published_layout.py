@@ -10,8 +10,15 @@ from checkpoint_files import FIXTURE, TINY, assert_equal, lightning, published_w
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, published_layout, save_checkpoint
+from bsmamba2.bands import generate_bands
 from bsmamba2.checkpoints import CheckpointError, _empty_model, read_checkpoint
-from bsmamba2.published_layout import describe_known_file, from_published, infer_config, to_published
+from bsmamba2.published_layout import (
+    describe_known_file,
+    expected_shapes,
+    from_published,
+    infer_config,
+    to_published,
+)
 
 
 @pytest.fixture
@@ -121,6 +128,109 @@ def test_configuration_from_the_tensors(changes, tmp_path):
     inferred = load_checkpoint(tmp_path / "model.ckpt").config
     stems = config.stems if len(config.stems) == 1 else ("stem_0", "stem_1")
     assert json.loads(inferred.to_json()) == json.loads(config.to_json()) | {"stems": list(stems)}
+
+
+FOUR = ("drums", "bass", "other", "vocals")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        ModelConfig(),
+        ModelConfig.preset("small", stems=FOUR, channels=1, d_conv=3, mask_expand=2),
+        ModelConfig.preset("compact", win_length=1024),
+    ],
+)
+def test_expected_shapes_are_those_of_the_model(config):
+    state = _empty_model(config).state_dict()
+    assert expected_shapes(config) == {name: tuple(x.shape) for name, x in state.items()}
+    published = {name: tuple(x.shape) for name, x in to_published(state).items()}
+    assert expected_shapes(config, published=True) == published
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(dim=16, depth=1, headdim=16, freqs_per_bands=generate_bands(57), stems=FOUR),
+        ModelConfig(dim=16, depth=1, headdim=16, freqs_per_bands=generate_bands(57)),
+        ModelConfig(dim=16, depth=1, headdim=16, freqs_per_bands=generate_bands(60, 2049), n_fft=4096),
+    ],
+)
+def test_the_other_published_sizes_load(config, tmp_path):
+    save_checkpoint(BSMamba2(config), tmp_path / "m.ckpt", layout="published")
+    loaded = read_checkpoint(tmp_path / "m.ckpt")
+    names = ("vocals",) if len(config.stems) == 1 else ("stem_0", "stem_1", "stem_2", "stem_3")
+    assert loaded.config == dataclasses.replace(config, stems=names)
+    (note,) = loaded.notes
+    assert f"hop_length=441, win_length={config.n_fft}, sample_rate=44100, stems={','.join(names)} assumed" in note
+
+
+def relative(published: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The names that a relative of the model has, as its code gives them."""
+    ends = [name for name in published if not name.startswith("layers.")]
+    frame = {name: published[name] for name in ends}
+    attention = {f"layers.0.{j}.layers.0.0.to_qkv.weight": torch.zeros(3, 3) for j in (0, 1)}
+    block = "layers.0.0.forward_blocks.0."
+    return {
+        "bs-roformer": frame | attention,
+        "mel-band roformer": frame | attention | {"band_split.to_features.9.0.gamma": torch.ones(12)},
+        "hybrid": published | attention,
+        "mamba-1": published | {f"{block}mixer.x_proj.weight": torch.zeros(3, 3)},
+        "gmlp": published | {f"{block}norm2.weight": torch.ones(3), f"{block}mlp.fc1.weight": torch.zeros(3, 3)},
+        "deeper": published | {"layers.0.0.forward_blocks.1.norm.weight": torch.ones(3)},
+        "lstm": {"separator.0.band_rnn.rnn.weight_ih_l0": torch.zeros(3, 3)},
+        "one mask layer": {name: x for name, x in published.items() if ".0.2." not in name},
+        "three mask layers": published | {"mask_estimators.0.to_freqs.0.0.4.weight": torch.zeros(3, 3)},
+        "lora": {"layers.0.0.lora_A": torch.zeros(3, 3)},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bs-roformer", r"is a BS-RoFormer \(attention\), which bsmamba2 does not have"),
+        ("mel-band roformer", "is a Mel-Band RoFormer"),
+        ("hybrid", "is a hybrid of Mamba-2 and attention"),
+        ("mamba-1", "is a Mamba-1 variant"),
+        ("gmlp", "is the gMLP variant"),
+        ("deeper", "is a variant with several Mamba blocks"),
+        ("lstm", "is a recurrent model"),
+        ("one mask layer", "is a model whose masks have one linear layer"),
+        ("three mask layers", "is a model whose masks have three or more linear layers"),
+        ("lora", "is a LoRA adapter"),
+    ],
+)
+def test_a_relative_of_the_model_is_called_by_its_name(kind, words, published, tmp_path):
+    torch.save({"model_state_dict": relative(published, kind)}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match=f"m\\.ckpt {words}"):
+        load_checkpoint(tmp_path / "m.ckpt")
+
+
+def test_the_toolboxs_yaml_next_to_the_file_gives_hop_window_and_stems(model, tmp_path):
+    odd = dataclasses.replace(TINY, hop_length=4, win_length=16, sample_rate=48_000, stems=("drums", "bass"))
+    torch.save({"model_state_dict": to_published(BSMamba2(odd).state_dict())}, tmp_path / "m.ckpt")
+    text = (
+        "audio: {sample_rate: 48000}\nmodel: {stft_n_fft: 32, stft_hop_length: 4, stft_win_length: 16, num_stems: 2}\n"
+    )
+    (tmp_path / "of_another_model.yaml").write_text("model: {stft_n_fft: 4096}")
+    (tmp_path / "unrelated.yml").write_text("steps: 3")
+    assert read_checkpoint(tmp_path / "m.ckpt").config.hop_length == 8
+    (tmp_path / "Config.YML").write_text(text + "training: {instruments: [drums, bass]}")
+    loaded = read_checkpoint(tmp_path / "m.ckpt")
+    assert loaded.config == odd
+    (note,) = loaded.notes
+    assert note.endswith(f"n_fft, hop_length, win_length, sample_rate, stems from {tmp_path / 'Config.YML'}")
+    (tmp_path / "z.yaml").write_text(text.replace("stft_hop_length: 4", "stft_hop_length: 8"))  # which is not known
+    (note,) = read_checkpoint(tmp_path / "m.ckpt").notes
+    assert "hop_length=8, win_length=32, sample_rate=44100, stems=stem_0,stem_1 assumed" in note
+    (tmp_path / "m.yaml").write_text("hop_length: 5")  # its own name: this one alone counts
+    loaded = read_checkpoint(tmp_path / "m.ckpt")
+    assert loaded.config.hop_length == 5
+    assert "win_length=32" in loaded.notes[1]
+    assert read_checkpoint(tmp_path / "m.ckpt", config=tmp_path / "Config.YML").config == odd
+    with pytest.raises(CheckpointError, match=r"m\.ckpt: no usable configuration: .*do not fit n_fft=4096"):
+        read_checkpoint(tmp_path / "m.ckpt", config=tmp_path / "of_another_model.yaml")
 
 
 def test_given_configuration_wins_and_an_odd_size_needs_it(model, tmp_path):

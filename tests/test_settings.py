@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bsmamba2.settings import check_settings, setting
+from bsmamba2.settings import check_settings, setting, short_repr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,23 @@ def test_good_values_pass_and_lists_become_tuples() -> None:
         ({"widths": 3}, "widths=3 must be a list of whole numbers"),
         ({"widths": (1, "2")}, "widths=(1, '2') must be a list of whole numbers"),
         ({"widths": (1, 0)}, "widths=(1, 0) must lie in [1, inf)"),
+        ({"count": 2**63}, "count=9223372036854775808 must be a whole number; this one is too large"),
+        ({"share": 10**400}, "must be a number; this one is too large"),
+        ({"widths": [1, 10**5000]}, "widths=list of very many digits must be"),
+        ({"name": "a" * 5000}, "must be text; this one is too large"),
     ],
 )
 def test_a_bad_value_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Example(**values)
+
+
+def test_any_value_is_printed_in_one_short_line() -> None:
+    assert Example(share=1.0, name="b", fast=True, count=2**63 - 1).count == 2**63 - 1
+    nested: Any = 1
+    for _ in range(60):
+        nested = [nested] * 9
+    for value in (nested, 10**5000, [10**5000], "a\n" * 10**6, b"\n" * 10**6, {1: nested}, float, {"a" * 999}):
+        assert 0 < len(short_repr(value)) <= 200
+        assert "\n" not in short_repr(value)
+    assert [short_repr(value) for value in (1e-3, "a", ("a", 1), [True])] == ["0.001", "'a'", "('a', 1)", "[True]"]
