@@ -98,8 +98,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.in_proj(x).split(self.proj_sizes, dim=-1)  # (b, t, h·p), (b, t, w), (b, t, h)
         xBC = causal_conv1d_silu(xBC, self.conv1d.weight, self.conv1d.bias)
         y = self.scan(*self.scan_inputs(xBC, dt))  # (b, t, h, p)
-        y = self.norm(y.flatten(2) * functional.silu(z))
-        return self.out_proj(y)
+        return self.out_proj(self.gated_norm(y, z))
 
     def step(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """`forward` of a segment that continues a sequence.
@@ -116,9 +115,12 @@ class Mamba2(nn.Module):
         conv_state, ssm_state = state or (xBC.new_zeros(len(x), past, xBC.shape[-1]), None)
         convolved = causal_conv1d_silu(xBC, self.conv1d.weight, self.conv1d.bias, conv_state)
         y, ssm_state = self.scan(*self.scan_inputs(convolved, dt), initial_state=ssm_state, return_state=True)
-        y = self.norm(y.flatten(2) * functional.silu(z))
         frames = torch.cat((conv_state, xBC), dim=1)
-        return self.out_proj(y), MixerState(frames[:, frames.shape[1] - past :], ssm_state)
+        return self.out_proj(self.gated_norm(y, z)), MixerState(frames[:, frames.shape[1] - past :], ssm_state)
+
+    def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """rms_norm(y · SiLU(z)), (b, t, h, p) and (b, t, h·p) → (b, t, h·p); float16 could not hold the product."""
+        return self.norm(at_least_fp32(y.flatten(2)) * functional.silu(z)).to(z.dtype)
 
     def scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
         """The arguments of the scan, x, dt, A, B, C and D: (b, t, w) after the convolution, (b, t, h) as projected."""

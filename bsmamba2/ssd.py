@@ -179,28 +179,16 @@ def decay_matrix(cumsum_dtA: Tensor, dtype: torch.dtype | None = None) -> Tensor
 def check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
 ) -> torch.dtype:
-    """Check the arguments of any scan: shapes that fit, and one device.
-
-    Returns:
-        The type of decay and state, float32 or wider.
+    """The type of decay and state, float32 or wider, after a check of the arguments of any scan.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError: naming the first argument whose shape or device does not fit.
     """
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(f"x {tuple(x.shape)} must be (b, t, h, p) with at least one frame")
-    b, t, h, p = x.shape
-    n = B.shape[-1]
-    check_shapes(
-        "x",
-        x,
-        dt=(dt, (b, t, h)),
-        A=(A, (h,)),
-        B=(B, (b, t, n)),
-        C=(C, (b, t, n)),
-        D=(D, (h,)),
-        initial_state=(initial_state, (b, h, p, n)),
-    )
+    (b, t, h, p), n = x.shape, B.shape[-1]
+    of_frames, first = {"dt": (dt, (b, t, h)), "B": (B, (b, t, n)), "C": (C, (b, t, n))}, (initial_state, (b, h, p, n))
+    check_shapes("x", x, A=(A, (h,)), **of_frames, D=(D, (h,)), initial_state=first)
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -211,21 +199,17 @@ def check_shapes(name: str, x: Tensor, **expected: tuple[Tensor | None, tuple[in
         ValueError: naming the first that has another shape, or is on another device.
     """
     for other, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{other} {tuple(tensor.shape)} must be {shape} to go with {name} {tuple(x.shape)}")
-        if tensor.device != x.device:
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{other} is on {tensor.device} and {name} on {x.device}")
 
 
 def _first_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:
     """The state before the first frame, (b, h, p, n), float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if initial_state is not None:
-        return initial_state.to(wide)
-    b, _, h, p = x.shape
-    return x.new_zeros((b, h, p, B.shape[-1]), dtype=wide)
+    if initial_state is None:
+        initial_state = x.new_zeros((len(x), *x.shape[2:], B.shape[-1]))
+    return initial_state.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _result(y: Tensor, x: Tensor, D: Tensor | None, state: Tensor, return_state: bool) -> Any:

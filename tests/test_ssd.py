@@ -83,6 +83,14 @@ def assert_same(
         assert found.isfinite().all(), name
         size = terms[name].norm() / expected[name].norm() if name in terms else 1
         assert relative(found, expected[name]) < bound * max(1, size), name
+    with torch.no_grad():  # another form may run where no gradient is wanted
+        *parts, first = (part.to(dtype) for part in inputs)
+        first = first if ends.get("start", True) else None
+        y, state = scan(*parts, initial_state=first, return_state=True)
+        assert relative(y, expected["y"]) < bound
+        assert relative(state, expected["state"]) < bound
+        if not ends.get("end", True):
+            assert relative(scan(*parts, initial_state=first), expected["y"]) < bound
 
 
 @CHUNKED
@@ -214,12 +222,13 @@ def test_bfloat16_keeps_decay_and_state_wide(chunked: Callable) -> None:
 def test_autocast_around_it_changes_nothing(chunked: Callable) -> None:
     inputs = [part.float() for part in problem(150)]
     expected = everything(chunked, inputs, torch.float32)
+    without_gradients, _ = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, state = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
-        with torch.no_grad():
-            quick, _ = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
-    torch.testing.assert_close(y, expected["y"], rtol=0, atol=0)
-    torch.testing.assert_close(state, expected["state"], rtol=0, atol=0)
+        found = everything(chunked, inputs, torch.float32)
+        quick, _ = chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+    for name in ("y", "state"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    torch.testing.assert_close(quick, without_gradients, rtol=0, atol=0)
     assert relative(quick, expected["y"]) < 1e-5
 
 

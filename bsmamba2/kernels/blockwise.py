@@ -10,14 +10,13 @@ Book: "The fused kernel". Axis letters: see `bsmamba2.config`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ssd
 from ..dual_path import BidirectionalBlock
 from ..mamba2 import EPS, Mamba2, MixerState, RMSNorm, at_least_fp32
 from .chunked import chunked
@@ -50,6 +49,70 @@ def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, max_sequences: 
     return torch.cat([layer(part) for part in x.split(sizes)])
 
 
+def gate_norm_linear(x: Tensor, z: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
+    """linear(norm(x · SiLU(z))), (t, b, w) twice → (t, b, d), for a Linear without bias.
+
+    The gain goes into the matrix and the root mean square, one value per row, out of the product: the wide product
+    x · SiLU(z) is written and read once each.
+    """
+    if x.dtype == torch.float16:  # it could not hold the product before the norm
+        return linear(norm(at_least_fp32(x) * functional.silu(z)).to(x.dtype))
+    gated = x * functional.silu(z)
+    scale = (at_least_fp32(gated).square().mean(-1, keepdim=True) + EPS).rsqrt()
+    y = functional.linear(gated, linear.weight * norm.weight)
+    return (y * scale).to(y.dtype)
+
+
+def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None = None) -> Tensor:
+    """`bsmamba2.mamba2.causal_conv1d_silu` with the frames first, as one addition in place for each tap.
+
+    It takes a half to a quarter of the time of `conv1d` on a CPU, which moves the channels first and back.
+
+    Args:
+        x: (t, b, w).
+        weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
+        bias: (w,), or none.
+        conv_state: the frames before the first, (taps − 1, b, w); zeros when absent.
+
+    Returns:
+        (t, b, w), of the type of x.
+    """
+    dtype = at_least_fp32(x).dtype  # bfloat16 sums are slow on a CPU, and coarse
+    taps = weight[:, 0].mT.to(dtype).contiguous()
+    bias = taps.new_zeros(taps.shape[1]) if bias is None else bias.to(dtype)
+    conv_state = x.new_zeros(len(taps) - 1, *x.shape[1:]) if conv_state is None else conv_state.to(x.dtype)
+    return _CausalConvSiLU.apply(x, conv_state, taps, bias)
+
+
+class _CausalConvSiLU(torch.autograd.Function):
+    """The convolution with a backward pass that keeps only its inputs; autograd's takes twice as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, conv_state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, conv_state, taps, bias)
+        return functional.silu(_convolve(torch.cat((conv_state, x)), taps, bias), inplace=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x, conv_state, taps, bias = ctx.saved_tensors
+        frames = torch.cat((conv_state, x)).to(taps.dtype)
+        dy = torch.ops.aten.silu_backward(gradients[0].to(taps.dtype), _convolve(frames, taps, bias))
+        dframes, dtaps = torch.zeros_like(frames), torch.empty_like(taps)
+        for i, tap in enumerate(taps):
+            dframes[i : i + len(x)].addcmul_(dy, tap)
+            dtaps[i] = (dy * frames[i : i + len(x)]).sum((0, 1))
+        return dframes[len(conv_state) :], dframes[: len(conv_state)], dtaps, dy.sum((0, 1))
+
+
+def _convolve(frames: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """(t + taps − 1, b, w), (taps, w), (w,) → (t, b, w)."""
+    t = len(frames) - len(taps) + 1
+    y = torch.addcmul(bias, frames[:t], taps[0])
+    for i in range(1, len(taps)):
+        y.addcmul_(frames[i : i + t], taps[i])
+    return y
+
+
 class BlockwiseBlock(BidirectionalBlock):
     """`BidirectionalBlock`, a few sequences at a time."""
 
@@ -73,6 +136,11 @@ class BlockwiseBlock(BidirectionalBlock):
 
 class BlockwiseMamba2(Mamba2):
     """`Mamba2`, some frames at a time: its convolution as shifted sums, its gate and norm in the last product."""
+
+    convolve = staticmethod(causal_conv1d_silu)
+    """The convolution that runs; a subclass has its own."""
+    run_scan = staticmethod(chunked)
+    """The scan that runs: any function with the signature in `bsmamba2.ssd`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, d) → (b, t, d)."""
@@ -111,16 +179,6 @@ class BlockwiseMamba2(Mamba2):
         y = y.flatten(-2).transpose(0, 1)
         return gate_norm_linear(y, z, self.norm, self.out_proj).transpose(0, 1), after
 
-    @staticmethod
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None) -> Tensor:
-        """The convolution that runs: as `causal_conv1d_silu`."""
-        return causal_conv1d_silu(x, weight, bias, conv_state)
-
-    @staticmethod
-    def run_scan(*inputs: Any, **options: Any) -> Any:
-        """The scan that runs: any function with the signature in `bsmamba2.ssd`."""
-        return chunked(*inputs, **options)
-
     def last_frames(self, conv_state: Tensor | None, xBC: Tensor) -> Tensor:
         """The next `conv_state`: (taps − 1, b, w) or none, (t, b, w) → (taps − 1, b, w)."""
         past = self.conv1d.kernel_size[0] - 1
@@ -129,103 +187,9 @@ class BlockwiseMamba2(Mamba2):
         return torch.cat((conv_state[new:], xBC[len(xBC) - new :]))
 
 
-def gate_norm_linear(x: Tensor, z: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
-    """linear(norm(x · SiLU(z))), (t, b, w) twice → (t, b, d), for a Linear without bias.
-
-    The gain goes into the matrix and the root mean square, one value per row, out of the product: the wide product
-    x · SiLU(z) is written and read once each.
-    """
-    gated = x * functional.silu(z)
-    if torch.is_grad_enabled():
-        length = torch.linalg.vector_norm(gated, dim=-1, keepdim=True, dtype=at_least_fp32(x).dtype)
-        scale = (length.square() / x.shape[-1] + EPS).rsqrt()
-    else:
-        scale = (at_least_fp32(gated).square().mean(-1, keepdim=True) + EPS).rsqrt()
-    y = functional.linear(gated, linear.weight * norm.weight)
-    return (y * scale).to(y.dtype)
-
-
-def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None = None) -> Tensor:
-    """`bsmamba2.mamba2.causal_conv1d_silu` with the frames first, as one addition in place for each tap.
-
-    It takes a half to a quarter of the time of `conv1d` on a CPU, which moves the channels first and back.
-
-    Args:
-        x: (t, b, w).
-        weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
-        bias: (w,), or none.
-        conv_state: the frames before the first, (taps − 1, b, w); zeros when absent.
-
-    Returns:
-        (t, b, w), of the type of x.
-    """
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    past, dtype = weight.shape[-1] - 1, at_least_fp32(x).dtype  # bfloat16 sums are slow on a CPU, and coarse
-    taps, bias = weight[:, 0].mT.to(dtype).contiguous(), bias.to(dtype)
-    if not torch.is_grad_enabled():
-        y = torch.empty_like(x)
-        conv_state = x.new_zeros((past, *x.shape[1:])) if conv_state is None else conv_state.to(x.dtype)
-        _convolve_into(y[:past], torch.cat((conv_state, x[:past])), taps, bias)
-        if len(x) > past:
-            _convolve_into(y[past:], x, taps, bias)
-        return y
-    if conv_state is not None:
-        x_and_past = torch.cat((conv_state.to(dtype), x.to(dtype)))
-        return _CausalConvSiLU.apply(x_and_past, taps, bias)[len(conv_state) :].to(x.dtype)
-    return _CausalConvSiLU.apply(x.to(dtype), taps, bias).to(x.dtype)
-
-
-def _convolve_into(y: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> None:
-    """y ← SiLU of the convolution of x where all taps have a frame: (t, b, w), (t + taps − 1, b, w), (taps, w)."""
-    total = torch.addcmul(bias, x[: len(y)], taps[0])
-    for i in range(1, len(taps)):
-        total = total.addcmul_(x[i : i + len(y)], taps[i])
-    y.copy_(functional.silu(total))
-
-
-class _CausalConvSiLU(torch.autograd.Function):
-    """One addition in place for each tap; the backward pass computes the convolution again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps, bias)
-        return functional.silu(_convolve(x, taps, bias), inplace=True)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, taps, bias = ctx.saved_tensors
-        gradient = torch.ops.aten.silu_backward(gradients[0], _convolve(x, taps, bias))
-        dx, dtaps = gradient * taps[-1], [(gradient * x).sum((0, 1))]
-        for i, (earlier, later) in enumerate(_tap_slices(len(taps) - 1, len(x))):
-            dx[earlier].addcmul_(gradient[later], taps[i])
-            dtaps.insert(i, (gradient[later] * x[earlier]).sum((0, 1)))
-        return dx, torch.stack(dtaps), gradient.sum((0, 1))
-
-
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """(t, b, w), (taps, w), (w,) → (t, b, w); before the first frame there are zeros."""
-    past, frames = len(taps) - 1, len(x)
-    y = torch.addcmul(bias, x, taps[past])
-    for i, (earlier, later) in enumerate(_tap_slices(past, frames)):
-        y[later].addcmul_(x[earlier], taps[i])
-    return y
-
-
-def _tap_slices(past: int, frames: int) -> Iterator[tuple[slice, slice]]:
-    """For each tap but the last, the frames that it reads and the frames that it adds to."""
-    for i in range(past):
-        shift = min(past - i, frames)
-        yield slice(0, frames - shift), slice(shift, frames)
-
-
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The type in which matrices are multiplied with x: its own, or that of autocast, which leaves float64 alone."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
-
-
-def replaceable(mixer: Mamba2) -> bool:
-    """Whether a mixer's scan is one of `bsmamba2.ssd`, so that another form may take its place."""
-    return mixer.scan in ssd.SCANS.values()

@@ -15,15 +15,17 @@ import importlib.metadata
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from .. import ssd
 from ..dual_path import BidirectionalBlock
 from ..mamba2 import Mamba2
-from . import cpu, triton
-from .blockwise import BlockwiseBlock, BlockwiseMamba2, replaceable
+from . import cpu, extension, triton
+from .blockwise import BlockwiseBlock, BlockwiseMamba2
 from .cpu_layers import CpuBlock, CpuMamba2
 from .self_test import BackendError, raise_unsupported
 
@@ -47,15 +49,17 @@ class Acceleration:
         backend: that was put in: "plain", "chunked", "cpu" or "triton".
         reason: why, in one sentence.
         build_seconds: how long the C++ kernel took to build; none when it was not built just now.
+        kept_in: the folder that keeps it for the next run; none when it is not kept.
     """
 
     backend: str
     reason: str
     build_seconds: float | None = None
+    kept_in: Path | None = None
 
     def __str__(self) -> str:
-        built = "" if self.build_seconds is None else f"; built in {self.build_seconds:.0f} s, kept for the next run"
-        return f"backend {self.backend}: {self.reason}{built}"
+        built = "" if self.build_seconds is None else f"; built in {self.build_seconds:.0f} s"
+        return f"backend {self.backend}: {self.reason}{built}{', kept for the next run' * bool(built and self.kept_in)}"
 
 
 def accelerate(model: nn.Module, backend: str = "auto", *, dtype: torch.dtype = torch.float32) -> Acceleration:
@@ -74,14 +78,14 @@ def accelerate(model: nn.Module, backend: str = "auto", *, dtype: torch.dtype = 
         BackendError: when the named backend cannot run here. `auto` falls back to the chunked form instead.
         ValueError: for an unknown name.
     """
-    built_before = cpu.build_seconds
+    built_before = extension.build_seconds
     chosen, reason = resolve_backend(model, backend, dtype)
     restore(model)
     for module in model.modules():
         fast = _CLASSES[chosen].get(type(module))
-        if fast is not None and (not isinstance(module, Mamba2) or replaceable(module)):
+        if fast is not None and (not isinstance(module, Mamba2) or module.scan in ssd.SCANS.values()):
             module.__class__ = fast
-    return Acceleration(chosen, reason, cpu.build_seconds if built_before is None else None)
+    return Acceleration(chosen, reason, extension.build_seconds if built_before is None else None, extension.kept_in)
 
 
 def restore(model: nn.Module) -> None:
@@ -96,32 +100,32 @@ def resolve_backend(model: nn.Module, backend: str, dtype: torch.dtype = torch.f
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
     if backend in ("plain", "chunked"):
         return backend, "as asked for"
-    mixers = [module for module in model.modules() if isinstance(module, Mamba2) and replaceable(module)]
+    mixers = [part for part in model.modules() if isinstance(part, Mamba2) and part.scan in ssd.SCANS.values()]
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     wanted = backend if backend != "auto" else "triton" if device.type == triton.GPU else "cpu"
     if not mixers:
         reason, fix = "the model has no Mamba-2 mixer for a kernel to replace", "a model with one, or backend='plain'"
         error: BackendError | None = BackendError(reason, fix)
     else:
-        error = _error(wanted, mixers[0], device, dtype)
+        error = _error(wanted, device, dtype, mixers[0].headdim, mixers[0].conv_sizes[1])
     if error is None:
         return wanted, f"its self-test agrees with the reference on {device} in {dtype}"
     if backend != "auto":
         raise error
-    return "chunked", f"PyTorch computes the same, slower, because {_TITLES[wanted]} does not run: {error}"
+    title = {"cpu": "the C++ kernel", "triton": "the fused kernel"}[wanted]
+    return "chunked", f"PyTorch computes the same, slower, because {title} does not run: {error}"
 
 
-_TITLES = {"cpu": "the C++ kernel", "triton": "the fused kernel"}
-
-
-def _error(backend: str, mixer: Mamba2, device: torch.device, dtype: torch.dtype) -> BackendError | None:
-    """Why a backend does not run for a mixer; none when it does."""
+def _error(backend: str, device: torch.device, dtype: torch.dtype, p: int, n: int) -> BackendError | None:
+    """Why a backend, or causal-conv1d, does not run on a device in a type for heads of p and states of n; or none."""
     try:
         if backend == "cpu":
-            raise_unsupported(cpu.unsupported_reasons(device, dtype, mixer.headdim, mixer.conv_sizes[1]))
+            raise_unsupported(cpu.unsupported_reasons(device, dtype, p, n))
             return cpu.self_test_error(dtype)
-        raise_unsupported(triton.missing_requirements(triton.scan_kernel))
-        return triton.self_test_error(device, dtype)
+        raise_unsupported(
+            triton.missing_requirements(triton.scan_kernel if backend == "triton" else triton.conv_kernel)
+        )
+        return (triton.self_test_error if backend == "triton" else triton.conv_self_test_error)(device, dtype)
     except BackendError as error:
         return error
 
@@ -132,9 +136,8 @@ def _error(backend: str, mixer: Mamba2, device: torch.device, dtype: torch.dtype
 def slowdown(device: torch.device, dtype: torch.dtype) -> float:
     """How many times longer a linear layer takes in `dtype` than in float32, measured here on a small one.
 
-    A CPU without instructions for a narrow type computes it by a detour: one with AVX2 alone took 8 times as long in
-    bfloat16 for such a layer, and 100 times for a product of two square matrices of 1,024. 0 on other devices, where
-    nothing is measured.
+    A CPU without instructions for a narrow type may take 8 to 100 times as long. 0 on other devices, where nothing is
+    measured.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return 0.0
@@ -199,24 +202,10 @@ def _rows(device: torch.device, dtype: torch.dtype) -> Iterator[Backend]:
     torch_version = f"torch {torch.__version__}"
     yield Backend("plain", True, torch_version, "runs on every device, as the book builds it")
     yield Backend("chunked", True, torch_version, "runs on every device, arranged for caches")
-    kernels = (
-        ("cpu", "torch", None, lambda: cpu.self_test_error(dtype)),
-        ("triton", "mamba-ssm", triton.scan_kernel, lambda: triton.self_test_error(device, dtype)),
-        ("causal-conv1d", "causal-conv1d", triton.conv_kernel, lambda: triton.conv_self_test_error(device, dtype)),
-    )
-    for name, package, load, test in kernels:
+    for name, package in (("cpu", "torch"), ("triton", "mamba-ssm"), ("causal-conv1d", "causal-conv1d")):
         place = torch.device("cpu") if name == "cpu" else device
-        try:
-            if load is not None:
-                raise_unsupported(triton.missing_requirements(load))
-            elif dtype not in cpu.TOLERANCE:
-                raise_unsupported(cpu.unsupported_reasons(place, dtype, cpu.WIDTH_MULTIPLE, cpu.WIDTH_MULTIPLE))
-            error = test()
-        except BackendError as caught:
-            error = caught
-        reason, fix = (f"agrees with the reference on {place} in {dtype}", "")
-        if error is not None:
-            reason, fix = error.reason, error.fix
+        error = _error(name, place, dtype, cpu.WIDTH_MULTIPLE, cpu.WIDTH_MULTIPLE)
+        reason, fix = (error.reason, error.fix) if error else (f"agrees with the reference on {place} in {dtype}", "")
         yield Backend(name, error is None, _version(package), reason, fix)
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 class BackendError(RuntimeError):
@@ -74,6 +75,36 @@ def self_test(
         return None
     listed = ", ".join(f"{part} by {error:.1%}" for part, error in wrong.items())
     return BackendError(f"{name} gives wrong numbers on {device} in {dtype}: off the reference {listed}", fixes[1])
+
+
+def relative_errors(
+    names: tuple[str, ...],
+    run: Callable[[list[Tensor]], tuple[Tensor, ...]],
+    reference: Callable[[list[Tensor]], tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    device: torch.device,
+) -> dict[str, float]:
+    """Error of each output and gradient on a device, relative to the reference in float64 on the CPU.
+
+    Args:
+        names: of the outputs, then of the gradients.
+        run, reference: from the inputs to the outputs.
+        inputs: of `run`, on the CPU; `reference` gets them in float64.
+        device: that `run` computes on.
+    """
+
+    def everything(function: Callable[[list[Tensor]], tuple[Tensor, ...]], parts: list[Tensor]) -> list[Tensor]:
+        parts = [part.requires_grad_() for part in parts]
+        outputs = function(parts)
+        g = torch.Generator().manual_seed(1)
+        weights = [torch.randn(part.shape, generator=g).to(part.device, part.dtype) for part in outputs]
+        gradients = torch.autograd.grad(list(outputs), parts, weights)
+        return [part.detach().to("cpu", torch.float64) for part in (*outputs, *gradients)]
+
+    found = everything(run, [part.to(device, copy=True) for part in inputs])
+    expected = everything(reference, [part.double() for part in inputs])
+    pairs = zip(names, found, expected, strict=True)
+    return {name: float((mine - right).norm() / right.norm()) for name, mine, right in pairs}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from .. import ssd
 from . import blockwise
 from .chunked import chunked
-from .self_test import BackendError, raise_unsupported, self_test, warn_once
+from .self_test import BackendError, raise_unsupported, relative_errors, self_test, warn_once
 
 GPU = "cuda"  # the type of device that the kernels are for
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def scan(
 
     dt, A, D and the states are float32; B and C take the type of x. A batch that is too large for one
     launch is split. Matrix products of float32 inputs run in TF32 on the GPUs that have it, which is
-    the kernels' choice. Not self-tested: see `verified_scan`.
+    the kernels' choice. Not self-tested.
 
     Raises:
         BackendError: when mamba-ssm cannot be imported, x is not on a CUDA device or of another type.
@@ -99,10 +99,8 @@ def scan(
         )
         outputs.append(y)
         states.append(state)
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if not return_state:
-        return y
-    return y, states[0] if len(states) == 1 else torch.cat(states)
+    y, state = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outputs, states))
+    return (y, state) if return_state else y
 
 
 def _max_batch(x: Tensor, n: int, chunk: int) -> int:
@@ -122,39 +120,13 @@ def _addressable(x: Tensor) -> Tensor:
     return x if span < MAX_ELEMENTS else x.contiguous()
 
 
-def verified_scan(x: Tensor, *inputs: Any, **options: Any) -> Any:
-    """`scan`, after its self-test on the device of x.
-
-    Raises:
-        BackendError: when the kernel cannot run there, or its self-test fails.
-    """
-    if (error := self_test_error(x.device, x.dtype)) is not None:
-        raise error
-    return scan(x, *inputs, **options)
-
-
 def auto_scan(x: Tensor, *inputs: Any, **options: Any) -> Any:
     """The fused scan where its self-test passes for the device and type of x, else the chunked form; warns once."""
-    if x.device.type != GPU:
-        return chunked(x, *inputs, **options)
-    if (error := self_test_error(x.device, x.dtype)) is not None:
+    if x.device.type == GPU:
+        if (error := self_test_error(x.device, x.dtype)) is None:
+            return scan(x, *inputs, **options)
         warn_once(f"the chunked form runs instead of the fused kernel: {error}")
-        return chunked(x, *inputs, **options)
-    return scan(x, *inputs, **options)
-
-
-class TritonMamba2(blockwise.BlockwiseMamba2):
-    """`Mamba2` with the fused scan and convolution on a CUDA device."""
-
-    @staticmethod
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None) -> Tensor:
-        """The convolution that runs: `auto_conv`."""
-        return auto_conv(x, weight, bias, conv_state)
-
-    @staticmethod
-    def run_scan(*inputs: Any, **options: Any) -> Any:
-        """The scan that runs: `auto_scan`."""
-        return auto_scan(*inputs, **options)
+    return chunked(x, *inputs, **options)
 
 
 # --- the convolution --------------------------------------------------------------------------------------
@@ -208,6 +180,13 @@ def _unsupported_sizes(weight: Tensor) -> list[BackendError]:
         return []
     why = f"causal-conv1d takes 2 to 4 taps and a width that is a multiple of 8, not {taps} taps and width {width}"
     return [BackendError(why, "another size of the model, or the plain convolution")]
+
+
+class TritonMamba2(blockwise.BlockwiseMamba2):
+    """`Mamba2` with the fused scan and convolution on a CUDA device."""
+
+    convolve = staticmethod(auto_conv)
+    run_scan = staticmethod(auto_scan)
 
 
 # --- packages ---------------------------------------------------------------------------------------------
@@ -337,7 +316,7 @@ def self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | 
         narrow = {0, 3, 4}  # x, B, C
         cast = [part.to(dtype if i in narrow else torch.float32) for i, part in enumerate(inputs)]
         names = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "d initial state")
-        return _errors(names, functools.partial(run, scan), functools.partial(run, ssd.recurrent), cast, device)
+        return relative_errors(names, functools.partial(run, scan), functools.partial(run, ssd.recurrent), cast, device)
 
     def tried() -> dict[str, float]:
         short, long = in_chunks_of(SHORT_CHUNK), in_chunks_of(FULL_CHUNK)
@@ -359,31 +338,8 @@ def conv_self_test_error(device: torch.device, dtype: torch.dtype) -> BackendErr
         return (functional.silu(functional.conv1d(padded, weight, bias, groups=w)).permute(2, 0, 1),)
 
     def tried() -> dict[str, float]:
-        return _errors(
+        return relative_errors(
             ("y", "dx", "dweight", "dbias"), lambda parts: (causal_conv1d_silu(*parts),), reference, inputs, device
         )
 
     return self_test("causal-conv1d", tried, device, dtype, tolerance=TOLERANCE.get(dtype, 0.0), fixes=FIXES)
-
-
-def _errors(
-    names: tuple[str, ...],
-    run: Callable[[list[Tensor]], tuple[Tensor, ...]],
-    reference: Callable[[list[Tensor]], tuple[Tensor, ...]],
-    inputs: list[Tensor],
-    device: torch.device,
-) -> dict[str, float]:
-    """Error of each output and gradient on the device, relative to the reference in float64 on the CPU."""
-
-    def everything(function: Callable[[list[Tensor]], tuple[Tensor, ...]], parts: list[Tensor]) -> list[Tensor]:
-        parts = [part.requires_grad_() for part in parts]
-        outputs = function(parts)
-        g = torch.Generator().manual_seed(1)
-        weights = [torch.randn(part.shape, generator=g).to(part.device, part.dtype) for part in outputs]
-        gradients = torch.autograd.grad(list(outputs), parts, weights)
-        return [part.detach().to("cpu", torch.float64) for part in (*outputs, *gradients)]
-
-    found = everything(run, [part.to(device, copy=True) for part in inputs])
-    expected = everything(reference, [part.double() for part in inputs])
-    pairs = zip(names, found, expected, strict=True)
-    return {name: float((mine - right).norm() / right.norm()) for name, mine, right in pairs}

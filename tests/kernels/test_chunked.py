@@ -1,4 +1,4 @@
-"""The cache-blocked chunked scan: outputs, states and hand-written gradients of the recurrence, at any decay."""
+"""The cache-blocked chunked scan: outputs, states and gradients of the recurrence, at any decay."""
 
 from __future__ import annotations
 
@@ -15,20 +15,11 @@ from bsmamba2.kernels import chunked
 
 
 @pytest.mark.parametrize("octaves", [0.5, 2.0, 3.7, 40.0, 1000.0])
-def test_rows_are_cut_where_factors_would_leave_the_range_of_a_float(octaves: float) -> None:
-    # One head decays by so much in each frame, the other hardly: the blocks serve both.
-    steps = torch.tensor([octaves, 1e-3]).double().expand(64, 1, 2)
-    sums = -steps.cumsum(0)
-    blocks = chunked._blocks(sums)
-    assert [first for first, _ in blocks] == [0, *(end for _, end in blocks[:-1])]
-    assert blocks[-1][1] == 64
-    assert all((end - first - 1) * octaves <= chunked.SPAN for first, end in blocks)
-    shortest = 1 if octaves > chunked.JUMP else chunked.SPAN / octaves - 1
-    assert all(end - first >= shortest for first, end in blocks[:-1])
-
-    x, dt, A, B, C, D, _ = problem(64, decay=1.0)
-    A = torch.tensor([-octaves, -1e-3]).double() * torch.tensor(2.0).log()
-    assert_same(chunked.chunked, [x, torch.ones_like(dt), A, B, C, D, problem(64)[6]])
+def test_any_decay_in_a_frame_beside_a_head_that_hardly_forgets(octaves: float) -> None:
+    x, dt, A, B, C, D, start = problem(64, decay=1.0)
+    A = torch.tensor([-octaves, -1e-3]).double() * math.log(2)
+    inputs = [x, torch.ones_like(dt), A, B, C, D, start]
+    assert_same(chunked.chunked, inputs)
 
 
 def test_a_head_that_keeps_nothing_is_as_in_the_loop() -> None:
@@ -62,12 +53,35 @@ def test_without_levels_the_factors_would_leave_the_range(monkeypatch: pytest.Mo
         assert not relative(chunked.chunked(*inputs), expected) < 1e-5
 
 
-def test_without_blocks_the_factors_would_leave_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = problem(64, dt=1.0, decay=20.0)
-    assert_same(chunked.chunked, inputs)
-    monkeypatch.setattr(chunked, "_blocks", lambda sums: [(0, len(sums))])
-    with pytest.raises(AssertionError):
-        assert_same(chunked.chunked, inputs)
+@pytest.mark.parametrize("needing", range(7))
+def test_the_plain_form_runs_where_any_input_requires_a_gradient(monkeypatch: pytest.MonkeyPatch, needing: int) -> None:
+    lengths: list[int] = []
+    plain = ssd.chunked
+    monkeypatch.setattr(ssd, "chunked", lambda *i, chunk, **o: (lengths.append(chunk), plain(*i, chunk=chunk, **o))[1])
+    inputs = [part.float() for part in problem(20)]
+    inputs[needing].requires_grad_()
+    y, _ = chunked.chunked(*inputs[:6], initial_state=inputs[6], return_state=True)
+    (found,) = torch.autograd.grad(y.sum(), inputs[needing])
+    (expected,) = torch.autograd.grad(ssd.recurrent(*inputs[:6], initial_state=inputs[6]).sum(), inputs[needing])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert lengths == [ssd.CHUNK] * 2  # forwards, and once more for the backward pass
+    with torch.no_grad():
+        chunked.chunked(*inputs[:6])
+    chunked.chunked(*(part.detach() for part in inputs[:6]))
+    assert len(lengths) == 2
+
+
+def test_a_gradient_keeps_the_inputs_only() -> None:
+    inputs = [part.float().requires_grad_() for part in problem(640, 4, p=16, n=16)[:6]]
+    kept: dict[int, int] = {}
+
+    def keep(part: torch.Tensor) -> torch.Tensor:
+        kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return part
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
+        chunked.chunked(*inputs)
+    assert sum(kept.values()) <= sum(part.untyped_storage().nbytes() for part in inputs)
 
 
 @pytest.mark.parametrize("decay", [0.1, 8.0, 300.0])

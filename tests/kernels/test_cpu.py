@@ -265,44 +265,84 @@ def test_what_does_not_fit_what_was_projected_is_said(change: dict, said: str) -
         made.conv_scan_gate(torch.randn(2, 9, sum(made.proj_sizes)), **change)
 
 
-@pytest.fixture
-def nothing_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    return tmp_path
+# --- the operators as they are called ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("script", "why", "mend"),
-    [
-        (None, "there is no C\\+\\+ compiler", "apt install g\\+\\+"),
-        ("echo 'x.cpp: error: no such thing' >&2; exit 1", "fails to build it .*error: no such thing", "g\\+\\+ 11"),
-        ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "cannot be loaded", "remove the file"),
-    ],
-)
-def test_a_compiler_that_is_not_there_or_fails(
-    monkeypatch: pytest.MonkeyPatch, nothing_built: Path, script: str | None, why: str, mend: str
-) -> None:
-    compiler = nothing_built / "compiler"
-    if script is not None:
-        compiler.write_text(f"#!/bin/sh\n{script}\n")
-        compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(BackendError, match=f"{why}.*To fix this: .*{mend}"):
-        cpu.load_extension.__wrapped__()
-    assert {path.suffix for path in nothing_built.iterdir()} <= {"", ".so"}, "what was half made is gone"
+def operator_inputs(dtype: torch.dtype) -> dict[str, list]:
+    """Valid arguments of every operator, by its name."""
+    b, t, h, p, n, taps = 2, 5, 2, 32, 64, 4
+    inner, w = h * p, h * p + 2 * n
+    x, dt, A, D = torch.zeros(b, t, inner, dtype=dtype), torch.ones(b, t, h), -torch.ones(h), torch.ones(h)
+    B, C, state = x.new_zeros(b, t, n), x.new_zeros(b, t, n), torch.zeros(b, n, inner)
+    mixer = [
+        x,
+        x.new_zeros(b, t, w),
+        dt,
+        A,
+        D,
+        torch.zeros(taps, w),
+        torch.zeros(w),
+        x.new_zeros(b, taps - 1, w),
+        state,
+    ]
+    return {
+        "scan": [x, dt, A, B, C, D, state, 64, True],
+        "scan_backward": [x, state, x, dt, A, B, C, D, state, 64],
+        "conv_scan_gate": [*mixer, 1e-5, 64, False, True, x.clone()],
+        "conv_scan_gate_backward": [x, state, *mixer, 1e-5, 64, False, x.clone(), mixer[1].clone()],
+        "rms_norm": [x, torch.ones(inner), 1e-5],
+    }
 
 
-def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, nothing_built: Path) -> None:
-    (nothing_built / "file").write_text("")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(nothing_built / "file" / "below"))
-    with pytest.raises(BackendError, match=r"cannot be written.*TORCH_EXTENSIONS_DIR"):
-        cpu.load_extension.__wrapped__()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", operator_inputs(torch.float32))
+def test_an_operator_checks_every_tensor(name: str, dtype: torch.dtype) -> None:
+    operator = getattr(cpu.load_extension(), name)
+    inputs = operator_inputs(dtype)[name]
+    operator(*inputs)
+    faults = (
+        lambda part: part[..., :-1],
+        lambda part: part[..., :-1].contiguous(),
+        lambda part: part[:1].contiguous() if len(part) > 1 else part[:0],
+        lambda part: part[..., None],
+        lambda part: torch.cat((part, part), dim=-1),
+        lambda part: torch.stack((part, part), dim=-1)[..., 0],  # every other number
+        lambda part: part.double(),
+        lambda part: part.half(),
+        lambda part: part.bfloat16() if part.dtype == torch.float32 else part.float(),
+        lambda part: part.flatten()[0],
+    )
+    norm_of_fewer_rows = (name == "rms_norm", 0)
+    for place, right in enumerate(inputs):
+        if not isinstance(right, Tensor):
+            continue
+        for number, fault in enumerate(faults):
+            if norm_of_fewer_rows == (True, place) and number in (2, 8):
+                continue  # any number of rows, of either type, is right
+            wrong = [fault(part) if i == place else part for i, part in enumerate(inputs)]
+            with pytest.raises(RuntimeError, match="bsmamba2: "):
+                operator(*wrong)
 
 
-def test_on_another_system_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(BackendError, match="Linux only so far, not on darwin"):
-        cpu.load_extension.__wrapped__()
+@pytest.mark.parametrize("width", [0, 1, 16, 31, 33, 48])
+def test_a_norm_of_any_other_width_is_an_error(width: int) -> None:
+    with pytest.raises(RuntimeError, match=f"width of a norm is {width}, and must be a multiple of 32"):
+        cpu.rms_norm(torch.ones(3, width), None, 1e-5)
+
+
+@pytest.mark.parametrize(("place", "value"), [(7, 0), (7, -1), (7, 10**9)])
+def test_a_chunk_that_no_buffer_holds_is_an_error(place: int, value: int) -> None:
+    inputs = operator_inputs(torch.float32)["scan"]
+    inputs[place] = value
+    with pytest.raises(RuntimeError, match="a chunk of 1 to 1,024"):
+        cpu.load_extension().scan(*inputs)
+
+
+@pytest.mark.parametrize(("p", "n", "frames"), [(16, 32, 3), (32, 16, 3), (32, 0, 3), (32, 32, 0)])
+def test_sizes_that_no_register_holds_are_an_error(p: int, n: int, frames: int) -> None:
+    x, dt, B = torch.zeros(1, frames, 2 * p), torch.zeros(1, frames, 2), torch.zeros(1, frames, n)
+    with pytest.raises(RuntimeError, match="bsmamba2: "):
+        cpu.load_extension().scan(x, dt, -torch.ones(2), B, B, torch.ones(2), None, 64, True)
 
 
 def test_the_small_presets_sizes_fit() -> None:

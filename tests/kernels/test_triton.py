@@ -155,6 +155,12 @@ def inputs(t: int = 20, **sizes: int) -> list[Tensor]:
     return [part.float() for part in problem(t, **sizes)][:6]
 
 
+def verified_scan(x: Tensor, *inputs: Tensor) -> Tensor:
+    if (error := triton.self_test_error(x.device, x.dtype)) is not None:
+        raise error
+    return triton.scan(x, *inputs)
+
+
 def scan_calls() -> list:
     return triton.triton_ops().calls
 
@@ -242,7 +248,7 @@ def test_where_the_tensor_is_decides(plant: Plant) -> None:
     with pytest.raises(BackendError, match=r"on cpu, the kernel runs on CUDA. To fix this: .*backend='auto'"):
         triton.scan(*parts)
     with pytest.raises(BackendError, match="on cpu"):
-        triton.verified_scan(*parts)
+        verified_scan(*parts)
     with pytest.raises(BackendError, match="on cpu"):
         triton.causal_conv1d_silu(torch.zeros(1, 4, 8), torch.zeros(8, 1, 4), None)
 
@@ -268,7 +274,7 @@ def test_a_kernel_that_works_is_tried_once_and_used(plant: Plant, dtype: torch.d
     parts[0] = parts[0].to(dtype)
     for _ in range(3):
         triton.auto_scan(*parts)
-        triton.verified_scan(*parts)
+        verified_scan(*parts)
     tried, used = scan_calls()[:2], scan_calls()[2:]
     assert [call[1] for call in tried] == [64, 256]
     assert all(call[0] != tuple(parts[0].shape) for call in tried)
@@ -303,7 +309,7 @@ def test_a_kernel_that_fails_or_lies_is_not_used(plant: Plant, fault: str, said:
     assert torch.equal(triton.auto_scan(*parts), found)  # a second warning would be an error here
     assert len(scan_calls()) == (2 if "wrong numbers" in said else 1)
     with pytest.raises(BackendError, match=f"{said}(.|\n)*To fix this: "):
-        triton.verified_scan(*parts)
+        verified_scan(*parts)
     row = {row.name: row for row in backends(CPU)}["triton"]
     assert not row.usable
     assert row.fix
@@ -313,7 +319,7 @@ def test_a_kernel_that_fails_or_lies_is_not_used(plant: Plant, fault: str, said:
 @pytest.mark.parametrize(
     ("fault", "said"), [(NO_MEMORY, "20.00 GiB"), (NO_MEMORY_IN_TRITON, "out of memory")], ids=["torch", "Triton"]
 )
-@pytest.mark.parametrize("scan", [triton.auto_scan, triton.verified_scan])
+@pytest.mark.parametrize("scan", [triton.auto_scan, verified_scan])
 def test_no_memory_is_no_missing_kernel(plant: Plant, scan: ssd.Scan, fault: str, said: str) -> None:
     parts = inputs()
     plant(scan=scan_code(f"if len(calls) == 1: {fault}"))  # in the trial: told, and tried again

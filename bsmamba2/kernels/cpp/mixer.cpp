@@ -193,21 +193,60 @@ Tensor dispatch(const Sizes& s, const Inputs& in, bool keep, const Tensor& y) {
     return in.x.scalar_type() == at::kFloat ? run<float>(s, in, keep, y) : run<BFloat16>(s, in, keep, y);
 }
 
-Sizes sizes_of_scan(const Tensor& x, const Tensor& A, const Tensor& B, int64_t chunk) {
-    const int64_t h = A.size(0);
-    return {x.size(0), x.size(1), h, x.size(2) / h, B.size(2), chunk, 0};
+// Pointers know no sizes: a tensor that does not fit is an error here, before anything is read or written. `rows` may lie
+// anywhere, if each is contiguous and none overlaps the next; what is not rows is contiguous as a whole.
+void require(const char* name, const Tensor& x, at::IntArrayRef sizes, at::ScalarType type, bool rows = false) {
+    TORCH_CHECK(
+        x.device().is_cpu() && x.scalar_type() == type && x.sizes() == sizes, "bsmamba2: ", name, " is ", x.sizes(), " of ",
+        x.scalar_type(), " on ", x.device(), ", and must be ", sizes, " of ", type, " on cpu");
+    const bool apart = rows && x.stride(2) == 1 && (x.size(1) < 2 || x.stride(1) >= x.size(2));
+    TORCH_CHECK(x.numel() == 0 || apart || x.is_contiguous(), "bsmamba2: ", name, " is not contiguous: ", x.strides());
 }
 
-Sizes sizes_of_mix(const Tensor& z, const Tensor& xBC, const Tensor& A, const Tensor& taps, int64_t chunk) {
-    const int64_t h = A.size(0), inner = z.size(2), n = (xBC.size(2) - inner) / 2;
-    return {z.size(0), z.size(1), h, inner / h, n, chunk, taps.size(0)};
+// The sizes of a problem, after a check of everything that comes in. x: (b, t, h·p), or with taps (b, t, h·p + 2n).
+Sizes checked(const Inputs& in, int64_t chunk) {
+    const Tensor& one = in.z ? *in.z : in.x;
+    TORCH_CHECK(
+        in.x.dim() == 3 && one.dim() == 3 && in.B.dim() == 3 && in.A.dim() == 1 && (!in.taps || in.taps->dim() == 2),
+        "bsmamba2: x, B, C and z have 3 axes, A has 1, taps has 2");
+    const int64_t h = in.A.size(0), inner = one.size(2), taps = in.taps ? in.taps->size(0) : 0;
+    const int64_t n = in.taps ? (in.x.size(2) - inner) / 2 : in.B.size(2);
+    TORCH_CHECK(
+        h > 0 && inner > 0 && inner % (32 * h) == 0 && n > 0 && n % 32 == 0 && (!in.taps || taps > 0),
+        "bsmamba2: ", inner, " features in ", h, " heads and a state of ", n, " are not multiples of 32 for each head, or there is no tap");
+    TORCH_CHECK(chunk > 0 && chunk <= 1024 && in.x.size(1) > 0, "bsmamba2: there must be a frame, and a chunk of 1 to 1,024");
+    const Sizes s{in.x.size(0), in.x.size(1), h, inner / h, n, chunk, taps};
+    const auto type = in.x.scalar_type();
+    TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "bsmamba2: x is ", type, ", and must be float32 or bfloat16");
+    require("dt", in.dt, {s.b, s.t, h}, at::kFloat, true);
+    require("A", in.A, {h}, at::kFloat);
+    require("D", in.D, {h}, at::kFloat);
+    if (in.state) require("state", *in.state, {s.b, n, inner}, at::kFloat);
+    require("x", in.x, {s.b, s.t, in.taps ? s.width() : inner}, type, true);
+    if (in.taps) {
+        require("z", *in.z, {s.b, s.t, inner}, type, true);
+        require("taps", *in.taps, {taps, s.width()}, at::kFloat);
+        require("bias", *in.bias, {s.width()}, at::kFloat);
+        require("before", *in.before, {s.b, taps - 1, s.width()}, type);
+    } else {
+        require("B", in.B, {s.b, s.t, n}, type, true);
+        require("C", in.C, {s.b, s.t, n}, type, true);
+    }
+    return s;
+}
+
+void check_gradients(const Sizes& s, const Inputs& in, const Tensor& dy, const std::optional<Tensor>& dlast) {
+    require("dy", dy, {s.b, s.t, s.inner()}, in.x.scalar_type(), true);
+    if (dlast) require("dlast", *dlast, {s.b, s.n, s.inner()}, at::kFloat);
 }
 
 std::tuple<Tensor, Tensor> scan(
     const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& D,
     const std::optional<Tensor>& state, int64_t chunk, bool keep) {
+    const Inputs in{x, B, C, dt, A, D, {}, {}, {}, {}, state, 0, false};
+    const Sizes s = checked(in, chunk);
     Tensor y = at::empty(x.sizes(), x.options());
-    return {y, dispatch(sizes_of_scan(x, A, B, chunk), {x, B, C, dt, A, D, {}, {}, {}, {}, state, 0, false}, keep, y)};
+    return {y, dispatch(s, in, keep, y)};
 }
 
 Tensor conv_scan_gate(
@@ -215,7 +254,9 @@ Tensor conv_scan_gate(
     const Tensor& bias, const Tensor& before, const std::optional<Tensor>& state, double eps, int64_t chunk, bool backwards,
     bool keep, Tensor y) {
     const Inputs in{xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps, backwards};
-    return dispatch(sizes_of_mix(z, xBC, A, taps, chunk), in, keep, y);
+    const Sizes s = checked(in, chunk);
+    require("y", y, {s.b, s.t, s.inner()}, xBC.scalar_type(), true);
+    return dispatch(s, in, keep, y);
 }
 
 Outputs outputs_for(const Sizes& s, const Inputs& in, const Tensor& dx) {
@@ -240,8 +281,9 @@ void dispatch_back(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
     const Tensor& C, const Tensor& D, const std::optional<Tensor>& state, int64_t chunk) {
-    const Sizes s = sizes_of_scan(x, A, B, chunk);
     const Inputs in{x, B, C, dt, A, D, {}, {}, {}, {}, state, 0, false};
+    const Sizes s = checked(in, chunk);
+    check_gradients(s, in, dy, dlast);
     Outputs outputs = outputs_for(s, in, at::empty({s.b, s.t, s.inner()}, x.options()));
     outputs.dB = at::empty({s.b, s.t, s.n}, x.options());
     outputs.dC = at::empty({s.b, s.t, s.n}, x.options());
@@ -253,8 +295,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_scan_gat
     const Tensor& dy, const std::optional<Tensor>& dlast, const Tensor& z, const Tensor& xBC, const Tensor& dt,
     const Tensor& A, const Tensor& D, const Tensor& taps, const Tensor& bias, const Tensor& before,
     const std::optional<Tensor>& state, double eps, int64_t chunk, bool backwards, Tensor dz, Tensor dxBC) {
-    const Sizes s = sizes_of_mix(z, xBC, A, taps, chunk);
     const Inputs in{xBC, xBC, xBC, dt, A, D, z, taps, bias, before, state, eps, backwards};
+    const Sizes s = checked(in, chunk);
+    check_gradients(s, in, dy, dlast);
+    require("dz", dz, z.sizes(), z.scalar_type(), true);
+    require("dxBC", dxBC, xBC.sizes(), z.scalar_type(), true);
     Outputs outputs = outputs_for(s, in, dxBC);
     outputs.dz = dz;
     outputs.dbefore = at::empty_like(before);
@@ -263,14 +308,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_scan_gat
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+    const int64_t width = weight.numel();
+    TORCH_CHECK(width > 0 && width % 32 == 0, "bsmamba2: the width of a norm is ", width, ", and must be a multiple of 32");
+    TORCH_CHECK(x.dim() > 0 && x.size(-1) == width, "bsmamba2: x is ", x.sizes(), ", and its last axis must be ", width);
+    const auto type = x.scalar_type();
+    TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "bsmamba2: x is ", type, ", and must be float32 or bfloat16");
+    require("x", x, x.sizes(), type);
+    require("weight", weight, {width}, at::kFloat);
     Tensor y = at::empty_like(x);
-    const int64_t width = weight.size(0);
     const float* gain = weight.const_data_ptr<float>();
     at::parallel_for(0, x.numel() / width, 256, [&](int64_t begin, int64_t end) {
         const auto run = [&](const auto* from, auto* to) {
             normalise(from + begin * width, gain, float(eps), end - begin, width, to + begin * width);
         };
-        if (x.scalar_type() == at::kFloat) run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>());
+        if (type == at::kFloat) run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>());
         else run(x.const_data_ptr<BFloat16>(), y.mutable_data_ptr<BFloat16>());
     });
     return y;
