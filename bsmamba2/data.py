@@ -22,9 +22,9 @@ from .metrics import usdr
 from .model import BSMamba2
 
 Example = tuple[Tensor, Tensor, str]
-"""Mixture and target, each (c, samples) float32, and where they are from."""
+"""Mixture (c, samples), target (c, samples) or of several stems (stem, c, samples), and where they are from."""
 Batch = tuple[Tensor, Tensor, list[str]]
-"""The same of b examples: (b, c, samples) twice, and b strings."""
+"""The same of b examples: both tensors with b in front, and b strings."""
 
 
 class Track(Protocol):
@@ -49,7 +49,7 @@ class Track(Protocol):
 Window = tuple[Track, int]
 """A track and the first sample of a window in it."""
 Windows = Sequence[Sequence[Window]]
-"""Per stem, the target first: every salient window."""
+"""Per stem: every salient window."""
 Source = tuple[Track, int, float]
 """Where one stem of an example is from, track and first sample, and its gain, zero for silence."""
 
@@ -57,10 +57,9 @@ Source = tuple[Track, int, float]
 def salient_windows(stem: Tensor, samples: int, *, floor: float = 1e-3, quantile: float = 0.15) -> list[int]:
     """Source activity detection: starts of the windows in which a stem is active.
 
-    Windows step by half their length; the partial last one is dropped. Each is cut into 10 chunks; a
-    chunk is active when its RMS exceeds the larger of `floor` and the `quantile` of the window's own
-    ten values (an exact zero counts 1e-5). The window is salient when in every channel more than half
-    of its chunks are active.
+    Windows step by half their length; the partial last one is dropped. Each is cut into 10 chunks. A chunk is active
+    when its RMS exceeds the larger of `floor` and the `quantile` of the window's own ten values (an exact zero counts
+    1e-5). The window is salient when in every channel more than half of its chunks are active.
 
     Args:
         stem: (c, samples of the song).
@@ -101,15 +100,16 @@ class Remixer:
     """Random remixing: an endless, seeded supply of training batches from a list of songs.
 
     For every example and each stem independently: a window drawn uniformly from all salient windows of that stem in all
-    songs, replaced by zeros with probability `stem_dropout`, times a gain uniform in `gains`. The mixture is the sum;
-    the target is the first stem as it is in that sum.
+    songs, replaced by zeros with probability `stem_dropout`, times a gain uniform in `gains`. The mixture is the sum of
+    all stems; the target holds some of them as they are in that sum.
 
     Args:
-        songs: to draw from, the target being their first stem; or their windows, from `find_windows`.
+        songs: to draw from; or their windows, from `find_windows`.
         samples: length of an example.
         batch: examples in a batch.
+        targets: numbers of the stems that are to be separated, in the model's order.
         seed: the same seed gives the same batches.
-        stem_dropout: probability that a stem is absent, the target included.
+        stem_dropout: probability that a stem is absent, targets included.
         gains: lowest and highest gain.
 
     Raises:
@@ -117,18 +117,13 @@ class Remixer:
     """
 
     def __init__(
-        self,
-        songs: Sequence[Track] | Windows,
-        samples: int,
-        batch: int,
-        *,
-        seed: int = 0,
-        stem_dropout: float = 0.1,
-        gains: tuple[float, float] = (0.5, 1.5),
-    ) -> None:
+        self, songs: Sequence[Track] | Windows, samples: int, batch: int, *, targets: Sequence[int] = (0,),
+        seed: int = 0, stem_dropout: float = 0.1, gains: tuple[float, float] = (0.5, 1.5),
+    ) -> None:  # fmt: skip
         if not songs:
             raise ValueError("there is no song to draw from")
-        self.samples, self.batch, self.seed, self.stem_dropout, self.gains = samples, batch, seed, stem_dropout, gains
+        self.samples, self.batch, self.targets, self.seed = samples, batch, targets, seed
+        self.stem_dropout, self.gains = stem_dropout, gains
         are_windows = isinstance(songs[0], Sequence)
         self.windows = cast(Windows, songs) if are_windows else find_windows(cast(Sequence[Track], songs), samples)
         for stem, windows in enumerate(self.windows):
@@ -162,18 +157,18 @@ class Remixer:
 
     def read(self, sources: Sequence[Source]) -> Example:
         """The example of these sources."""
-        return mix([track.crop(i, start, self.samples) for i, (track, start, _) in enumerate(sources)], sources)
+        return self.mix([track.crop(i, start, self.samples) for i, (track, start, _) in enumerate(sources)], sources)
 
-
-def mix(stems: Sequence[Tensor], sources: Sequence[Source]) -> Example:
-    """Stems, (c, samples) each, times their gains → mixture, target, and where the stems are from."""
-    scaled = [stem * gain for stem, (*_, gain) in zip(stems, sources, strict=True)]
-    names = [
-        f"{track.label(stem)} at {start / track.sample_rate:.2f} s"
-        for stem, (track, start, gain) in enumerate(sources)
-        if gain
-    ]
-    return torch.stack(scaled).sum(0), scaled[0], " + ".join(names) or "silence"
+    def mix(self, stems: Sequence[Tensor], sources: Sequence[Source]) -> Example:
+        """Stems, (c, samples) each, times their gains → mixture, target, and where the stems are from."""
+        scaled = [stem * gain for stem, (*_, gain) in zip(stems, sources, strict=True)]
+        targets = [scaled[stem] for stem in self.targets]
+        sounding = [
+            (stem, track, start / track.sample_rate) for stem, (track, start, gain) in enumerate(sources) if gain
+        ]
+        names = " + ".join(f"{track.label(stem)} at {seconds:.2f} s" for stem, track, seconds in sounding)
+        target = targets[0] if len(targets) == 1 else torch.stack(targets)
+        return torch.stack(scaled).sum(0), target, names or "silence"
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -189,35 +184,52 @@ def spread(windows: Sequence[Window], count: int) -> list[Window]:
 
 
 class Validation:
-    """Validation score of a model: mean uSDR in dB of the target, over windows of songs as they were recorded.
+    """Validation score of a model: mean uSDR in dB, over windows of songs with the gains of the recording.
 
-    The windows are salient ones of the target, at most `count` of them, spread over all there are.
+    A target is scored in salient windows of its own, at most `count` of them, spread over all there are.
+
+    Differs from the published model, whose code draws 1,200 windows at random, each from those of a random target.
 
     Args:
-        windows: of the target, as `find_windows` gives them first.
+        windows: of every stem, from `find_windows`.
         samples: length of a window.
-        count: most windows to score; the published number is 1,200.
+        targets: numbers of the stems that the model gives, in its order.
+        count: most windows to score for a target.
 
     Raises:
-        ValueError: when there is no window.
+        ValueError: when a target has no window.
     """
 
-    def __init__(self, windows: Sequence[Window], samples: int, *, count: int = 1200) -> None:
-        if not windows:
-            raise ValueError("no song for validation has a window in which the target is heard")
-        self.samples = samples
-        self.windows = spread(windows, count)
+    def __init__(self, windows: Windows, samples: int, *, targets: Sequence[int] = (0,), count: int = 1200) -> None:
+        self.samples, self.targets = samples, targets
+        heard: dict[tuple[int, int], tuple[Window, list[int]]] = {}  # a window is read once for all of its targets
+        for number, stem in enumerate(targets):
+            if not windows or not windows[stem]:
+                raise ValueError(f"no song for validation has a window in which stem {stem} is heard")
+            for track, start in spread(windows[stem], count):
+                heard.setdefault((id(track), start), ((track, start), []))[1].append(number)
+        self.windows = [window for window, _ in heard.values()]
+        self.heard = [numbers for _, numbers in heard.values()]
 
-    def __call__(self, model: BSMamba2) -> float:
-        """Mean uSDR in dB of the model's first stem."""
-        return sum(self.scores(model, self.windows)) / len(self.windows)
+    def __call__(self, model: BSMamba2) -> dict[str, float]:
+        """`usdr`, the mean over the targets in dB; of several targets also `usdr_NAME` for each."""
+        return self.means(model, self.totals(model))
 
-    def scores(self, model: BSMamba2, windows: Sequence[Window]) -> list[float]:
-        """The uSDR of every window, in dB."""
-        device, scores = next(model.parameters()).device, []
+    def totals(self, model: BSMamba2, first: int = 0, every: int = 1) -> list[float]:
+        """For each target the sum of its uSDR in dB, over the windows number `first`, `first + every`, …"""
+        device = next(model.parameters()).device
+        scores: list[list[float]] = [[] for _ in self.targets]
         with torch.inference_mode():
-            for track, start in windows:
+            for (track, start), numbers in zip(self.windows[first::every], self.heard[first::every], strict=True):
                 stems = torch.stack([track.crop(stem, start, self.samples) for stem in range(len(track.stems))])
-                estimate = model(stems.sum(0, keepdim=True).to(device))[0, 0].cpu()
-                scores.append(usdr(stems[0], estimate))
-        return scores
+                estimates = model(stems.sum(0, keepdim=True).to(device))[0].cpu()
+                for number in numbers:
+                    scores[number].append(usdr(stems[self.targets[number]], estimates[number]))
+        return [sum(found) for found in scores]
+
+    def means(self, model: BSMamba2, totals: Sequence[float]) -> dict[str, float]:
+        """Sums of uSDR over all windows → what a call returns."""
+        counts = [sum(number in numbers for numbers in self.heard) for number in range(len(self.targets))]
+        means = [total / count for total, count in zip(totals, counts, strict=True)]
+        by_stem = {f"usdr_{stem}": mean for stem, mean in zip(model.config.stems, means, strict=True)}
+        return {"usdr": sum(means) / len(means)} | (by_stem if len(means) > 1 else {})

@@ -58,11 +58,8 @@ def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, max_snr_db: f
     One value per example, over its channels and samples, then their mean: nearly what a mean of uSDR over songs asks
     for. Without τ it is the negative SNR plus a constant of the example. A silent target has the same formula.
 
-    Differs from the published model, whose loss is `bsmamba2_loss`. Within an example, where the model is not sure, a
-    mean of moduli is best served by the likelier of two guesses, a mean of squares by their mean.
-
-    Source: the soft threshold is that of Wisdom et al. (arXiv:2011.00803), who measure it from the target, and from the
-    mixture only where the target is silent.
+    Differs from the published model, whose loss is `bsmamba2_loss`. The soft threshold is that of Wisdom et al.
+    (arXiv:2011.00803), who measure it from the target, and from the mixture only where the target is silent.
 
     Args:
         estimate: ŝ, (b, c, samples).
@@ -109,15 +106,14 @@ def spectral_loss(difference: Tensor, window: int, hop_length: int = 147) -> Ten
 
 
 class _MeanModulus(torch.autograd.Function):
-    """Mean modulus of the STFT of (s, samples), and its gradient at once, so that nothing is kept but that.
+    """Mean modulus of the STFT of (s, samples), with its gradient: one FFT each, and no spectrum is kept.
 
-    |Z| has the gradient Z / |Z|, zero at zero, and a transform's gradient is the transform back: one FFT each, where
-    differentiating operation by operation takes a complex one of twice the work and keeps every spectrum.
+    |Z| has the gradient Z / |Z|, zero at zero, and a transform's gradient is the transform back.
     """
 
     @staticmethod
     def forward(ctx: Any, signals: Tensor, window: int, hop_length: int) -> Tensor:
-        # On a CPU one signal at a time: its spectrum stays in cache, and the whole takes less than half as long.
+        # On a CPU one signal at a time: its spectrum stays in cache.
         parts = signals.split(1) if signals.device.type == "cpu" else (signals,)
         needs_grad = ctx.needs_input_grad[0]
         means, gradients = zip(*(_mean_modulus(part, window, hop_length, needs_grad) for part in parts), strict=True)

@@ -1,4 +1,4 @@
-"""The training loop, for one process.
+"""The training loop, for one process and one stem or several.
 
 batches → model → loss → gradients, accumulated and clipped → AdamW → moving average of the weights (EMA)
 
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,10 @@ from .settings import COUNT, NOT_NEGATIVE, check_settings, setting
 SCHEDULES, LOSSES = ("constant", "cosine", "wsd"), ("published", "snr")
 PRECISIONS = ("float32", "bfloat16")
 Batch = Sequence[Any]
-"""(mixture, target) or (mixture, target, names): two tensors (b, c, samples), and b strings that say where from."""
+"""(mixture, target) or (mixture, target, names).
+
+Mixture (b, c, samples); target (b, stem, c, samples), of one stem (b, c, samples) too; b names say where they are from.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,29 +76,27 @@ class Step:
 
 
 class Trainer:
-    """Training loop: trains a model in place and keeps the moving average of its weights.
+    """Training loop: trains a model in place and keeps the moving average (EMA) of its weights.
+
+    As in the published code, the average begins with the initial weights.
 
     Args:
-        model: one stem; trained on the device where its weights are.
+        model: trained on the device where its weights are.
         config: settings.
         optimisers: step together, all with the scheduled learning rate; AdamW for all parameters if not given.
 
     Attributes:
         step: steps done so far.
-
-    Raises:
-        ValueError: for a model of several stems.
     """
 
     def __init__(self, model: BSMamba2, config: TrainConfig, *, optimisers: Sequence[Optimizer] = ()) -> None:
-        if len(model.config.stems) != 1:
-            raise ValueError(f"the training target is one stem, but the model gives {model.config.stems}")
         self.model, self.config, self.step = model, config, 0
         self.network: nn.Module = model  # what is called: `DistributedTrainer` wraps it
         self.device = next(model.parameters()).device
         model.gradient_checkpointing = config.gradient_checkpointing
         self.optimisers = list(optimisers) or [adamw(model, config)]
         self.ema_model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.ema_model.n_averaged += 1  # the initial weights count: torch would copy those after the first step
         self.compile_pending = config.compile
 
     @property
@@ -113,13 +114,18 @@ class Trainer:
         Raises:
             FloatingPointError: when the loss or the gradient is not finite; it names the step and the sources of the
                 batch, and the weights are still those of the step before.
-            ValueError: when the batches run out.
+            ValueError: when the batches run out, or do not fit the model's stems.
         """
         self.model.train()
-        supply = _skip_batches(batches, self.step * self.config.grad_accum_steps)
+        per_step = self.config.grad_accum_steps
+        if hasattr(batches, "skip"):
+            batches.skip(self.step * per_step)
+        else:
+            batches = islice(batches, self.step * per_step, None)
+        supply = iter(batches)
         while self.step < self.config.steps:
-            group = list(islice(supply, self.config.grad_accum_steps))
-            if len(group) < self.config.grad_accum_steps:
+            group = list(islice(supply, per_step))
+            if len(group) < per_step:
                 raise ValueError(f"the batches ran out after {self.step} of {self.config.steps} steps")
             yield self.train_step(group)
 
@@ -129,13 +135,11 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         loss = self.reduce_loss(losses.mean())
         if not (loss.isfinite() and grad_norm.isfinite()):
-            named = [batch[2] if len(batch) > 2 else [] for batch in batches]
-            every = self.gather(list(zip(losses.isfinite().tolist(), named, strict=True)))
-            bad = [batch for batch in every if not batch[0]] or every
-            names = ", ".join(name for _, sources in bad for name in sources)
-            inside = f"; in the batch: {names}" if names else ""
+            per_batch = zip(losses.isfinite().tolist(), batches, strict=True)
+            names = self.gather([(finite, name) for finite, (_, _, *given) in per_batch for name in chain(*given)])
+            bad = ", ".join([name for finite, name in names if not finite] or [name for _, name in names])
             norms = f"loss {loss.item()}, gradient norm {grad_norm.item()}"
-            raise FloatingPointError(f"step {self.step + 1}: {norms}{inside}")
+            raise FloatingPointError(f"step {self.step + 1}: {norms}{bad and f'; in the batch: {bad}'}")
         lr = learning_rate(self.step + 1, self.config)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -159,18 +163,31 @@ class Trainer:
         return torch.stack(losses)
 
     def loss(self, mixture: Tensor, target: Tensor) -> Tensor:
-        """Training loss of the model's estimate, scalar; mixture and target (b, c, samples)."""
+        """Training loss, summed over the model's stems: scalar. Shapes as in `Batch`.
+
+        Differs from the published model for several stems: its loss is their mean. For one stem both are the same.
+
+        Raises:
+            ValueError: when the target has another number of stems than the model.
+        """
         mixture, target = (part.to(self.device, non_blocking=True) for part in (mixture, target))
-        estimate = self.separate(mixture)
+        targets = target.unbind(1) if target.dim() == 4 else (target,)
+        if len(targets) != len(self.model.config.stems):
+            given = ", ".join(self.model.config.stems)
+            raise ValueError(f"the target has {len(targets)} stems, but the model gives {given}")
+        pairs = zip(self.separate(mixture).unbind(1), targets, strict=True)
         if self.config.loss == "snr":
-            return snr_loss(estimate, target, mixture)
-        return bsmamba2_loss(estimate, target, windows=self.config.loss_windows, hop_length=self.config.loss_hop)
+            losses = [snr_loss(estimate, target, mixture) for estimate, target in pairs]
+        else:
+            sizes: dict[str, Any] = {"windows": self.config.loss_windows, "hop_length": self.config.loss_hop}
+            losses = [bsmamba2_loss(estimate, target, **sizes) for estimate, target in pairs]
+        return torch.stack(losses).sum()
 
     def separate(self, mixture: Tensor) -> Tensor:
-        """The one stem of a batch, (b, c, samples) → (b, c, samples), under autocast where bfloat16 is asked for."""
+        """The stems of a batch, (b, c, samples) → (b, stem, c, samples), under autocast with `precision: bfloat16`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            estimate: Tensor = self.network(mixture.to(self.device, non_blocking=True))
-            return estimate[:, 0]
+            estimates: Tensor = self.network(mixture.to(self.device, non_blocking=True))
+            return estimates
 
     # Of one process; `training.ddp.DistributedTrainer` overrides these three.
 
@@ -234,7 +251,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def adamw(model: BSMamba2, config: TrainConfig, *, without: Iterable[Tensor] = ()) -> AdamW:
     """AdamW for the parameters of a model, but for those in `without`."""
     groups = parameter_groups(model, config.weight_decay, without=without)
-    # Fused: one pass over all parameters, and not a dozen small operations for each of some hundreds.
+    # Fused: one pass over all parameters instead of a dozen small operations for each.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return AdamW(groups, lr=config.lr, fused=fused)
 
@@ -250,11 +267,3 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, without: Iterable
         {"params": [p for name, p in named if name not in exempt], "weight_decay": weight_decay},
         {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
     ]
-
-
-def _skip_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """The batches that follow the first `count`."""
-    if count and hasattr(batches, "skip"):
-        batches.skip(count)
-        return iter(batches)
-    return islice(batches, count, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Batch, Remixer, Validation, find_windows, salient_windows
@@ -97,17 +98,52 @@ def test_examples_say_where_they_are_from_and_skipping_draws_the_same(pool: list
 
 
 def test_validation_is_the_mean_over_windows_where_the_target_is_heard(tiny: BSMamba2, pool: list[Song]) -> None:
-    windows = find_windows(pool, 8000)[0]
-    expected = []
+    by_stem = find_windows(pool, 8000)
+    windows, expected = by_stem[0], []
     for song, start in windows:
         with torch.inference_mode():
             estimate = tiny(song.mixture[None, :, start : start + 8000])[0, 0]
         expected.append(usdr(song.vocals[:, start : start + 8000], estimate))
-    assert Validation(windows, 8000)(tiny) == pytest.approx(sum(expected) / len(expected), abs=1e-4)
-    few = Validation(windows, 8000, count=2).windows
+    assert Validation(by_stem, 8000)(tiny) == {"usdr": pytest.approx(sum(expected) / len(expected), abs=1e-4)}
+    few = Validation(by_stem, 8000, count=2).windows
     assert few == [windows[0], windows[len(windows) // 2]]
     with pytest.raises(ValueError, match="no song for validation"):
         Validation([], 8000)
+
+
+def test_several_targets_are_stems_of_the_same_mixture_in_the_order_asked_for(pool: list[Song]) -> None:
+    one = islice(Remixer(pool, 8000, 2, seed=3), 10)
+    several = islice(Remixer(pool, 8000, 2, seed=3, targets=(2, 0)), 10)
+    rest = islice(Remixer(pool, 8000, 2, seed=3, targets=(1, 3)), 10)
+    for (mixture, vocals, names), (same, targets, named), (_, others, _) in zip(one, several, rest, strict=True):
+        assert torch.equal(mixture, same)
+        assert names == named
+        assert targets.shape == (2, 2, 2, 8000)  # (b, stem, c, samples)
+        assert torch.equal(targets[:, 1], vocals)
+        torch.testing.assert_close(targets.sum(1) + others.sum(1), mixture)
+
+
+def test_a_validation_scores_each_target_where_it_is_heard(pool: list[Song]) -> None:
+    """The drums rest in half of the windows: those are not scored for them, but for the vocals."""
+    torch.manual_seed(0)
+    model = BSMamba2(dataclasses.replace(TINY, stems=("drums", "vocals"))).eval()
+    by_stem = find_windows(pool, 8000)
+    windows = [by_stem[0], by_stem[1][::2]]
+    assert 0 < len(set(windows[0]) & set(windows[1])) < len(windows[0])
+    expected = {}
+    for output, (name, stem) in enumerate((("drums", 1), ("vocals", 0))):
+        scores = []
+        for song, start in windows[stem]:
+            with torch.inference_mode():
+                estimate = model(song.mixture[None, :, start : start + 8000])[0, output]
+            scores.append(usdr(song.stems[stem, :, start : start + 8000], estimate))
+        expected[f"usdr_{name}"] = sum(scores) / len(scores)
+    expected["usdr"] = sum(expected.values()) / 2
+    validation = Validation(windows, 8000, targets=(1, 0))
+    assert validation(model) == pytest.approx(expected, abs=1e-4)
+    assert len(validation.windows) == len(set(windows[0]) | set(windows[1]))  # a window of both is separated once
+    with pytest.raises(ValueError, match="window in which stem 1 is heard"):
+        Validation([windows[0], []], 8000, targets=(0, 1))
 
 
 def test_a_stem_that_is_never_heard_is_named(pool: list[Song]) -> None:

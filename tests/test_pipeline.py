@@ -107,10 +107,10 @@ CHECKED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "sweep": [
         ({"grids": {}}, "unknown parameters grids"),
         ({"workers": "2"}, "workers='2' must be of type int"),
-        ({"grid": {"learning_rate": [1.0]}}, "unknown parameters learning_rate"),
+        ({"grid": {"learning_rate": [1.0]}}, "has no parameter learning_rate; it has steps"),
         ({"grid": {"lr": ["1e-3"]}}, "lr='1e-3' must be a number"),
         ({"notebook": "notebooks/evaluate.ipynb"}, "must be one of train.ipynb, silence.ipynb"),
-        ({"notebook": "notebooks/silence.ipynb", "base": "", "grid": {"lair": [1]}}, "unknown parameters lair"),
+        ({"notebook": "notebooks/silence.ipynb", "base": "", "grid": {"lair": [1]}}, "has no parameter lair; it has"),
     ],
 }
 

@@ -20,7 +20,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from ..data import Example, Remixer, Source, Track, Windows, mix
+from ..data import Example, Remixer, Source
 
 SPEED_PROB, LOW_PASS_PROB = 0.5, 0.4
 SEMITONES = 4.0
@@ -106,10 +106,7 @@ CHANGES: dict[Callable[[Tensor, int, Generator], Tensor], float] = {
     roughen: 0.3,
 }
 """Changes in the order in which they are applied, and the probability of each."""
-TARGET_ONLY, STEREO_ONLY = (double_track, roughen), (flip_channels, stereo_width, channel_gains, double_track)
-
-
-# --- an example -------------------------------------------------------------------------------------------
+VOICE_ONLY, STEREO_ONLY = (double_track, roughen), (flip_channels, stereo_width, channel_gains, double_track)
 
 
 class Augmentation:
@@ -117,12 +114,13 @@ class Augmentation:
 
     Args:
         seed: the same seed makes the same changes.
-        stems: how many there are, the target first.
+        stems: how many there are.
+        voice: number of the stem that `double_track` and `roughen` are for.
         coherent: the stems are of one song and place, so one speed holds for all.
     """
 
-    def __init__(self, seed: int, stems: int, *, coherent: bool = False) -> None:
-        self._rng = np.random.default_rng(seed)
+    def __init__(self, seed: int, stems: int, *, voice: int = 0, coherent: bool = False) -> None:
+        self._rng, self.voice = np.random.default_rng(seed), voice
         semitones = self._rng.uniform(-SEMITONES, SEMITONES, stems) * (self._rng.random(stems) < SPEED_PROB)
         self.speeds: list[float] = (2 ** ((semitones[:1].repeat(stems) if coherent else semitones) / 12)).tolist()
 
@@ -144,7 +142,7 @@ class Augmentation:
                 continue
             stem = change_speed(piece, samples)
             for change, prob in CHANGES.items():
-                fits = (i == 0 or change not in TARGET_ONLY) and (len(stem) == 2 or change not in STEREO_ONLY)
+                fits = (i == self.voice or change not in VOICE_ONLY) and (len(stem) == 2 or change not in STEREO_ONLY)
                 if own.random() < prob and fits:
                     stem = change(stem, rate, own)
             stems.append(stem * (level / max(_level(stem), 1e-12)))
@@ -157,32 +155,24 @@ class Augmentation:
 class AugmentedRemixer(Remixer):
     """`Remixer` with coherent mixtures and augmentation, each for a share of the examples.
 
+    Arguments are those of `Remixer`; the first target should be the voice, if that is one. And:
+
     Args:
-        songs: as for `Remixer`, and so are the other arguments.
         coherent_mix_prob: probability that an example's stems are all of the song and place that were drawn for the
-            target, so in one key and time; dropout and gains stay each stem's own. Differs from the published model,
-            where it is 0.
-        augment_prob: probability that an example is augmented, before the gains. Differs from the published model,
-            where it is 0.
+            first target, so in one key and time; dropout and gains stay each stem's own.
+        augment_prob: probability that an example is augmented, before the gains.
+
+    Differs from the published model, where both probabilities are 0.
 
     Raises:
         ValueError: when a stem has no salient window in any song, or one of the two is no probability.
     """
 
-    def __init__(
-        self,
-        songs: Sequence[Track] | Windows,
-        samples: int,
-        batch: int,
-        *,
-        coherent_mix_prob: float = 0.0,
-        augment_prob: float = 0.0,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *args: Any, coherent_mix_prob: float = 0.0, augment_prob: float = 0.0, **options: Any) -> None:
         for name, prob in (("coherent_mix_prob", coherent_mix_prob), ("augment_prob", augment_prob)):
             if not 0 <= prob <= 1:
                 raise ValueError(f"{name}={prob!r} must lie in [0, 1]")
-        super().__init__(songs, samples, batch, **options)
+        super().__init__(*args, **options)
         self.coherent_mix_prob, self.augment_prob = coherent_mix_prob, augment_prob
 
     def skip(self, count: int) -> None:
@@ -194,7 +184,7 @@ class AugmentedRemixer(Remixer):
         """Draw the sources of one example, one for each stem."""
         sources = super().draw(generator)
         if self.coherent_mix_prob and float(torch.rand((), generator=generator)) < self.coherent_mix_prob:
-            track, start, _ = sources[0]
+            track, start, _ = sources[self.targets[0]]
             sources = [(track, start, gain) for *_, gain in sources]
         return sources
 
@@ -205,7 +195,7 @@ class AugmentedRemixer(Remixer):
         seed = int(torch.randint(2**62, (), generator=generator))
         first, place, _ = sources[0]
         coherent = all(track is first and start == place for track, start, _ in sources)
-        return Augmentation(seed, len(sources), coherent=coherent)
+        return Augmentation(seed, len(sources), voice=self.targets[0], coherent=coherent)
 
     def example(self, generator: torch.Generator) -> Example:
         """One mixture, its target, and where its stems are from."""
@@ -220,7 +210,7 @@ class AugmentedRemixer(Remixer):
             start = min(start, track.samples - length)  # beyond the end: from earlier on
             moved.append((track, start, gain))
             pieces.append(track.crop(i, start, length))
-        mixture, target, names = mix(augmentation(pieces, self.samples, moved[0][0].sample_rate), moved)
+        mixture, target, names = self.mix(augmentation(pieces, self.samples, moved[0][0].sample_rate), moved)
         return mixture, target, f"{names}, changed"
 
 

@@ -1,10 +1,10 @@
-"""Data sets in folders: stems in files, MUSDB18-HQ for one, read where needed and never whole.
+"""Data sets: stems in files, MUSDB18-HQ for one, read where needed and never whole; synthesised songs, shared.
 
     MUSDB18-HQ/train/<song>/{vocals,drums,bass,other}.wav      14 named songs validate, the others train
     folder/{train,valid}/<song>/{vocals,drums,bass,other}.wav  the same by folders
-    folder/<song>/{vocals,drums,bass,other}.wav                every tenth song validates
+    folder/<song>/{vocals,drums,bass,other}.wav                every tenth song validates, of fewer the last
 
-WAV, FLAC or OGG. What is wrong with the files is found at the start and reported all at once.
+WAV, FLAC or OGG. Every file is read once before a run starts, block by block, and all faults are reported together.
 
 Book: "Scaling up". Source of the validation songs: the `musdb` package.
 """
@@ -12,11 +12,13 @@ Book: "Scaling up". Source of the validation songs: the `musdb` package.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ import torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
+from ..audio.files import AudioError, AudioReader
 from ..audio.musdb import AUDIO_SUFFIXES, TrackFolder, list_tracks
 from ..data import Window, Windows, salient_windows, spread
-from ..synth import STEMS, Song
+from ..synth import STEMS, Song, synthesise_songs
+from .distributed import all_gather_object, local_rank_and_size, rank
 
 VALIDATION = {
     "ANiMAL - Rockshow", "Actions - One Minute Smile", "Alexander Ross - Goodbye Bolero",
@@ -39,9 +43,9 @@ VALIDATION = {
 }  # fmt: skip
 """The songs of MUSDB18's training part that are kept for validation."""
 
-UNREADABLE = "cannot be read to its end"
 FILES_BETWEEN = 20
 """How many files are searched before the cache is written."""
+_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's, of a FLAC that was written into a pipe
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """Goes through a list and may show how far it is."""
@@ -52,7 +56,8 @@ class DataError(ValueError):
 
     def __init__(self, folder: Path, faults: Sequence[str], advice: str) -> None:
         self.faults = list(faults)
-        super().__init__("\n".join([f"{folder}: {len(faults)} faults", *(f"  {fault}" for fault in faults), advice]))
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n".join([f"{folder}: {count}", *(f"  {fault}" for fault in faults), advice]))
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,19 @@ class FileTrack:
 
     Attributes:
         name: of the song's folder.
-        stems: a file for each stem, the target first.
+        stems: a file for each stem.
         sample_rate: in hertz.
         samples: of the shortest stem.
+        channels: c.
+        sha256: of each file, once it has been searched for activity.
     """
 
     name: str
     stems: tuple[Path, ...]
     sample_rate: int
     samples: int
+    channels: int = 2
+    sha256: tuple[str, ...] = field(default=(), compare=False)
 
     def crop(self, stem: int, start: int, samples: int) -> Tensor:
         """A piece of one stem, (c, samples) float32.
@@ -79,9 +88,14 @@ class FileTrack:
         """
         path = self.stems[stem]
         try:
-            frames, _ = soundfile.read(path, frames=samples, start=start, dtype="float32", always_2d=True)
+            with soundfile.SoundFile(path) as file:
+                rate, channels = file.samplerate, file.channels
+                file.seek(start)
+                frames = file.read(samples, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise OSError(f"{path}: samples {start} to {start + samples} cannot be read ({error})") from error
+        if (rate, channels) != (self.sample_rate, self.channels):
+            raise OSError(f"{path}: was changed during the run, to {channels} channels at {rate} Hz")
         if len(frames) != samples:
             raise OSError(f"{path}: only {len(frames)} of {samples} samples from {start} on are there")
         return torch.from_numpy(np.ascontiguousarray(frames.T))
@@ -89,6 +103,57 @@ class FileTrack:
     def label(self, stem: int) -> str:
         """The file."""
         return str(self.stems[stem])
+
+
+def search_dataset(
+    folder: Path,
+    samples: int,
+    *,
+    stems: Sequence[str] = STEMS,
+    targets: Sequence[int] = (0,),
+    sample_rate: int = 44_100,
+    channels: int = 2,
+    on_bad_file: str = "stop",
+    progress: Progress = lambda files: files,
+) -> tuple[Windows, Windows]:
+    """The active windows of a data set: of the songs to train with, and of those to validate with.
+
+    Args:
+        folder: as for `index_dataset`, and so are `stems`, `sample_rate` and `channels`.
+        samples: length of a window.
+        targets: numbers of the stems that are to be separated.
+        on_bad_file: `stop`, or `skip` to leave out the songs with a faulty file, with a warning.
+        progress: goes through the files that are read.
+
+    Raises:
+        DataError: for all faults in the folder at once; when too few songs are left, or a stem is silent in all.
+    """
+    training, validation, faults, others = index_dataset(
+        folder, samples, stems=stems, sample_rate=sample_rate, channels=channels
+    )
+    windows, more_faults = find_active_windows(
+        training + validation, samples, cache_path(folder, samples), others=others, progress=progress
+    )
+    faults += more_faults
+    if faults and on_bad_file == "stop":
+        raise DataError(folder, faults, "repair or remove them, or leave these songs out: on_bad_file=skip")
+    heard = {track for stem in targets for track, _ in windows[stem]}
+    held_out = heard.intersection(validation) or set([track for track in training if track in heard][-1:])
+    to_train, to_validate = (
+        [[window for window in stem if window[0] in part] for stem in windows]
+        for part in (set(training) - held_out, held_out)
+    )
+    silent = [
+        f"no song to {use} with has {stems[stem]} that sound for {samples / sample_rate:g} s"
+        for use, part, needed in (("train", to_train, range(len(stems))), ("validate", to_validate, targets))
+        for stem in needed
+        if not part[stem]
+    ]
+    if silent:
+        raise DataError(folder, faults + silent, "two songs or more are needed, one of them to validate with: add some")
+    if faults:
+        warnings.warn(str(DataError(folder, faults, "their songs are left out")), stacklevel=2)
+    return to_train, to_validate
 
 
 def index_dataset(
@@ -99,24 +164,21 @@ def index_dataset(
     Args:
         folder: in one of the three layouts above.
         samples: least length of a song.
-        stems: names of the files without their extension, the target first.
-        sample_rate: that they must have, in hertz.
-        channels: that they must have.
+        stems: names of the files without their extension.
+        sample_rate, channels: that they must have, in hertz the first.
 
     Returns:
-        Songs to train with, songs to validate with, what is wrong with the others, a line for each file, and those
-        of their files with which nothing is wrong so far.
+        Songs to train with; songs to validate with by folder or name; a line for each fault of the others; and those
+        of their files that have none.
 
     Raises:
-        DataError: when there is no song at all.
+        DataError: when there are not two songs.
     """
     if not folder.is_dir():
         raise DataError(folder, ["is no folder"], "give the folder that holds the songs' folders")
     splits = [split for split in ("train", "valid") if (folder / split).is_dir()] or ["."]
-    training: list[FileTrack] = []
-    validation: list[FileTrack] = []
-    faults: list[str] = []
-    others: list[Path] = []
+    parts: tuple[list[FileTrack], list[FileTrack]] = ([], [])
+    faults, others = [], []
     for split in splits:
         loose = sorted(path for path in (folder / split).iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
         faults += [f"{path}: lies beside the songs' folders" for path in loose if not path.name.startswith(".")]
@@ -128,73 +190,70 @@ def index_dataset(
             else:
                 by_name = song.name in VALIDATION if split == "train" else number % 10 == 9
                 is_validation = split == "valid" or (by_name and "valid" not in splits)
-                (validation if is_validation else training).append(track)
-    if not validation and len(training) > 1:  # few songs, none of them known by name
-        validation.append(training.pop())
-    if not training or not validation:
-        needed = faults or ["holds no song"]
-        raise DataError(folder, needed, f"at least two folders with {', '.join(stems)} (.wav, .flac, .ogg) are needed")
-    return training, validation, faults, others
+                parts[is_validation].append(track)
+    found = sum(map(len, parts))
+    if found < 2:
+        holds = f"holds {'one song' if found else 'no song'} that can be used; two are needed, one to validate with"
+        advice = f"at least two folders with {', '.join(stems)} (.wav, .flac, .ogg) are needed"
+        raise DataError(folder, [*faults, holds], advice)
+    return *parts, faults, others
 
 
 def find_active_windows(
     tracks: Sequence[FileTrack],
     samples: int,
-    cache: Path,
+    cache: Path | None,
     *,
     others: Sequence[Path] = (),
     progress: Progress = lambda files: files,
 ) -> tuple[Windows, list[str]]:
-    """Source activity detection in files: the windows that `data.find_windows` finds, and what is wrong in the files.
+    """Source activity detection in files: the windows that `data.find_windows` finds, and the faults in the files.
 
-    Every file is read once. The windows are kept in `cache` with the window's length and each file's size and time of
-    change; files for which these are the same are not read again, but for those that could not be read.
-
-    Args:
-        tracks: as `index_dataset` gives them.
-        samples: length of a window.
-        cache: a file, which need not be there.
-        others: files of no track that are to be read too, so that all faults are reported at once.
-        progress: goes through the files.
+    Files without a fault are read once: `cache`, a file, keeps their windows of `samples` with the files' sizes and
+    times of change. Where it cannot be written, a warning says so. `others` are files of no track, read for their
+    faults. The windows' tracks know the SHA-256 of their files.
     """
     known = _read_cache(cache, samples)
     paths = sorted({path for track in tracks for path in track.stems} | set(others))
-    stamps = {path: _mtime_size(path) for path in paths}
-    missing = [path for path in paths if known.get(str(path), {}).get("stamp") != stamps[path]]
-
-    def write_cache() -> None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps({"samples": samples, "files": known}))
-
+    missing = [path for path in paths if known.get(str(path), {}).get("stamp") != _stamp(path)]
+    faults = []
     try:
         for number, path in enumerate(progress(missing) if missing else (), start=1):
-            windows, fault = _windows_in(path, samples)
-            stamp = None if fault.startswith(UNREADABLE) else stamps[path]  # a network may be back the next time
-            known[str(path)] = {"stamp": stamp, "windows": windows, "fault": fault}
+            known.pop(str(path), None)
+            try:
+                known[str(path)] = _search_file(path, samples)
+            except (AudioError, OSError) as error:
+                faults.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
             if number % FILES_BETWEEN == 0:
-                write_cache()
+                _write_cache(cache, samples, known)
     finally:  # when interrupted, too
         if missing:
-            write_cache()
-    faults = [f"{path}: {known[str(path)]['fault']}" for path in paths if known[str(path)]["fault"]]
-    sound = [track for track in tracks if not any(known[str(path)]["fault"] for path in track.stems)]
-    by_stem = [
-        [
-            (track, start)
-            for track in sound
-            for start in known[str(track.stems[stem])]["windows"]
-            if start + samples <= track.samples
-        ]
-        for stem in range(len(tracks[0].stems) if tracks else 0)
-    ]
-    return by_stem, faults
+            _write_cache(cache, samples, known)
+    windows: list[list[Window]] = [[] for _ in (tracks[0].stems if tracks else ())]
+    for track in tracks:
+        entries = [known[str(path)] for path in track.stems if str(path) in known]
+        if len(entries) == len(track.stems):
+            searched = replace(track, sha256=tuple(entry["sha256"] for entry in entries))
+            for stem, entry in zip(windows, entries, strict=True):
+                stem += [(searched, start) for start in entry["windows"] if start + samples <= track.samples]
+    return windows, faults
 
 
-def cache_path(folder: Path, samples: int) -> Path:
-    """Where the active windows of a folder are kept: in the user's cache, by the folder and the window's length."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(f"{folder.resolve()}\n{samples}".encode()).hexdigest()[:16]
-    return base / "bsmamba2" / f"activity-{key}.json"
+def fingerprints(windows: Windows) -> dict[str, str]:
+    """SHA-256 of every file of the songs in `windows`, by song and file name; none of songs in memory."""
+    tracks = {track for stem in windows for track, _ in stem if isinstance(track, FileTrack)}
+    return {
+        f"{track.name}/{path.name}": sha256
+        for track in sorted(tracks, key=lambda track: track.stems)
+        for path, sha256 in zip(track.stems, track.sha256, strict=True)
+    }
+
+
+def cache_path(folder: Path, samples: int) -> Path | None:
+    """Where the active windows of a folder are kept, in the user's cache; none where there is no home folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111  # Path's may fail
+    key = hashlib.sha256(os.fsencode(os.path.realpath(folder)) + f"\n{samples}".encode()).hexdigest()[:16]
+    return base / "bsmamba2" / f"activity-{key}.json" if base.is_absolute() else None
 
 
 def excerpts(windows: Sequence[Window], samples: int, count: int) -> list[Song]:
@@ -202,42 +261,49 @@ def excerpts(windows: Sequence[Window], samples: int, count: int) -> list[Song]:
     songs = []
     for track, start in spread(windows, count):
         stems = torch.stack([track.crop(stem, start, samples) for stem in range(len(track.stems))])
-        place, rate = start / track.sample_rate, track.sample_rate
-        everywhere = ((0.0, samples / rate),)
-        name = f"{track.name} at {place:.1f} s"
-        songs.append(Song(name, stems, rate, everywhere, "see the data set", track.label(0)))
+        rate, name = track.sample_rate, f"{track.name} at {start / track.sample_rate:.1f} s"
+        songs.append(Song(name, stems, rate, ((0.0, samples / rate),), "see the data set", track.label(0)))
     return songs
 
 
-def musdb_sample(samples: int) -> tuple[list[Song], list[Song]]:
-    """The 7-second excerpts of MUSDB18 that the `musdb` package fetches: songs to train and to validate with.
+def shared_songs(count: int, **options: Any) -> list[Song]:
+    """`synthesise_songs(count, **options)`, made once per machine: its processes share the work and the memory.
 
-    The package needs ffmpeg, and the network for the first time. Not run here.
+    Each writes its part to one file, which all map. The file has lost its name before anything is written, so killed
+    processes leave nothing behind. On Windows, where an open file cannot be removed, each process makes all songs.
 
     Raises:
-        ImportError: when the package is missing.
-        DataError: when the excerpts are shorter than `samples`.
+        OSError: when the file cannot be written, a full disk for one; TMPDIR names its folder.
     """
-    try:
-        musdb = importlib.import_module("musdb")
-    except ImportError as error:
-        raise ImportError(f"data='musdb-sample' takes the musdb package: pip install musdb ({error})") from error
-    database = musdb.DB(download=True, subsets="train")
-    parts: tuple[list[Song], list[Song]] = ([], [])
-    for track in database.tracks:
-        stems = torch.stack([torch.from_numpy(track.sources[name].audio.T.astype(np.float32)) for name in STEMS])
-        song = Song(track.name, stems, int(track.rate), (), "see MUSDB18", "MUSDB18, 7-second excerpt, by musdb")
-        parts[track.name in VALIDATION].append(song)
-    shortest = min(song.samples for part in parts for song in part)
-    if shortest < samples:
-        raise DataError(Path(database.root), [f"an excerpt has {shortest} samples"], f"{samples} are asked for")
-    return parts
+    local, processes = local_rank_and_size()
+    if os.name == "nt" or max(all_gather_object(processes)) == 1:
+        return synthesise_songs(count, **options)
+    first = rank() - local  # of this machine's
+    with tempfile.NamedTemporaryFile(prefix="bsmamba2-") if local == 0 else nullcontext() as named:
+        file = Path(all_gather_object(named.name if named else "")[first]).open("r+b")  # noqa: SIM115
+        all_gather_object(None)  # all have opened it
+    songs: dict[int, Song] = {}  # by number, without their stems
+    with file:
+        try:
+            for number in range(local, count, processes):
+                (song,) = synthesise_songs(number + 1, first=number, **options)
+                file.seek(number * song.stems.nbytes)
+                file.write(song.stems.numpy().data)
+                songs[number] = replace(song, stems=torch.empty(0))
+            file.flush()
+        except OSError as error:
+            error.add_note(f"while songs were written to {tempfile.gettempdir()}; TMPDIR names another folder")
+            raise
+        for part in all_gather_object(songs)[first : first + processes]:
+            songs |= part
+        stems = torch.from_numpy(np.memmap(file, np.float32, "c")).view(count, len(STEMS), 2, -1)
+    return [replace(songs[number], stems=stems[number]) for number in range(count)]
 
 
 def _index_song(
     song: TrackFolder, samples: int, stems: Sequence[str], sample_rate: int, channels: int
 ) -> tuple[FileTrack | None, list[str], list[Path]]:
-    """One song, or what is wrong with it; and its files whose headers are right."""
+    """One song, or its faults; and its files whose headers are right."""
     lengths: dict[Path, int] = {}  # of those with the right rate
     readable, faults = [], []
     for name in stems:
@@ -248,6 +314,9 @@ def _index_song(
             faults.append(f"{song.path / name}: one file .wav, .flac or .ogg is needed; there is {listed}")
             continue
         path = matching[0]
+        if not path.is_file():  # opening a pipe would wait for ever
+            faults.append(f"{path}: is not a regular file")
+            continue
         try:
             header = soundfile.info(path)
         except soundfile.LibsndfileError as error:
@@ -258,6 +327,8 @@ def _index_song(
             wrong.append(f"has {header.channels} channels, not {channels}")
         if header.samplerate != sample_rate:
             wrong.append(f"is at {header.samplerate} Hz, not {sample_rate}")
+        elif header.frames == _UNKNOWN_LENGTH:
+            wrong.append("does not say how long it is: convert it to WAV, or to FLAC again")
         else:
             lengths[path] = header.frames
         if header.frames < samples:
@@ -266,39 +337,56 @@ def _index_song(
         if not wrong:
             readable.append(path)
     if lengths and max(lengths.values()) - min(lengths.values()) > sample_rate // 10:
-        shortest = min(lengths, key=lengths.__getitem__)
+        shortest, longest = (extreme(lengths, key=lengths.__getitem__) for extreme in (min, max))
         if shortest in readable:
-            seconds = (max(lengths.values()) - lengths[shortest]) / sample_rate
-            faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; it may be truncated")
+            seconds = (lengths[longest] - lengths[shortest]) / sample_rate
+            reason = f"it may be truncated, or {longest.name} claim too much"
+            faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; {reason}")
             readable.remove(shortest)
     if faults:
         return None, faults, readable
-    return FileTrack(song.name, tuple(readable), sample_rate, min(lengths.values())), [], readable
+    return FileTrack(song.name, tuple(readable), sample_rate, min(lengths.values()), channels), [], readable
 
 
-def _windows_in(path: Path, samples: int) -> tuple[list[int], str]:
-    """Starts of the salient windows of a file, and what is wrong with it."""
-    try:
-        promised = soundfile.info(path).frames
-        frames, _ = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        return [], f"{UNREADABLE} ({error})"
-    if len(frames) != promised:
-        return [], f"holds {len(frames)} of the {promised} samples that its header promises; it may be truncated"
-    if not np.isfinite(frames).all():
-        return [], "holds NaN or infinite samples"
-    return salient_windows(torch.from_numpy(frames.T), samples), ""
+def _search_file(path: Path, samples: int) -> dict[str, Any]:
+    """A file's entry in the cache: its size and times, the starts of its active windows, the SHA-256 of its bytes."""
+    stamp, frames, step = _stamp(path), soundfile.info(path).frames, samples // 2
+    starts: list[int] = []
+    first, pending = 0, torch.empty(0)
+    with AudioReader(path) as file:
+        if file.frames != frames:  # of chained streams, for one
+            raise AudioError(f"{path}: libsndfile finds {frames} of its {file.frames} samples: convert it to WAV")
+        for block in file.blocks():
+            pending = torch.cat((pending, block), dim=-1) if len(pending) else block
+            starts += [first + start for start in salient_windows(pending, samples)]
+            searched = max(0, (pending.shape[-1] - samples) // step + 1) * step
+            first, pending = first + searched, pending[:, searched:]
+    with path.open("rb") as raw:
+        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+    return {"stamp": stamp, "windows": starts, "sha256": sha256}
 
 
-def _mtime_size(path: Path) -> list[int]:
+def _stamp(path: Path) -> list[int]:
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _read_cache(path: Path, samples: int) -> dict[str, dict[str, Any]]:
-    """The cached windows and faults by file; none when the cache is absent, damaged or of other parameters."""
+def _read_cache(path: Path | None, samples: int) -> dict[str, dict[str, Any]]:
+    """The entries of files in the cache; none when it is absent, damaged or of other parameters."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return dict(content["files"]) if content["samples"] == samples else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        content: Any = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {"samples": None}
+        entries = content["files"] if content["samples"] == samples else {}
+        return {name: entry for name, entry in entries.items() if entry.keys() == {"stamp", "windows", "sha256"}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _write_cache(path: Path | None, samples: int, entries: dict[str, dict[str, Any]]) -> None:
+    try:
+        if path is None:
+            raise OSError("there is no home folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"samples": samples, "files": entries}))
+    except OSError as error:
+        kept = "active windows cannot be kept, and the next run reads every file again"
+        warnings.warn(f"{kept} ({error}): name a folder in XDG_CACHE_HOME", stacklevel=3)

@@ -35,9 +35,10 @@ def init_distributed(device: str = "auto") -> Iterator[torch.device]:
     Raises:
         ValueError: for a device that is not there.
     """
-    name = _default_device() if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        place = torch.device(name)
+        place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps ({error})") from error
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -51,14 +52,14 @@ def init_distributed(device: str = "auto") -> Iterator[torch.device]:
         torch.cuda.set_device(place)
     elif place.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps': no Apple GPU can be used here")
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if many:
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield place
+        return
+    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield place
     finally:
-        if many:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def world_size() -> int:
@@ -99,7 +100,3 @@ def broadcast_object(value: Any) -> Any:
     if world_size() > 1:
         distributed.broadcast_object_list(values)
     return values[0]
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -8,12 +8,12 @@ Book: "Scaling up".
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,17 @@ from ..data import Remixer, Windows, find_windows
 from ..kernels import BACKENDS, accelerate, slow_dtype_warning
 from ..model import BSMamba2
 from ..published_layout import sha256_file
-from ..settings import COUNT, SHARE, setting
+from ..settings import COUNT, SHARE, setting, short_repr
+from ..settings import read_parameters as read_parameters
 from ..synth import STEMS
 from ..train import TrainConfig
 from .augmentation import AugmentedRemixer
-from .datasets import DataError, Progress, cache_path, find_active_windows, index_dataset, musdb_sample
+from .datasets import Progress, fingerprints, search_dataset, shared_songs
 from .ddp import make_trainer
-from .distributed import all_gather_object, broadcast_object, local_rank_and_size, rank, world_size
+from .distributed import broadcast_object, rank, world_size
 from .loader import DistributedValidation, Loader
 from .muon import muon_and_adamw
 from .run_dir import RunDir
-from .shared_songs import shared_songs
 
 HELD_OUT = 1_000_000
 """How far the seed of the synthesised songs for validation lies from that of the songs to learn from."""
@@ -55,49 +55,43 @@ class JobConfig(TrainConfig):
     """Every parameter of a training run: those of `TrainConfig`, and those of the model, the data and the run.
 
     The defaults are those of a first run on a CPU, not the published ones (`notebooks/params/train_paper.yaml`).
+    The published target is the vocals; with several `stems` the model gives each.
 
     Raises:
         ValueError: for a value of another type, or out of range; it names the parameter.
     """
 
-    # A first run is short.
     steps: int = _first_run("steps", 400)
     lr: float = _first_run("lr", 2e-3)
     schedule: str = _first_run("schedule", "cosine")
     ema_decay: float = _first_run("ema_decay", 0.98)
     loss_hop: int = _first_run("loss_hop", 441)
 
-    preset: str = setting("small", f"size of the model: {', '.join(PRESETS)}")
+    preset: str = setting("small", f"size of the model: {', '.join(PRESETS)}; or init, that of the `init` file")
     depth: int = setting(0, "dual-path layers; 0 is as many as the preset has")
     dim: int = setting(0, "features per band and frame; 0 is as many as the preset has")
     mask_expand: int = setting(0, "hidden width of the masks as a multiple of dim; 0 is that of the preset")
     init: str = setting("", "checkpoint to begin with, ours or published, of the same size; else random weights")
-    data: str = setting("songs", "`songs`: synthesised ones; `musdb-sample`; or a folder, MUSDB18-HQ for one")
-    stems: tuple[str, ...] = setting(STEMS, "names of the files in a song's folder, the target first")
+    data: str = setting("songs", "`songs`: synthesised ones; or a folder, MUSDB18-HQ for one")
+    stems: tuple[str, ...] = setting(("vocals",), "stems to separate, as published: vocals; or several names")
+    sources: tuple[str, ...] = setting(STEMS, "names of the files in a song's folder, whose sum is the mixture")
     on_bad_file: str = setting("stop", "files that cannot be used: stop, or skip their songs", ("stop", "skip"))
     songs: int = setting(160, "synthesised songs to learn from", within=COUNT)
     seconds_per_song: float = setting(6.0, "length of each", within=_SECONDS)
     val_songs: int = setting(12, "synthesised songs for validation, from other seeds", within=COUNT)
-    mix_variety: float = setting(
-        0.0, "most of the synthesised mixes, 0 (clean, loud voice) to 1 (as recordings may be)", within=SHARE
-    )
+    mix_variety: float = setting(0.0, "of the synthesised mixes: 0, clean, to 1, as recordings may be", within=SHARE)
     soundfont: str = setting("", "file of a sound font, whose recorded instruments play in synthesised songs")
     soundfont_share: float = setting(1.0, "share of these songs in which it plays", within=SHARE)
     clean_share: float = setting(0.0, "share of the synthesised songs with neither variety nor font", within=SHARE)
-    coherent_mix_prob: float = setting(
-        0.0, "share of examples whose stems are of one song and place; published: none, each from any", within=SHARE
-    )
+    coherent_mix_prob: float = setting(0.0, "share of examples from one song and place; published: none", within=SHARE)
     augment_prob: float = setting(0.0, "share of examples that are augmented; published: none", within=SHARE)
     segment: float = setting(1.0, "length of a training example, in seconds; published: 8", within=_SECONDS)
     batch: int = setting(4, "examples in a batch of one process; published: 5", within=COUNT)
-    optimiser: str = setting(
-        "adamw", "adamw, as published; or muon for the matrices, which may take fewer steps", ("adamw", "muon")
-    )
+    optimiser: str = setting("adamw", "adamw, as published; or muon for the matrices", ("adamw", "muon"))
     backend: str = setting("auto", "kernels: auto, plain, cpu, triton", BACKENDS)
     workers: int = setting(
-        0, "processes that read ahead. With 0, examples come from one stream of random numbers; else by number",
-        within=_WHOLE,
-    )  # fmt: skip
+        0, "processes that read ahead; with 0 the examples differ from those with 1 or more", within=_WHOLE
+    )
     seed: int = setting(0, "of the weights, the songs and the examples", within=_WHOLE)
     save_every: int = setting(100, "steps between states", within=COUNT)
     validate_every: int = setting(100, "steps between validations", within=COUNT)
@@ -108,16 +102,25 @@ class JobConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data in ("songs", "musdb-sample") and self.stems != STEMS:
-            raise ValueError(f"stems={self.stems!r} are those of a folder; data={self.data!r} has {STEMS!r}")
+        for name in ("init", "data", "soundfont", "output_dir"):
+            path = os.path.expanduser(getattr(self, name))  # noqa: PTH111  # Path's fails for an unknown user
+            object.__setattr__(self, name, path)
+        if self.data == "songs" and self.sources != STEMS:
+            raise ValueError(f"sources={short_repr(self.sources)} are those of a folder; data='songs' has {STEMS}")
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"sources={short_repr(self.sources)} names a file twice")
+        if unknown := [stem for stem in self.stems if stem not in self.sources]:
+            known = ", ".join(self.sources)
+            raise ValueError(f"stems={short_repr(self.stems)}: no {short_repr(unknown[0])}; `sources` has {known}")
         self.model_config  # noqa: B018  # checks its own
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> JobConfig:
         """A job from names and values; ValueError for a name that is no parameter."""
-        unknown = sorted(set(values) - set(cls.names()))
+        unknown = [name for name in values if name not in cls.names()]
         if unknown:
-            raise ValueError(f"unknown parameters {', '.join(unknown)}; known: {', '.join(cls.names())}")
+            listed = ", ".join(name if str(name).isidentifier() else short_repr(name) for name in unknown[:4])
+            raise ValueError(f"unknown parameters {listed}; known: {', '.join(cls.names())}")
         return cls(**values)
 
     @classmethod
@@ -125,17 +128,16 @@ class JobConfig(TrainConfig):
         """The parameters' names."""
         return [field.name for field in dataclasses.fields(cls)]
 
-    @property
+    @cached_property
     def model_config(self) -> ModelConfig:
         """The architecture."""
         sizes = {name: getattr(self, name) for name in ("depth", "dim", "mask_expand")}
         changed = {name: value for name, value in sizes.items() if value}
-        return ModelConfig.preset(self.preset, **changed, stems=self.stems[:1])
-
-    @property
-    def train_config(self) -> TrainConfig:
-        """The training loop's part of the parameters."""
-        return TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
+        if self.preset != "init":
+            return ModelConfig.preset(self.preset, **changed, stems=self.stems)
+        if not self.init:
+            raise ValueError("preset='init' is the size of a checkpoint: name it, init=FILE")
+        return dataclasses.replace(read_checkpoint(self.init).config, **changed, stems=self.stems)
 
     @property
     def song_settings(self) -> dict[str, Any]:
@@ -148,6 +150,11 @@ class JobConfig(TrainConfig):
         return {"seconds": self.seconds_per_song, "sample_rate": rate} | {name: getattr(self, name) for name in names}
 
     @property
+    def targets(self) -> tuple[int, ...]:
+        """The numbers of the `stems` among the `sources`."""
+        return tuple(map(self.sources.index, self.stems))
+
+    @property
     def samples(self) -> int:
         """Length of a training example."""
         return round(self.segment * self.model_config.sample_rate)
@@ -158,45 +165,24 @@ class JobConfig(TrainConfig):
         Raises:
             DataError: for faults in a folder, all at once, with `on_bad_file="stop"`; with `skip` it is a warning.
         """
-        if self.data not in ("songs", "musdb-sample"):
-            training, validation = broadcast_object(self._search_folder(progress) if rank() == 0 else None)
-            return training, validation
         if self.data == "songs":
-            parts = [
-                shared_songs(count, seed=seed, **self.song_settings)
-                for count, seed in ((self.songs, self.seed), (self.val_songs, self.seed + HELD_OUT))
-            ]
-        else:
-            first = local_rank_and_size()[0] == 0
-            excerpts = musdb_sample(self.samples) if first else None  # downloads them; the others find them there
-            all_gather_object(None)
-            parts = list(excerpts or musdb_sample(self.samples))
-        return find_windows(parts[0], self.samples), find_windows(parts[1], self.samples)
-
-    def _search_folder(self, progress: Progress) -> list[Windows]:
-        folder, config = Path(self.data), self.model_config
-        *parts, faults, others = index_dataset(
-            folder, self.samples, stems=self.stems, sample_rate=config.sample_rate, channels=config.channels
-        )
-        tracks, cache = [track for part in parts for track in part], cache_path(folder, self.samples)
-        windows, more_faults = find_active_windows(tracks, self.samples, cache, others=others, progress=progress)
-        faults += more_faults
-        if faults and self.on_bad_file == "stop":
-            raise DataError(folder, faults, "repair or remove them, or leave these songs out: on_bad_file=skip")
-        if faults:
-            warnings.warn(str(DataError(folder, faults, "their songs are left out")), stacklevel=4)
-        return [[[window for window in stem if window[0] in part] for stem in windows] for part in map(set, parts)]
+            training = shared_songs(self.songs, seed=self.seed, **self.song_settings)
+            validation = shared_songs(self.val_songs, seed=self.seed + HELD_OUT, **self.song_settings)
+            return find_windows(training, self.samples), find_windows(validation, self.samples)
+        config, found = self.model_config, None
+        if rank() == 0:
+            found = search_dataset(
+                Path(self.data), self.samples, stems=self.sources, targets=self.targets, channels=config.channels,
+                sample_rate=config.sample_rate, on_bad_file=self.on_bad_file, progress=progress,
+            )  # fmt: skip
+        return broadcast_object(found)
 
     def batches(self, training: Windows) -> Remixer | Loader:
         """The supply of examples: one stream of random numbers, or by number for workers and several processes."""
         remixer = AugmentedRemixer(
-            training,
-            self.samples,
-            self.batch,
-            seed=self.seed,
-            coherent_mix_prob=self.coherent_mix_prob,
-            augment_prob=self.augment_prob,
-        )
+            training, self.samples, self.batch, targets=self.targets, seed=self.seed,
+            coherent_mix_prob=self.coherent_mix_prob, augment_prob=self.augment_prob,
+        )  # fmt: skip
         return remixer if not self.workers and world_size() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> RunDir:
@@ -206,7 +192,7 @@ class JobConfig(TrainConfig):
 
         Raises:
             ValueError: when `init` is no checkpoint, or of another size; `FileNotFoundError` when it is not there.
-                A run that has begun goes on without it.
+                A run that has begun goes on without it, except with `preset: init`.
             BackendError: when `backend` cannot run here.
 
         Warns:
@@ -217,14 +203,16 @@ class JobConfig(TrainConfig):
             warnings.warn(f"{self.precision} {slow}: take precision: float32", RuntimeWarning, stacklevel=2)
         torch.manual_seed(self.seed)
         model = BSMamba2(self.model_config)
-        validation = DistributedValidation(held_out[0], self.samples, count=self.validation_windows)
-        recorded = (*_RECORDED, *(_RECORDED_OF_SONGS if self.data == "songs" else ()))
+        validation = DistributedValidation(held_out, self.samples, targets=self.targets, count=self.validation_windows)
+        recorded = (*_RECORDED, *(_RECORDED_OF_SONGS if self.data == "songs" else ("sources",)))
         settings = {
             **{name: getattr(self, name) for name in recorded},
             "examples": "by number" if self.workers or world_size() > 1 else "in order",
             "windows": [len(windows) for windows in training],
             "validation": len(validation.windows),
             "soundfont": Path(self.soundfont).name,
+            "files": fingerprints(training),
+            "validation_files": fingerprints(held_out),
         }
         folder = Path(self.output_dir)
         if not self.init:
@@ -235,48 +223,25 @@ class JobConfig(TrainConfig):
         acceleration = accelerate(model, self.backend, dtype=dtype)
         if rank() == 0:
             sys.stderr.write(f"{acceleration}\n")
-        optimisers = muon_and_adamw(model, self.train_config) if self.optimiser == "muon" else ()
+        config = TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
+        optimisers = muon_and_adamw(model, config) if self.optimiser == "muon" else ()
+        trainer = make_trainer(model, config, optimisers=optimisers)
         return RunDir(
-            folder,
-            make_trainer(model, self.train_config, optimisers=optimisers),
-            settings=settings,
-            validate=validation,
-            save_every=self.save_every,
-            validate_every=self.validate_every,
-            tensorboard=self.tensorboard,
-        )
+            folder, trainer, settings=settings, validate=validation, save_every=self.save_every,
+            validate_every=self.validate_every, tensorboard=self.tensorboard,
+        )  # fmt: skip
 
 
 def _load_weights(model: BSMamba2, path: Path) -> str:
     """Give a model the weights of a checkpoint of its size; returns the file's SHA-256."""
     checkpoint = read_checkpoint(path)
-    own = dataclasses.replace(model.config, stems=checkpoint.config.stems)  # another target may be learned
-    if checkpoint.config != own or len(own.stems) != len(model.config.stems):
-        raise ValueError(f"init={str(path)!r} is {checkpoint.config}, and {model.config} is another size")
+    theirs, ours = dataclasses.asdict(checkpoint.config), dataclasses.asdict(model.config)
+    if len(theirs["stems"]) == len(ours["stems"]):
+        theirs["stems"] = ours["stems"]  # other targets may be learned
+    if theirs != ours:
+        differ = "; ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name])
+        raise ValueError(f"init={str(path)!r} is of another size: {differ}. Take preset=init and as many stems")
     model.load_state_dict(checkpoint.state)
+    if rank() == 0:
+        sys.stderr.writelines(f"init: {note}\n" for note in checkpoint.notes)
     return sha256_file(path)
-
-
-def read_parameters(path: Path) -> dict[str, Any]:
-    """Names and values from a JSON or YAML file.
-
-    Raises:
-        ValueError: when it cannot be read, or holds something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            yaml = importlib.import_module("yaml")
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"no YAML: {error}") from error
-        else:
-            values = json.loads(text)
-    except ImportError as error:
-        raise ValueError(f"{path}: YAML takes PyYAML: pip install pyyaml, or write the same as JSON") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values, as `steps: 400`")
-    return values

@@ -39,27 +39,33 @@ class Loader:
         self.skipped += count
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end, from the one after those that were skipped."""
-        return iter(
-            DataLoader(
-                _IndexedDataset(self.remixer),
-                batch_sampler=_rank_batch_sampler(self.remixer.batch, self.skipped),
-                num_workers=self.workers,
-                collate_fn=collate,
-                worker_init_fn=_detach_process_group,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # or every start would draw from the global one
-            )
+        """Batches without end, from the one after those that were skipped.
+
+        Raises:
+            OSError: when a file cannot be read any more; it names the file.
+        """
+        loader = DataLoader(
+            _IndexedDataset(self.remixer),
+            batch_size=None,  # a batch is read as a whole
+            sampler=_rank_batch_sampler(self.remixer.batch, self.skipped),
+            num_workers=self.workers,
+            worker_init_fn=_detach_process_group,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or every start would draw from the global one
         )
+        for batch in loader:
+            if isinstance(batch, OSError):
+                raise batch
+            yield batch
 
 
 class DistributedValidation(Validation):
     """`Validation` with its windows shared by the processes of a process group; one process scores all."""
 
-    def __call__(self, model: BSMamba2) -> float:
-        """Mean uSDR in dB of the model's first stem."""
-        share = sum(self.scores(model, self.windows[rank() :: world_size()]))
-        return sum(all_gather_object(share)) / len(self.windows)
+    def __call__(self, model: BSMamba2) -> dict[str, float]:
+        """As of `Validation`, the same in every process."""
+        parts = all_gather_object(self.totals(model, rank(), world_size()))
+        return self.means(model, [sum(totals) for totals in zip(*parts, strict=True)])
 
 
 def _detach_process_group(worker: int) -> None:
@@ -69,17 +75,23 @@ def _detach_process_group(worker: int) -> None:
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in {signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _IndexedDataset(Dataset):
-    """Example i of a remixer, whatever was drawn before."""
+    """The batch of a remixer's examples with these numbers, whatever was drawn before."""
 
     def __init__(self, remixer: Remixer) -> None:
         self.remixer = remixer
 
-    def __getitem__(self, number: int) -> Example:
+    def __getitem__(self, numbers: list[int]) -> Batch | OSError:
+        try:
+            return collate([self._example(number) for number in numbers])
+        except OSError as error:  # raised in a worker, torch would wrap it in the text of a traceback
+            return error
+
+    def _example(self, number: int) -> Example:
         seed = np.random.SeedSequence([self.remixer.seed, number]).generate_state(1, np.uint64)
         return self.remixer.example(torch.Generator().manual_seed(int(seed[0])))
 

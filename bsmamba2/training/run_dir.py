@@ -8,8 +8,9 @@
     lock                  held by the process that trains here
 
 Every file is written atomically: it is the old one or the new one. A run that is killed and started again loads its
-newest state, drops the log's lines after it, and goes on with the same batches: on a CPU it ends with the same bits as
-one that was not interrupted. Under `torchrun` the first process alone writes.
+newest state whose checksums are right, drops the log's lines after it, and continues with the same batches: on a CPU it
+ends with the same bits as a run that was not interrupted. Under `torchrun` only the first process writes. Files of
+other names are left alone.
 
 Book: "Scaling up".
 """
@@ -19,22 +20,28 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import re
 import signal
+import stat
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..atomic_write import write_atomically
 from ..checkpoints import save_checkpoint
 from ..config import is_positive_int
 from ..model import BSMamba2
+from ..safe_pickle import load_pickle
+from ..settings import short_repr
 from ..train import Batch, Step, Trainer
 from .distributed import all_gather_object, broadcast_object, rank, world_size
 
@@ -44,6 +51,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STATES_KEPT = 2
+_STATE = re.compile(r"state-(\d{8}|[1-9]\d{8,17})\.pt")
 
 
 class RunError(ValueError):
@@ -58,7 +66,8 @@ class RunDir:
         trainer: just made. To resume, its model and configuration must be those of the run; `compile` may change, and
             `steps` too, where the schedule is no cosine.
         settings: whatever else must not change, the data's parameters for example: names, and values for JSON.
-        validate: scores the averaged model, uSDR in dB or anything else that grows when it gets better.
+        validate: scores the averaged model, uSDR in dB or anything else that grows when it gets better; or a mapping of
+            such scores, of which `usdr` decides which model is best.
         save_every: steps between two states.
         validate_every: steps between two validations.
         tensorboard: write curves to `tensorboard/` in the folder as well.
@@ -80,7 +89,7 @@ class RunDir:
         trainer: Trainer,
         *,
         settings: Mapping[str, Any] | None = None,
-        validate: Callable[[BSMamba2], float] | None = None,
+        validate: Callable[[BSMamba2], float | Mapping[str, float]] | None = None,
         save_every: int = 100,
         validate_every: int = 100,
         tensorboard: bool = False,
@@ -112,15 +121,16 @@ class RunDir:
 
     def states(self) -> list[Path]:
         """The states on disk, the newest first."""
-        return sorted(self.folder.glob("state-*.pt"), reverse=True)
+        paths = (path for path in self.folder.glob("state-*.pt") if _STATE.fullmatch(path.name))
+        return sorted(paths, key=_step_of, reverse=True)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[Step]:
         """Train to the end as `Trainer.run` does, keep the log, save and validate when it is time.
 
         Raises:
             RunError: when another process trains in the folder, or has trained there since this run was made.
-            KeyboardInterrupt: after Ctrl-C or SIGTERM: the step is finished, a state saved, and the run
-                can be resumed. A second Ctrl-C stops at once.
+            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP: the step is finished, a state saved, and the run can be
+                resumed. A second Ctrl-C stops at once.
             FloatingPointError, OSError, RuntimeError, MemoryError: as `Trainer.run`, the file system and a device
                 short of memory raise them, with a note that names the last good state.
         """
@@ -170,12 +180,13 @@ class RunDir:
         """Score the averaged model; save a checkpoint when it is the best so far."""
         if self.validate is None:
             return {}
-        usdr = self.validate(self.trainer.ema)
-        if self.best is None or usdr > self.best[0]:
-            self.best = (usdr, self.trainer.step)
+        score = self.validate(self.trainer.ema)
+        scores = dict(score) if isinstance(score, Mapping) else {"usdr": score}
+        if self.best is None or scores["usdr"] > self.best[0]:
+            self.best = (float(scores["usdr"]), self.trainer.step)
             if self.writer:
-                self._save_checkpoint("best", usdr=f"{usdr:.4f}")
-        return {"usdr": usdr}
+                self._save_checkpoint("best", **{name: f"{value:.4f}" for name, value in scores.items()})
+        return scores
 
     def _save_checkpoint(self, name: str, **metadata: str) -> None:
         if self.checkpoints:
@@ -184,43 +195,49 @@ class RunDir:
 
     def _resume(self) -> None:
         """Load the newest state that can be read, in every process."""
-        payload = broadcast_object(self._latest_payload() if self.writer else None)
-        if payload is None:
+        state = broadcast_object(self._latest_state() if self.writer else None)
+        if state is None:
             return
-        state = _load(payload)
-        before, free = json.loads(state["settings"]), {"compile"}
+        before, free = state["settings"], {"compile"}
         if self.trainer.config.schedule != "cosine":
             free.add("steps")
-        changed = [
-            f"{name}={before.get(name)!r}, now {value!r}"
-            for name, value in self.settings.items()
-            if name not in free and before.get(name) != value
-        ]
+        changed = _differences(before, {name: value for name, value in self.settings.items() if name not in free})
         if changed:
-            started = f"the run was started with {'; '.join(changed)}"
+            more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+            started = f"the run was started with {'; '.join(changed[:4])}{more}"
             raise RunError(f"{self.folder}: {started}: ask for the same, or another folder")
         self.settings = {**before, **self.settings}
-        self.trainer.load_state(state)
+        try:
+            _check_optimisers(state["optimisers"], self.trainer)
+            self.trainer.load_state(state)
+            _set_random_state(state["random"][rank()], self.trainer.device)
+        except Exception as error:  # of the many kinds that other contents raise
+            path = self.folder / f"state-{state['step']:08d}.pt"
+            raise RunError(f"{path}: is not a state of this run ({_first_line(error)}): move it away") from error
         self.best = state["best"]
-        _set_random_state(state["random"][rank()], self.trainer.device)
 
-    def _latest_payload(self) -> bytes | None:
-        """The bytes of the newest state that can be read; none in a new folder."""
+    def _latest_state(self) -> dict[str, Any] | None:
+        """The newest state that can be read; none in a new folder."""
+        self._check_files()
         states = self.states()
         for path in states:
             try:
-                payload = path.read_bytes()
-                _load(payload)
-            except Exception as error:  # of the dozen kinds that damaged bytes raise in torch.load
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                warnings.warn(f"{path} cannot be read ({reason}): looking for the one before", stacklevel=4)
+                return _load(path)
+            except Exception as error:  # of the dozen kinds that other contents raise
+                advice = "going back to the one before; the next save removes this one"
+                warnings.warn(f"{path} cannot be read ({_first_line(error)}): {advice}", stacklevel=4)
                 self.damaged.append(path)
-            else:
-                return payload
         if states:
-            advice = f"move {states[-1].name} away to start from the beginning"
-            raise RunError(f"{self.folder}: no state can be read: {advice}")
+            names = " and ".join(path.name for path in reversed(states))
+            raise RunError(f"{self.folder}: no state can be read: move {names} away to start from the beginning")
         return None
+
+    def _check_files(self) -> None:
+        """Raise RunError for a file of the run that is a link, a pipe or a device: it is neither read nor written."""
+        names = ("lock", self.log.name, "last.safetensors", "best.safetensors")
+        for path in [*(self.folder / name for name in names), *self.states()]:
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                raise RunError(f"{path}: is a link or not a regular file: move it away, or take another folder")
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -228,7 +245,8 @@ class RunDir:
         if not self.writer:
             yield
             return
-        with (self.folder / "lock").open("wb") as file:  # unlocked when it is closed
+        self._check_files()
+        with (self.folder / "lock").open("ab") as file:  # unlocked when it is closed
             try:
                 if fcntl is not None:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,7 +254,7 @@ class RunDir:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     advice = "stop that one, or take another folder"
                     raise RunError(f"{self.folder}: another process trains in it: {advice}") from error
-            newest = max((int(path.stem[6:]) for path in self.states() if path not in self.damaged), default=0)
+            newest = max((_step_of(path) for path in self.states() if path not in self.damaged), default=0)
             if newest > self.trainer.step:
                 progress = f"was resumed at step {self.trainer.step}, and another process has gone on to step {newest}"
                 raise RunError(f"{self.folder}: {progress}: start again")
@@ -268,32 +286,68 @@ class RunDir:
             yield write
 
 
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("state-"))
+
+
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that a killed process left unfinished is the end."""
+    """The lines of a log, but for one that a killed process left unfinished, or that was damaged."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
     return lines
 
 
-def _load(payload: bytes) -> dict[str, Any]:
-    """A state from its bytes; nothing in it is executed."""
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return state
+def _load(path: Path) -> dict[str, Any]:
+    """A state from its file; nothing in it is executed. Raises an exception of any kind for other contents."""
+    state = load_pickle(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"holds a {type(state).__name__}")
+    step, settings, best = state["step"], json.loads(state["settings"]), state["best"]
+    if type(step) is not int or step != _step_of(path):
+        raise ValueError(f"is a state of step {short_repr(step)}")
+    if not isinstance(settings, dict) or not (best is None or (float(best[0]), int(best[1])) == best):
+        raise ValueError("is not a state")
+    return {**state, "settings": settings}
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+def _check_optimisers(states: list[dict[str, Any]], trainer: Trainer) -> None:
+    """Raise ValueError unless all tensors are of the parameters' shapes, or scalars; settings are the trainer's own."""
+    for state, optimiser in zip(states, trainer.optimisers, strict=True):
+        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        for number, entry in state["state"].items():
+            for name, value in entry.items():
+                if not isinstance(value, Tensor) or value.shape not in ((), parameters[number].shape):
+                    raise ValueError(f"{name} of parameter {number} is of another shape")
+        state["param_groups"] = optimiser.state_dict()["param_groups"]
 
 
-def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`name=old, now new` for every setting that differs, also within mappings."""
+    lines = []
+    for name, new in now.items():
+        old = before.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new})
+        elif old != new:
+            lines.append(f"{name}={short_repr(old)}, now {short_repr(new)}")
+    return lines
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -301,7 +355,7 @@ def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -
 
 @contextmanager
 def _graceful_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, instead of an exception; the second Ctrl-C is an ordinary one."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set instead of an exception; the second Ctrl-C raises one as ever."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
         yield asked
@@ -311,12 +365,15 @@ def _graceful_interrupt() -> Iterator[threading.Event]:
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -325,3 +325,28 @@ def test_an_example_of_one_place_is_that_song_with_other_gains(pool: list[Song])
         song, start = next(song for key, song in by_name.items() if key in name), round(float(place) * 8000)
         torch.testing.assert_close(mixture[0], song.mixture[:, start : start + 8000], rtol=0, atol=1e-6)
         assert torch.equal(target[0], song.vocals[:, start : start + 8000])
+
+
+def test_several_targets_are_changed_as_they_are_in_the_mixture(pool: list[Song]) -> None:
+    changed = {"augment_prob": 1.0, "coherent_mix_prob": 0.5, "seed": 3}
+    halves = [
+        islice(AugmentedRemixer(pool, 4_000, 2, targets=targets, **changed), 10) for targets in ((0, 1), (0, 2, 3, 1))
+    ]
+    for (mixture, some, _), (same, every, _) in zip(*halves, strict=True):
+        assert torch.equal(mixture, same)
+        assert torch.equal(some[:, 0], every[:, 0])
+        assert torch.equal(some[:, 1], every[:, 3])
+        torch.testing.assert_close(every.sum(1), mixture)
+
+
+def test_one_place_is_drawn_for_the_first_target(pool: list[Song]) -> None:
+    windows = find_windows(pool, 4_000)
+    drums, vocals = ({(track.name, start) for track, start in windows[stem]} for stem in (1, 0))
+    remixer = AugmentedRemixer(pool, 4_000, 1, coherent_mix_prob=1.0, targets=(1, 0))
+    drawn = {(track.name, start) for _ in range(400) for track, start, _ in remixer.draw(remixer.generator)}
+    assert drawn == drums != vocals
+    assert remixer.draw_augmentation(remixer.draw(remixer.generator), remixer.generator) is None
+    changing = AugmentedRemixer(pool, 4_000, 1, augment_prob=1.0, targets=(1, 0))
+    augmentation = changing.draw_augmentation(changing.draw(changing.generator), changing.generator)
+    assert augmentation is not None
+    assert augmentation.voice == 1

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import sys
-import types
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,20 @@ import pytest
 import soundfile
 import torch
 
-from bsmamba2.data import Remixer, find_windows
+from bsmamba2.audio.files import AudioError, AudioReader
+from bsmamba2.data import Remixer, find_windows, salient_windows
 from bsmamba2.synth import STEMS, Song, synthesise_songs
 from bsmamba2.training import datasets
-from bsmamba2.training.datasets import VALIDATION, DataError, FileTrack, find_active_windows, index_dataset
+from bsmamba2.training.datasets import (
+    VALIDATION,
+    DataError,
+    FileTrack,
+    cache_path,
+    find_active_windows,
+    fingerprints,
+    index_dataset,
+    search_dataset,
+)
 from bsmamba2.training.loader import Loader
 
 RATE = 8000
@@ -206,7 +215,7 @@ def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
             soundfile.write(song / "vocals.flac", pool[0].vocals.T.numpy(), RATE)
             whole = (song / "vocals.flac").read_bytes()
             (song / "vocals.flac").write_bytes(whole[: len(whole) // 2])
-            said[str(song / "vocals.flac")] = "cannot be read to its end"
+            said[str(song / "vocals.flac")] = "damaged or cut short"
         elif name == "siblings":  # one fault hides none of the others
             soundfile.write(vocals, silence[:, 0], RATE)
             said[str(vocals)] = "has 1 channels, not 2"
@@ -237,17 +246,15 @@ def test_every_fault_is_reported_at_once_with_its_path(folder: Path, pool: list[
 
 
 def test_what_could_not_be_read_is_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unplugged(file: Any, *args: Any, **options: Any) -> Any:
-        if Path(file).name == "drums.wav":
-            raise soundfile.LibsndfileError(0, "no network: ")
-        return read(file, *args, **options)
+    def unplugged(path: Path) -> AudioReader:
+        if path.name == "drums.wav":
+            raise AudioError(f"{path}: no network")
+        return AudioReader(path)
 
-    read = soundfile.read
     training = look(folder)[0]
-    monkeypatch.setattr(soundfile, "read", unplugged)
-    assert [fault.split(": ")[0] for fault in find_active_windows(training, WINDOW, tmp_path / "cache.json")[1]] == [
-        str(track.stems[1]) for track in training
-    ]
+    monkeypatch.setattr(datasets, "AudioReader", unplugged)
+    faults = find_active_windows(training, WINDOW, tmp_path / "cache.json")[1]
+    assert faults == [f"{track.stems[1]}: no network" for track in training]
     monkeypatch.undo()
     missing: list[Path] = []
     _, faults = find_active_windows(
@@ -273,23 +280,165 @@ def test_what_was_found_is_written_down_on_the_way(
     assert kept == [0] * 5 + [5] * 5 + [10] * 5 + [15]
 
 
-def test_the_musdb_sample_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "musdb", None)
-    with pytest.raises(ImportError, match="pip install musdb"):
-        datasets.musdb_sample(100)
+def songs(folder: Path, pool: list[Song], count: int) -> Path:
+    for i in range(count):
+        write(folder / f"song {i}", pool[i])
+    return folder
 
-    def track(name: str) -> Any:
-        sources = {stem: types.SimpleNamespace(audio=np.full((500, 2), i / 10)) for i, stem in enumerate(STEMS)}
-        return types.SimpleNamespace(name=name, rate=RATE, sources=sources)
 
-    stand_in = types.ModuleType("musdb")
-    database = types.SimpleNamespace(root="x", tracks=[track("A - One"), track("Leaf - Summerghost")])
-    stand_in.DB = lambda download, subsets: database  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "musdb", stand_in)
-    training, validation = datasets.musdb_sample(100)
-    assert [song.name for song in training] == ["A - One"]
-    assert [song.name for song in validation] == ["Leaf - Summerghost"]
-    assert training[0].stems.shape == (4, 2, 500)
-    assert training[0].stems[2].unique().tolist() == pytest.approx([0.2])
-    with pytest.raises(DataError, match="500 samples"):
-        datasets.musdb_sample(1000)
+def search(folder: Path, **options: Any) -> tuple[set[str], set[str]]:
+    """The names of the songs to train and to validate with."""
+    parts = search_dataset(folder, WINDOW, sample_rate=RATE, **options)
+    training, validation = ({track.name for stem in part for track, _ in stem} for part in parts)
+    return training, validation
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def flac(path: Path, length: int) -> None:
+    """A FLAC in whose header the length, 36 bits of samples, is another one; 0 means unknown."""
+    frames, rate = soundfile.read(path)
+    path.unlink()
+    path = path.with_suffix(".flac")
+    soundfile.write(path, frames, rate)
+    content = bytearray(path.read_bytes())
+    content[21:26] = ((content[21] >> 4 << 36) + length).to_bytes(5, "big")
+    path.write_bytes(content)
+
+
+def with_nan(path: Path) -> None:
+    frames, rate = soundfile.read(path)
+    frames[-1] = np.nan
+    soundfile.write(path, frames, rate, subtype="FLOAT")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (pipe, "bass.wav: is not a regular file"),
+        (device, "bass.wav: is not a regular file"),
+        (lambda path: flac(path, 0), "bass.flac: does not say how long it is"),
+        (lambda path: flac(path, (1 << 36) - 1), "bass.flac: .*cut short"),
+        (lambda path: flac(path, 3 * RATE + 500), "bass.flac: .*cut short"),
+        (lambda path: path.write_bytes(b""), "bass.wav: is broken"),
+        (with_nan, "bass.wav: holds NaN"),
+    ],
+)
+@pytest.mark.parametrize("song", ["song 1", "song 3"])  # the last one would validate
+def test_a_faulty_file_is_named_and_its_song_can_be_skipped(
+    pool: list[Song], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, said: str, song: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = songs(tmp_path / "data", pool, 4)
+    damage(folder / song / "bass.wav")
+    for _ in range(2):  # the second time with a cache
+        with pytest.raises(DataError, match=f"{song}/{said}"):
+            search(folder)
+        with pytest.warns(UserWarning, match=f"{song}/{said}"):
+            training, validation = search(folder, on_bad_file="skip")
+        assert training | validation == {"song 0", "song 1", "song 2", "song 3"} - {song}
+        assert validation == {"song 2" if song == "song 3" else "song 3"}
+
+
+def test_two_songs_are_needed_and_stems_that_sound(
+    pool: list[Song], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"(?s)one song that can be used; two are needed.*at least two folders"):
+        search(songs(tmp_path / "one", pool, 1))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"1 fault\n  holds no song"):
+        search(tmp_path / "none")
+    two = songs(tmp_path / "two", pool, 2)
+    assert search(two) == ({"song 0"}, {"song 1"})
+    bass = two / "song 0" / "bass.wav"
+    soundfile.write(bass, np.zeros((3 * RATE, 2)), RATE)
+    with pytest.raises(DataError, match="no song to train with has bass that sound for 1 s"):
+        search(two)
+    for i in range(2):
+        soundfile.write(two / f"song {i}" / "vocals.wav", np.zeros((3 * RATE, 2)), RATE)
+    with pytest.raises(DataError, match="no song to validate with has vocals"):
+        search(two)
+    assert search(two, targets=(1,), stems=("other", "drums")) == ({"song 0"}, {"song 1"})
+
+
+@pytest.mark.parametrize("place", ["file", "nowhere"])
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    pool: list[Song], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = songs(tmp_path / "data", pool, 2)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    if place == "nowhere":  # a user who is not in the list of users, in a container for one
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+        assert cache_path(folder, WINDOW) is None
+    with pytest.warns(UserWarning, match="cannot be kept, and the next run reads every file again.*XDG_CACHE_HOME"):
+        assert search(folder) == ({"song 0"}, {"song 1"})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 100_000, '{"samples": 8000}', '{"samples": 8000, "files": {"x": 3}}', "\0"]
+)
+def test_a_damaged_cache_is_none(folder: Path, tmp_path: Path, content: str) -> None:
+    cache = tmp_path / "cache.json"
+    cache.write_text(content)
+    assert find_active_windows(look(folder)[0][:1], WINDOW, cache)[1] == []
+    assert len(json.loads(cache.read_text())["files"]) == 4
+
+
+@pytest.mark.parametrize("window", [1000, 8001, 70_000])
+def test_files_are_searched_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """The same windows as in the whole stem, and never more of it in memory than a window and two blocks."""
+    g = torch.Generator().manual_seed(1)
+    loudness = torch.rand(1, 200_003 // 500 + 1, generator=g).round().repeat_interleave(500, 1)[:, :200_003]
+    stem = torch.rand(2, 200_003, generator=g) * 0.1 * loudness
+    paths = tuple(tmp_path / f"{name}.wav" for name in STEMS)
+    for path in paths:
+        soundfile.write(path, stem.T.numpy(), RATE, subtype="FLOAT")
+    longest = []
+
+    def note(stem: torch.Tensor, samples: int) -> list[int]:
+        longest.append(stem.shape[-1])
+        return salient_windows(stem, samples)
+
+    monkeypatch.setattr(datasets, "salient_windows", note)
+    track = FileTrack("song", paths, RATE, 200_003)
+    found, _ = find_active_windows([track], window, tmp_path / "cache.json")
+    expected = salient_windows(stem, window)
+    assert len(expected) > 1
+    assert [[start for _, start in each] for each in found] == [expected] * 4
+    assert max(longest) <= window + 2 * 65_536
+
+
+def test_songs_are_known_by_the_content_of_their_files(folder: Path, tmp_path: Path) -> None:
+    def known() -> dict[str, str]:
+        return fingerprints(find_active_windows(look(folder)[0], WINDOW, tmp_path / "cache.json")[0])
+
+    first = known()
+    assert len(first) == 16
+    vocals = folder / "train" / "A - One" / "vocals.wav"
+    assert first["A - One/vocals.wav"] == hashlib.sha256(vocals.read_bytes()).hexdigest()
+    content = bytearray(vocals.read_bytes())
+    content[-1] ^= 1
+    vocals.write_bytes(content)
+    second = known()
+    assert {name for name in first if first[name] != second[name]} == {"A - One/vocals.wav"}
+    assert fingerprints([[(synthesise_songs(1, seconds=1.0)[0], 0)]]) == {}
+
+
+def test_a_file_that_changes_during_the_run_is_named(folder: Path) -> None:
+    track = look(folder)[0][0]
+    for rate, channels in ((RATE, 1), (RATE // 2, 2)):
+        soundfile.write(track.stems[0], np.zeros((3 * RATE, channels)), rate)
+        with pytest.raises(OSError, match=rf"vocals\.wav: was changed.* {channels} channels at {rate} Hz"):
+            track.crop(0, 0, 100)

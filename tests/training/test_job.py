@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from checkpoint_files import published_weights
 
 import bsmamba2.kernels.resolver
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.cli.main import main
+from bsmamba2.settings import read_parameters
 from bsmamba2.synth import STEMS, Song, synthesise_songs
 from bsmamba2.train import TrainConfig
-from bsmamba2.training.job import JobConfig, read_parameters
+from bsmamba2.training.job import JobConfig
 from bsmamba2.training.run_dir import RunError
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +75,7 @@ def test_the_checkpoint_names_its_own_target(tmp_path: Path, monkeypatch: pytest
     for i, song in enumerate(synthesise_songs(2, seed=5, seconds=1.5)):
         write(tmp_path / "data" / f"song {i}", song)
     options = ["--preset", "small", "--dim", "16", "--depth", "1", *SMALL]
-    stems = ["--data", str(tmp_path / "data"), "--stems", "drums", "vocals"]
+    stems = ["--data", str(tmp_path / "data"), "--stems", "drums", "--sources", "drums", "vocals"]
     for name, extra in (("voice", ["--songs", "2", "--val-songs", "2"]), ("drums", stems)):
         begun = ["--init", str(tmp_path / "voice" / "last.safetensors")] if name == "drums" else []
         assert main(["train", *options, *extra, *begun, "--output-dir", str(tmp_path / name)]) == 0
@@ -101,7 +103,20 @@ def test_the_checkpoint_names_its_own_target(tmp_path: Path, monkeypatch: pytest
         ({"soundfont_share": -0.5}, "soundfont_share=-0.5 must lie in"),
         ({"clean_share": 1.1}, "clean_share=1.1 must lie in"),
         ({"stems": "vocals"}, "stems='vocals' must be a list"),
-        ({"stems": ["drums", "vocals"]}, "are those of a folder"),
+        ({"sources": ["drums", "vocals"]}, "are those of a folder"),
+        ({"stems": ["vocals", "guitar"]}, "no 'guitar'; `sources` has vocals, drums, bass, other"),
+        ({"stems": ["vocals", "vocals"]}, "names a stem twice"),
+        ({"data": "any", "sources": ["vocals", "vocals"]}, "names a file twice"),
+        (
+            {"data": "any", "sources": ["vocals", "piano"], "stems": ["drums"]},
+            "no 'drums'; `sources` has vocals, piano",
+        ),
+        ({"preset": "init"}, "name it, init=FILE"),
+        ({"steps": 10**400}, r"steps=10+\.\.\.0+ must be a whole number; this one is too large"),
+        ({"lr": 10**400}, "lr=10+.* must be a number; this one is too large"),
+        ({"seed": 16**9000}, "seed=int of very many digits must be"),
+        ({"preset": "x" * 10**6}, "preset='xx.*must be text; this one is too large"),
+        ({1: 2, "a": 3, "x\n" * 500: 1}, r"unknown parameters 1, a, 'x\\nx"),
     ],
 )
 def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:
@@ -109,8 +124,125 @@ def test_parameters_are_checked(values: dict[str, Any], message: str) -> None:
         JobConfig.from_mapping(values)
 
 
-def test_the_committed_parameters_are_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def bomb() -> Any:
+    """A list that has 9⁶⁰ numbers, in 60 lists."""
+    value: Any = 1
+    for _ in range(60):
+        value = [value] * 9
+    return value
 
+
+@pytest.mark.parametrize("name", ["lr", "steps", "stems", "preset", "compile", "unknown"])
+def test_a_nested_value_is_refused_in_one_short_line(name: str) -> None:
+    with pytest.raises(ValueError, match=name) as refused:
+        JobConfig.from_mapping({name: bomb()})
+    message = str(refused.value)
+    assert len(message.replace(", ".join(JobConfig.names()), "")) < 300
+    assert "\n" not in message
+
+
+ALIASES = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40))
+MERGES = "m0: &m0 {a: 1}\n" + "".join(f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 9)}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("a.yaml", ALIASES, r"no YAML: .*an alias.* line 2"),
+        ("a.yaml", MERGES, r"no YAML: .*an alias.* line 3"),
+        ("a.yml", "steps: " + "[" * 5000, "nested too deep"),
+        ("a.yaml", "".join(f"{' ' * i}a:\n" for i in range(900)), "nested too deep"),
+        ("a.json", "[" * 5000 + "]" * 5000, "nested too deep"),
+        ("a.json", '{"a":' * 5000 + "1" + "}" * 5000, "nested too deep"),
+        ("a.json", f'{{"steps": 1{"0" * 5000}}}', "digits"),
+        ("a.yaml", f"steps: 1{'0' * 5000}", "digits"),
+        ("a.yaml", "a: !!int ''", "no YAML"),
+        ("a.yaml", "a: !!bool x", "no YAML"),
+        ("a.yaml", "a: !!timestamp x", "no YAML"),
+        ("a.yaml", "a: !!python/object/apply:os.system ['true']", "no YAML: .*line 1"),
+        ("a.yaml", "a: b: c", "no YAML: .*line 1"),
+        ("a.yaml", "1: 2", "must hold names and values"),
+        ("a.yaml", "- 1", "must hold names and values"),
+        ("a.yaml", "a: " + "x" * 1_000_001, "at most 1,000,000 characters"),
+        ("a.JSON", b"\xff\xfe", "can't decode"),
+    ],
+)
+def test_a_parameter_file_is_read_or_refused_in_one_line(
+    tmp_path: Path, file: str, content: str | bytes, reason: str
+) -> None:
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=reason) as refused:
+        read_parameters(tmp_path / file)
+    assert str(refused.value).startswith(str(tmp_path / file))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < len(str(tmp_path)) + 400
+
+
+def test_extensions_in_capitals_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "data: ~/songs\noutput_dir: ~/run\ninit: ~/a.safetensors\nsoundfont: ~/b.sf2\n"
+    for name in ("a.YAML", "b.Yml", "c.yaml"):
+        (tmp_path / name).write_text(text)
+        job = JobConfig.from_mapping(read_parameters(tmp_path / name))
+        paths = (job.data, job.output_dir, job.init, job.soundfont)
+        assert paths == tuple(str(tmp_path / end) for end in ("songs", "run", "a.safetensors", "b.sf2"))
+    assert JobConfig(output_dir="a~b").output_dir == "a~b"
+    assert JobConfig(output_dir="~no-such-user-here/b").output_dir == "~no-such-user-here/b"
+
+
+def test_a_run_of_four_stems_scores_and_saves_each(tmp_path: Path) -> None:
+    stems = ["drums", "vocals", "other", "bass"]
+    arguments = ["--stems", *stems, "--dim", "16", "--depth", "1", "--songs", "2", "--val-songs", "2", *SMALL]
+    assert main(["train", *arguments, "--seconds-per-song", "2", "--output-dir", str(tmp_path)]) == 0
+    assert load_checkpoint(tmp_path / "last.safetensors").config.stems == tuple(stems)
+    line = json.loads((tmp_path / "steps.jsonl").read_text())
+    by_stem = [line[f"usdr_{stem}"] for stem in stems]
+    assert line["usdr"] == pytest.approx(sum(by_stem) / 4)
+    assert len(set(by_stem)) == 4
+    job = JobConfig(
+        stems=tuple(sorted(stems)), dim=16, depth=1, songs=2, val_songs=2, seconds_per_song=2.0, segment=0.5, batch=1,
+        steps=1, validation_windows=1, output_dir=str(tmp_path),
+    )  # fmt: skip
+    assert job.targets == (2, 1, 3, 0)
+    windows = job.windows()
+    mixture, target, _ = next(iter(job.batches(windows[0])))
+    assert target.shape == (1, 4, *mixture.shape[1:])
+    torch.testing.assert_close(target.sum(1), mixture)
+    with pytest.raises(RunError, match="stems="):
+        job.start(*windows)
+
+
+def test_a_published_file_is_fine_tuned_on_a_folder_and_saved_in_its_own_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and shapes of the weights are those that the published code itself wrote into the test's file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    published = published_weights()
+    torch.save(published, tmp_path / "published.ckpt")
+    for i, song in enumerate(synthesise_songs(2, seed=5, seconds=1.0)):
+        write(tmp_path / "data" / f"song {i}", song)
+    arguments = ["--preset", "init", "--init", str(tmp_path / "published.ckpt"), "--stems", "vocals", "bass"]
+    arguments += ["--data", str(tmp_path / "data"), "--loss-windows", "256", *SMALL, "--segment", "0.06"]
+    assert main(["train", *arguments, "--output-dir", str(tmp_path / "run")]) == 0
+    tuned = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert tuned.config.stems == ("vocals", "bass")
+    save_checkpoint(tuned, tmp_path / "tuned.ckpt", layout="published")
+    saved = torch.load(tmp_path / "tuned.ckpt", weights_only=True)
+    assert {name: weight.shape for name, weight in saved.items()} == {
+        name: weight.shape for name, weight in published.items()
+    }
+    apart = [float((saved[name] - published[name]).norm() / published[name].norm()) for name in published]
+    assert max(apart) > 0
+    assert sorted(apart)[len(apart) // 2] < 0.1  # it began with the published weights
+    again = load_checkpoint(tmp_path / "tuned.ckpt")
+    mixture = torch.randn(1, 2, 2000)
+    with torch.inference_mode():
+        assert torch.equal(again(mixture), tuned(mixture))
+    more = ["--stems", "vocals", "bass", "drums", "--output-dir", str(tmp_path / "other")]
+    assert main(["train", *arguments, *more]) == 2
+
+
+def test_the_committed_parameters_are_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (ROOT / "notebooks" / "params").glob("train_*.yaml"):
         assert JobConfig.from_mapping(read_parameters(path)).steps > 0
     (tmp_path / "list.json").write_text("[1]")

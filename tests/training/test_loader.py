@@ -52,12 +52,26 @@ def test_processes_share_the_examples_of_one_large_batch(pool: list[Song], monke
 
 
 def test_validation_is_shared_by_processes(tiny: BSMamba2, pool: list[Song], monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = find_windows(pool, 8000)[0]
+    windows = find_windows(pool, 8000)
     whole = Validation(windows, 8000)(tiny)
     assert DistributedValidation(windows, 8000)(tiny) == whole
     monkeypatch.setattr(loader, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
-        shares.append(DistributedValidation(windows, 8000)(tiny))
-    assert sum(shares) == pytest.approx(whole)
+        shares.append(DistributedValidation(windows, 8000)(tiny)["usdr"])
+    assert sum(shares) == pytest.approx(whole["usdr"])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_whoever_reads_it(
+    pool: list[Song], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def crop(song: Song, *_: int) -> Any:
+        raise OSError(f"{song.name}/drums.wav: is gone")
+
+    supply = Loader(Remixer(pool, 8000, 2, seed=4), workers=workers)
+    monkeypatch.setattr(Song, "crop", crop)
+    with pytest.raises(OSError, match=r"^synthetic-\d+/drums\.wav: is gone$"):
+        next(iter(supply))

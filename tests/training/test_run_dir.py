@@ -141,9 +141,12 @@ def test_nothing_in_a_state_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_ctrl_c_finishes_the_step_saves_and_leaves(tmp_path: Path, number: int) -> None:
-    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(one) for one in SIGNALS]
 
     def interrupting() -> Iterator[Any]:
         for count, batch in enumerate(noise()):
@@ -154,7 +157,7 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves(tmp_path: Path, number: int) 
     run = begin(tmp_path, save_every=100)
     with pytest.raises(KeyboardInterrupt, match="after step 3, saved"):
         list(run.steps(interrupting()))
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(one) for one in SIGNALS] == handlers
     assert [path.name for path in run.states()] == ["state-00000003.pt"]
     again = begin(tmp_path, save_every=100)
     assert [step.step for step in again.steps(noise())] == [4, 5, 6]
@@ -163,8 +166,21 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves(tmp_path: Path, number: int) 
     assert same(weights(again), weights(whole))
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    def interrupting() -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        yield from noise()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(list(begin(tmp_path, steps=2).steps(interrupting()))) == 2
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, number: int) -> None:
     """As a terminal and torchrun send them: the processes that read ahead get it as well."""
     flags = "--songs 3 --seconds-per-song 2 --val-songs 3 --batch 1 --workers 2 --validation-windows 1 --device cpu"
@@ -305,7 +321,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_killed_save_left_behind_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".bsmamba2-00.tmp").write_bytes(b"half")
-    (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"st')
+    (tmp_path / "steps.jsonl").write_bytes(
+        b'{"step": 1, "loss": 1.0}\n[1]\n{"step": "x"}\n\xff\n' + b"[" * 9999 + b'\n{"st'
+    )
     run = begin(tmp_path, steps=1)
     list(run.steps(noise()))
     assert not list(tmp_path.glob(".*"))

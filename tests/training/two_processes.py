@@ -18,13 +18,12 @@ from bsmamba2 import BSMamba2
 from bsmamba2.data import Remixer, find_windows
 from bsmamba2.synth import synthesise_songs, synthesiser
 from bsmamba2.train import TrainConfig
-from bsmamba2.training import shared_songs as shared_songs_module
+from bsmamba2.training.datasets import shared_songs
 from bsmamba2.training.ddp import DistributedTrainer, make_trainer
 from bsmamba2.training.distributed import all_gather_object, init_distributed, rank, world_size
 from bsmamba2.training.loader import DistributedValidation, Loader
 from bsmamba2.training.muon import muon_and_adamw
 from bsmamba2.training.run_dir import RunDir
-from bsmamba2.training.shared_songs import shared_songs
 
 SAMPLES = 4000
 
@@ -45,8 +44,7 @@ def main(folder: Path, batch: int) -> None:
 
 def song_hashes(count: int) -> dict[str, Any]:
     """Of the songs that a job gives to every process: name, sung, and a hash of the stems; and how many it made."""
-    two_at_a_time = patch.object(shared_songs_module, "_WRITE_CHUNK", 2)
-    with patch.object(synthesiser, "synthesise", wraps=synthesiser.synthesise) as synthesise, two_at_a_time:
+    with patch.object(synthesiser, "synthesise", wraps=synthesiser.synthesise) as synthesise:
         made = shared_songs(count, seed=3, seconds=1.0, sample_rate=8000)
     rows = [[song.name, song.vocal_segments, hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()] for song in made]
     return {"songs": rows, "made": synthesise.call_count}
@@ -79,7 +77,7 @@ def train(folder: Path, batch: int, stop_after: int = 4, muon: bool = False) -> 
     config = TrainConfig(steps=4, grad_accum_steps=2, lr=1e-2, loss_windows=(256,), loss_hop=441)
     model = BSMamba2(TINY)
     trainer = make_trainer(model, config, optimisers=muon_and_adamw(model, config) if muon else ())
-    validation = DistributedValidation(find_windows(pool, SAMPLES)[0], SAMPLES)
+    validation = DistributedValidation(find_windows(pool, SAMPLES), SAMPLES)
     run = RunDir(folder, trainer, validate=validation, save_every=2, validate_every=4)
     exchanged: list[int] = []
     if isinstance(trainer, DistributedTrainer):
