@@ -19,6 +19,7 @@ BSS Eval v4 (Stöter, Liutkus and Ito, arXiv:1804.06267); `si_sdr` from Le Roux,
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,7 +43,9 @@ def usdr(reference: Tensor, estimate: Tensor) -> float:
 
         uSDR = 10 · log10((Σ s² + 1e-7) / (Σ (s − ŝ)² + 1e-7))
 
-    Silence as an estimate scores 0 dB. When the reference is silent, 0 dB is the best there is.
+    Silence as an estimate scores 0 dB. When the reference is silent, 0 dB is the best there is. The published model's
+    evaluation has the same 1e-7; `sdr` of the training toolbox has 1e-8, which changes only scores in which one
+    of the sums is about 1e-7 or less: a reference or an error that is silent, nearly.
     """
     signal, error = _energies(reference, estimate)
     return float(10 * torch.log10((signal.sum() + 1e-7) / (error.sum() + 1e-7)))
@@ -51,12 +54,10 @@ def usdr(reference: Tensor, estimate: Tensor) -> float:
 def csdr(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, other_sources: Pairs = ()) -> float:
     """Chunk-level SDR in dB: the median of `csdr_seconds`, dropped seconds left out.
 
-    NaN when no second is left, for a silent reference and for a silent estimate among others.
+    NaN when no second is left, for a silent reference and for a silent estimate among others (museval raises there).
     """
-    ratios = csdr_seconds(reference, estimate, sample_rate, other_sources=other_sources)
-    ordered = ratios[~ratios.isnan()].sort().values
-    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]  # one or two, infinite ones allowed
-    return float(middle.mean()) if len(ordered) else math.nan
+    ratios = csdr_seconds(reference, estimate, sample_rate, other_sources=other_sources).tolist()
+    return statistics.median([ratio for ratio in ratios if not math.isnan(ratio)] or [math.nan])
 
 
 def csdr_seconds(
@@ -67,29 +68,26 @@ def csdr_seconds(
         SDR_i = 10 · log10(Σ s² / Σ (s − ŝ)²)   over second i
 
     A second is dropped (NaN) in which the channels of the reference, or those of the estimate, sum to zero in
-    every sample: so a silent second counts neither for nor against. An exact second is +inf. `other_sources` are pairs
-    (s, ŝ) of sources that are evaluated together with this one: they do not enter the ratios, but a second in which one
-    of them is silent is dropped for all. Returns decibels, (seconds,), float64.
+    every sample: so a silent second counts neither for nor against. An exact second is +inf. As in museval, a signal
+    shorter than a second is one frame, and no ratio has an epsilon. `other_sources` are pairs (s, ŝ) of sources that
+    are evaluated together with this one: they do not enter the ratios, but a second in which one of them is silent is
+    dropped for all. Returns decibels, (seconds,), float64.
     """
-    seconds = []  # (c, seconds, samples of a second): s and ŝ of this source, then of the others
-    for pair in ((reference, estimate), *other_sources):
+    pairs = ((reference, estimate), *other_sources)
+    for pair in pairs:
         _check(*pair)
         if pair[0].shape != reference.shape:
             raise ValueError(f"other_sources: {tuple(pair[0].shape)} must have the shape {tuple(reference.shape)}")
-        count = reference.shape[-1] // sample_rate
-        seconds += [part[:, : count * sample_rate].unflatten(-1, (count, sample_rate)) for part in pair]
-    energies = []  # second by second, so that the products stay in the processor's cache
-    for s, s_hat in zip(seconds[0].unbind(1), seconds[1].unbind(1), strict=True):
-        signal = s.double().flatten()
-        error = signal - s_hat.double().flatten()
-        energies.append(torch.stack((signal @ signal, error @ error)))
-    numerator, denominator = torch.stack(energies).T if energies else torch.empty(2, 0, dtype=torch.float64)
-    ratios = 10 * torch.log10(numerator / denominator)
-    for part in seconds:
-        silent = ~(part[..., ::101].double().sum(0) != 0).any(-1)  # a few samples settle most seconds
-        silent[silent.clone()] = ~(part[:, silent].double().sum(0) != 0).any(-1)
-        ratios[silent] = math.nan
-    return ratios
+    samples = reference.shape[-1]
+    frame = min(sample_rate, samples)
+    ratios = []
+    for start in range(0, samples - frame + 1, frame):
+        seconds = [signal[:, start : start + frame].double() for pair in pairs for signal in pair]
+        s, s_hat = seconds[:2]
+        ratio = 10 * torch.log10(s.square().sum() / (s - s_hat).square().sum())
+        silent = not all(second.sum(0).any() for second in seconds)
+        ratios.append(math.nan if silent else float(ratio))
+    return torch.tensor(ratios, dtype=torch.float64)
 
 
 def si_sdr(reference: Tensor, estimate: Tensor) -> float:
@@ -99,6 +97,9 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> float:
 
     One α for all channels; no mean is taken off. +inf for s times any factor, −inf for an estimate with nothing of s in
     it (or beyond ±250, where numbers are rounded); NaN when the reference or the estimate is silent: no scale is best.
+    Differs from the training toolbox, which adds 1e-8 to every sample's product in both sums of α, to the energy of the
+    error and to the ratio: it gives about −80 dB for a silent reference, at most 10 · log10(Σ s² · 1e8) for an exact
+    estimate, and a biased α below about −60 dBFS.
     """
     _check(reference, estimate)
     s, s_hat = reference.double().flatten(), estimate.double().flatten()
@@ -109,7 +110,7 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Bleed:
-    """Bleedless and fullness: two numbers from 0 to 100, 100 the best."""
+    """Bleedless and fullness, each from 0 to 100, 100 the best."""
 
     bleedless: float
     fullness: float
@@ -121,10 +122,11 @@ def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Ble
         L(x) = max(20 · log10 max(|STFT x| · mel, 1e-10), max − 80)      d = L(ŝ) − L(s)
         bleedless = 100 / (1 + mean of the d above 0)      fullness = 100 / (1 + |mean of the d below 0|)
 
-    max is over the whole signal, each its own; no d on a side counts as a mean of 0. Channels are kept apart and
-    averaged over with all else. Periodic Hann window, centred, zeros at the edges. Both are 100 for a perfect
+    max is over the whole signal and all channels, each signal its own; no d on a side counts as a mean of 0. Channels
+    are averaged over with all else. Periodic Hann window, centred, zeros at the edges. Both are 100 for a perfect
     estimate. Silence is a level like another, −200 dB: two silent signals give 100 and 100; a silent estimate of a
-    voice has a fullness below 1 and a bleedless of 100.
+    voice has a fullness below 1 and a bleedless of 100. A channel that is silent in both signals lies at the two
+    floors: where they differ, it counts as that much too loud or too quiet, in the training toolbox too.
     Differs from the published model: its evaluation has n_fft 2048 and hop 441, and passes estimate and reference
     swapped, so that its two figures change places.
     """
@@ -140,11 +142,9 @@ def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Ble
         return decibels.clamp(min=float(decibels.max()) - 80)
 
     difference = level(estimate) - level(reference)
-    above, below = difference[difference > 0], difference[difference < 0]
-    return Bleed(
-        bleedless=100 / (1 + (float(above.mean()) if len(above) else 0.0)),
-        fullness=100 / (1 - (float(below.mean()) if len(below) else 0.0)),
-    )
+    sides = difference[difference > 0], difference[difference < 0]
+    above, below = (float(side.mean()) if len(side) else 0.0 for side in sides)
+    return Bleed(bleedless=100 / (1 + above), fullness=100 / (1 - below))
 
 
 @lru_cache(maxsize=4)
@@ -169,16 +169,12 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
 
 
 def silent_regions(
-    reference: Tensor,
-    sample_rate: int = 44_100,
-    *,
-    threshold: float = SILENCE_THRESHOLD,
-    min_silence: float = MIN_SILENCE_S,
-) -> list[tuple[int, int]]:
-    """Silent regions of a signal (c, samples): every sample of every channel is below the threshold.
+    reference: Tensor, sample_rate: int = 44_100, *,
+    threshold: float = SILENCE_THRESHOLD, min_silence: float = MIN_SILENCE_S,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Silent regions of a signal (c, samples): every channel stays below the threshold for `min_silence` seconds.
 
-    The threshold is a modulus, full scale 1; regions last at least `min_silence` seconds. Returns (first sample, first
-    sample after it) of each region, in order; they do not touch.
+    The threshold is a modulus, full scale 1. Returns (first sample, first sample after it) of each region, in order.
     """
     quiet = torch.nn.functional.pad((reference.abs() < threshold).all(0).cpu().int(), (1, 1))
     edges = quiet.diff()
@@ -188,17 +184,11 @@ def silent_regions(
 
 @dataclass(frozen=True)
 class SilenceLeakage:
-    """Level of the error in the silent regions of the reference.
+    """Level of the error in the silent regions of the reference."""
 
-    Attributes:
-        relative: dB, relative to the mixture in the same places.
-        absolute: dBFS, the mean square against 1.
-        seconds: length of all silent regions together.
-    """
-
-    relative: float
-    absolute: float
-    seconds: float
+    relative: float  # dB, relative to the mixture in the same places
+    absolute: float  # dBFS, the mean square against 1
+    seconds: float  # length of all silent regions together
 
 
 def silence_leakage(reference: Tensor, estimate: Tensor, mixture: Tensor, sample_rate: int = 44_100) -> SilenceLeakage:
@@ -226,17 +216,11 @@ def silence_leakage(reference: Tensor, estimate: Tensor, mixture: Tensor, sample
 
 @dataclass(frozen=True)
 class Onset:
-    """One return of the voice after silence.
+    """One return of the voice after silence."""
 
-    Attributes:
-        time: in seconds from the start of the song.
-        delay: how much later the estimate has it, in milliseconds; +inf when it does not come.
-        error: dB, energy of the error relative to the voice; 0 for a silent estimate, lower is better.
-    """
-
-    time: float
-    delay: float
-    error: float
+    time: float  # in seconds from the start of the song
+    delay: float  # how much later the estimate has it, in milliseconds; +inf when it does not come
+    error: float  # dB, energy of the error relative to the voice; 0 for a silent estimate, lower is better
 
 
 def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, window: float = 0.2) -> list[Onset]:
@@ -245,22 +229,22 @@ def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, wi
         t(x) = least n ≥ 0 with |x(n₀ + n)| ≥ ¼ · max |s(n₀ … n₀ + w)|      delay = t(ŝ) − t(s)
         error = 10 · log10(Σ (s − ŝ)² / Σ s²)   over n₀ … n₀ + w
 
-    |x(n)| is the largest of the channels; w is the window in seconds, and the estimate is waited for that long after
-    t(s). An estimate that is the voice d late has a delay of d; one that fades in slowly, or 12 dB too low, has a
-    longer one. The delay does not ask whether what comes is the voice: the error does. A song that begins with the
-    voice has no onset there; neither a silent reference nor one that is never silent has any.
+    |x(n)| is the largest of the channels; w is the window in seconds, and the search ends that long after t(s). An
+    estimate that is the voice d late has a delay of d; one that fades in slowly, or 12 dB too low, has a longer one.
+    The delay does not tell whether the sound that comes is the voice: the error does. A song that begins with the voice
+    has no onset there; neither a silent reference nor one that is never silent has any.
     """
     signal, error = _energies(reference, estimate)
-    voice, estimated = reference.abs().amax(0).double().cpu(), estimate.abs().amax(0).double().cpu()
-    samples, width = len(voice), max(1, round(window * sample_rate))
+    voice, estimated = (x.abs().amax(0).double().cpu() for x in (reference, estimate))
+    width = max(1, round(window * sample_rate))
     result = []
     for _, start in silent_regions(reference, sample_rate):
-        if start == samples:
+        if start == len(voice):
             continue
-        end = min(start + width, samples)
+        end = start + width
         level = float(voice[start:end].max()) / 4
         due = int((voice[start:end] >= level).nonzero()[0, 0])
-        loud = (estimated[start : start + due + width] >= level).nonzero()
+        loud = (estimated[start : end + due] >= level).nonzero()
         delay = 1000 * (int(loud[0, 0]) - due) / sample_rate if len(loud) else math.inf
         ratio = error[:, start:end].sum() / signal[:, start:end].sum()
         result.append(Onset(time=start / sample_rate, delay=delay, error=float(10 * torch.log10(ratio))))

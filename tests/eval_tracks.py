@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import soundfile
@@ -23,8 +24,13 @@ def signals(seed: int, seconds: float = 4.0) -> tuple[Tensor, Tensor]:
     return vocals + accompaniment, vocals
 
 
+def vocals_only(mixture: Tensor, vocals: Tensor, rate: int = RATE) -> Callable[[], tuple[Tensor, dict, int]]:
+    """What an `EvalTrack` loads: a mixture and one stem."""
+    return lambda: (mixture, {"vocals": vocals}, rate)
+
+
 def track(name: str, seed: int = 0) -> EvalTrack:
-    return EvalTrack(name, str(seed), lambda: (*signals(seed), RATE))
+    return EvalTrack(name, str(seed), vocals_only(*signals(seed)))
 
 
 TWO = EvalSet("two", (track("first", 1), track("second", 2)))

@@ -85,6 +85,8 @@ CASES = {
         (partly_silent(T, 4), partly_silent(T + 0.1 * S, 2)),
     ],
     "quiet": [(1e-6 * S, 1e-6 * S + 1e-4 * T)],
+    "shorter than a second": [(S[:, :700], S[:, :700] + 0.3 * T[:, :700])],
+    "a sample short of a second": [(S[:, :1999], S[:, :1999] + 0.3 * T[:, :1999]), (T[:, :1999], S[:, :1999])],
 }
 
 
@@ -118,7 +120,8 @@ def test_csdr_of_nothing_to_hear_is_nan_and_of_the_truth_infinite() -> None:
     assert csdr(s, s, 2000) == math.inf
     assert math.isnan(csdr(0 * s, s, 2000))
     assert math.isnan(csdr(s, 0 * s, 2000))
-    assert math.isnan(csdr(s[:, :1999], s[:, :1999], 2000))  # no whole second
+    assert csdr(s[:, :1999], s[:, :1999], 2000) == math.inf  # shorter than a second: one frame
+    assert math.isnan(csdr(0 * s[:, :700], s[:, :700], 2000))
     with pytest.raises(ValueError, match="other_sources"):
         csdr(s, s, 2000, other_sources=[(s[:, :-1], s[:, :-1])])
 
@@ -139,6 +142,29 @@ def test_si_sdr_does_not_hear_a_level() -> None:
         )
     assert math.isnan(si_sdr(0 * s, s))
     assert math.isnan(si_sdr(s, 0 * s))
+
+
+def test_epsilons_of_the_training_toolbox_change_only_what_the_docstrings_say() -> None:
+    def toolbox_sdr(s: Tensor, s_hat: Tensor) -> float:
+        return float(10 * torch.log10((s.square().sum() + 1e-8) / ((s - s_hat).square().sum() + 1e-8)))
+
+    def toolbox_si_sdr(s: Tensor, s_hat: Tensor) -> float:
+        scaled = s * (s * s_hat + 1e-8).sum() / (s.square() + 1e-8).sum()
+        return float(10 * torch.log10(scaled.square().sum() / ((scaled - s_hat).square().sum() + 1e-8) + 1e-8))
+
+    s, other = noise(2, 20_000), noise(2, 20_000, seed=1)
+    for error in (1.0, 0.1, 0.001):  # 0 to 60 dB
+        assert usdr(s, s + error * other) == pytest.approx(toolbox_sdr(s, s + error * other), abs=1e-3)
+        assert si_sdr(s, s + error * other) == pytest.approx(toolbox_si_sdr(s, s + error * other), abs=1e-3)
+    energy = 10 * math.log10(float(s.square().sum()))
+    assert usdr(s, s) == pytest.approx(energy + 70, abs=1e-3)
+    assert toolbox_sdr(s, s) == pytest.approx(energy + 80, abs=1e-3)
+    assert (si_sdr(s, s), toolbox_si_sdr(s, s)) == (math.inf, pytest.approx(energy + 80, abs=1e-3))
+    assert math.isnan(si_sdr(0 * s, s))
+    assert toolbox_si_sdr(0 * s, s) == pytest.approx(-80)
+    quiet = 1e-4 * s  # -100 dBFS: there the toolbox's scale is no longer the best one
+    assert si_sdr(quiet, quiet + 0.001 * 1e-4 * other) == pytest.approx(si_sdr(s, s + 0.001 * other), abs=1e-6)
+    assert abs(toolbox_si_sdr(quiet, 0.5 * quiet) - toolbox_si_sdr(s, 0.5 * s)) > 10
 
 
 # --- bleed and fullness -----------------------------------------------------------------------------------
@@ -169,9 +195,17 @@ def test_a_level_is_all_bleed_or_all_lack(decibels: float) -> None:
     assert found.fullness == pytest.approx(100 if decibels > 0 else expected, rel=1e-6)
 
 
-def test_bleed_by_torchaudios_parts() -> None:
+LEFT, RIGHT = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])  # the other channel is silent
+
+
+@pytest.mark.parametrize(
+    ("reference_gain", "estimate_gain"),
+    [(1, 1), (LEFT, 1), (1, LEFT), (LEFT, LEFT), (LEFT, RIGHT), (LEFT, 1.1 * LEFT), (0, 1), (1, 0)],
+)
+def test_bleed_by_torchaudios_parts(reference_gain: Tensor | int, estimate_gain: Tensor | int) -> None:
     s = noise(2, 44_100) * torch.linspace(0, 1, 44_100)
-    estimate = 0.8 * s + 0.05 * noise(2, 44_100, seed=1)
+    estimate = (0.8 * s + 0.05 * noise(2, 44_100, seed=1)) * estimate_gain
+    s = s * reference_gain
     to_decibels = torchaudio.transforms.AmplitudeToDB(stype="magnitude", top_db=80)
     levels = []
     for signal in (s, estimate):
@@ -180,9 +214,19 @@ def test_bleed_by_torchaudios_parts() -> None:
         )
         levels.append(to_decibels(mel_filters(44_100, 4096, 512) @ spectrogram))
     difference = levels[1] - levels[0]
+    above, below = (
+        float(side.mean()) if len(side) else 0 for side in (difference[difference > 0], difference[difference < 0])
+    )
     found = bleed(s, estimate)
-    assert found.bleedless == pytest.approx(float(100 / (1 + difference[difference > 0].mean())), rel=1e-9)
-    assert found.fullness == pytest.approx(float(100 / (1 - difference[difference < 0].mean())), rel=1e-9)
+    assert found.bleedless == pytest.approx(100 / (1 + above), rel=1e-9)
+    assert found.fullness == pytest.approx(100 / (1 - below), rel=1e-9)
+
+
+def test_a_channel_that_is_silent_in_both_counts_by_the_two_floors() -> None:
+    s = noise(2, 44_100) * LEFT
+    found = bleed(s, 10 ** (0.5 / 20) * s)  # the floor of the estimate lies half a decibel higher, everywhere
+    assert found.bleedless == pytest.approx(100 / 1.5, rel=1e-6)
+    assert found.fullness == 100
 
 
 def test_bleed_and_silence() -> None:

@@ -1,27 +1,16 @@
 """Evaluation: scores of a model on one song, and of a checkpoint on many tracks under a named protocol.
 
 Holds the protocols and published figures (`protocols`), the evaluation itself (`evaluate`), its tables and files
-(`report`). Needs a model, and songs whose vocals are known: synthesised ones, or a folder in MUSDB18-HQ's layout.
+(`report`). Needs a model, and songs whose stems are known: synthesised ones, or a folder in MUSDB18-HQ's layout.
 Begin with `score` for one song, with `evaluate.run` for a checkpoint; `bsmamba2 evaluate` does the latter.
 Book: "Measuring".
 """
 
-from .evaluate import (
-    EvalRow,
-    EvalSet,
-    EvalTrack,
-    Failure,
-    SongScore,
-    load_tracks,
-    mean,
-    oracle_vocals,
-    score,
-    tracks_of,
-)
+from .evaluate import EvalRow, EvalSet, EvalTrack, Failure, load_tracks, mean, score, tracks_of
 from .protocols import PROTOCOLS, EvalProtocol, compare
-from .report import Evaluation, average
+from .report import Evaluation
 
 __all__ = [
-    "PROTOCOLS", "EvalProtocol", "EvalRow", "EvalSet", "EvalTrack", "Evaluation", "Failure", "SongScore", "average",
-    "compare", "load_tracks", "mean", "oracle_vocals", "score", "tracks_of",
+    "PROTOCOLS", "EvalProtocol", "EvalRow", "EvalSet", "EvalTrack", "Evaluation", "Failure", "compare", "load_tracks",
+    "mean", "score", "tracks_of",
 ]  # fmt: skip

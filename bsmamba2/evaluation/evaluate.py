@@ -1,7 +1,7 @@
 """Evaluate a model: on one song against trivial baselines, and on many tracks under a named protocol.
 
 song → separate → uSDR; and the same for the mixture, for silence and for the best mask  (`score`)
-checkpoint, tracks, protocol → a row for each track                                      (`run`)
+checkpoint, tracks, protocol → a row for each track and stem                             (`run`)
 rows → means, medians, tables, files                                                     (`bsmamba2.evaluation.report`)
 
 Book: "Measuring". Axis letters: see `bsmamba2.config`.
@@ -33,6 +33,7 @@ from ..masks import oracle_mask
 from ..metrics import csdr, usdr
 from ..model import BSMamba2
 from ..separate import separate
+from ..settings import check_settings
 from ..spectrogram import istft, stft
 from ..synth import STEMS, Song
 from .protocols import MUSDB, EvalProtocol
@@ -40,10 +41,7 @@ from .protocols import MUSDB, EvalProtocol
 
 @dataclass(frozen=True)
 class SongScore:
-    """Scores of one song: uSDR in dB of the model and of its baselines, the model's cSDR and silence leakage.
-
-    The leakage is relative to the mixture, in dB (`metrics.silence_leakage`); None where somebody always sings.
-    """
+    """Scores of one song: uSDR in dB of the model and of its baselines, the model's cSDR and silence leakage."""
 
     song: str
     occupancy: float
@@ -52,7 +50,7 @@ class SongScore:
     model: float
     oracle: float
     model_csdr: float
-    silence_leakage: float | None
+    silence_leakage: float | None  #: dB, relative to the mixture (`metrics.silence_leakage`); None without a silence
 
 
 def oracle_vocals(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
@@ -63,46 +61,43 @@ def oracle_vocals(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tenso
 
 
 def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float = 0.5) -> SongScore:
-    """Score a model on one song: separate the mixture and compare the first stem with the vocals.
+    """Score a model on one song: separate the mixture and compare the estimate of the vocals with the vocals.
 
     The oracle has the model's own STFT. See `separate.separate` for segment and overlap.
 
     Raises:
-        ValueError: when the song is not at the model's sample rate.
+        ValueError: when the song is not at the model's sample rate, or the model has no stem `vocals`.
     """
-    config = model.config
+    config, vocals = model.config, song.vocals
     if song.sample_rate != config.sample_rate:
         raise ValueError(f"{song.name} is at {song.sample_rate} Hz, the model at {config.sample_rate} Hz")
-    estimate = separate(model, song.mixture, segment=segment, overlap=overlap)[0]
-    leakage = metrics.silence_leakage(song.vocals, estimate, song.mixture, song.sample_rate).relative
+    if "vocals" not in config.stems:
+        raise ValueError(f"the model gives the stems {', '.join(config.stems)}, and no vocals")
+    stems = separate(model, song.mixture, segment=segment, overlap=overlap)
+    estimate = stems[config.stems.index("vocals")]
+    leakage = metrics.silence_leakage(vocals, estimate, song.mixture, song.sample_rate).relative
     return SongScore(
         song=song.name, occupancy=song.occupancy,
-        mixture=usdr(song.vocals, song.mixture), silence=usdr(song.vocals, torch.zeros_like(song.vocals)),
-        model=usdr(song.vocals, estimate),
-        oracle=usdr(song.vocals, oracle_vocals(song, config.n_fft, config.hop_length)),
-        model_csdr=csdr(song.vocals, estimate, song.sample_rate),
+        mixture=usdr(vocals, song.mixture), silence=usdr(vocals, torch.zeros_like(vocals)),
+        model=usdr(vocals, estimate), oracle=usdr(vocals, oracle_vocals(song, config.n_fft, config.hop_length)),
+        model_csdr=csdr(vocals, estimate, song.sample_rate),
         silence_leakage=None if math.isnan(leakage) else leakage,
     )  # fmt: skip
 
 
 def mean(scores: Sequence[SongScore], field: str) -> float:
     """Mean of one field over songs, in its own unit."""
-    return sum(getattr(one, field) for one in scores) / len(scores)
+    return statistics.fmean(getattr(one, field) for one in scores)
 
 
 @dataclass(frozen=True)
 class EvalTrack:
-    """A track to evaluate on.
+    """A track to evaluate on."""
 
-    Attributes:
-        name: unique in its set.
-        identity: a text that changes when the sound does.
-        load: reads it: mixture (c, samples), vocals (c, samples), sample rate in hertz.
-    """
-
-    name: str
-    identity: str
-    load: Callable[[], tuple[Tensor, Tensor, int]]
+    name: str  #: unique in its set
+    identity: str  #: a text that changes when the sound does
+    load: Callable[[], tuple[Tensor, dict[str, Tensor], int]]
+    """Reads it: mixture (c, samples), the reference of each stem by name (c, samples), sample rate in hertz."""
 
 
 @dataclass(frozen=True)
@@ -113,102 +108,107 @@ class EvalSet:
     tracks: tuple[EvalTrack, ...]
 
 
-def load_tracks(folder: str | os.PathLike[str]) -> EvalSet:
+INSTRUMENTAL = ("instrumental", "accompaniment")
+"""Stem names that stand for the mixture less the vocals, where a track has no file of that name."""
+
+
+def load_tracks(folder: str | os.PathLike[str], stems: Sequence[str] = ("vocals",)) -> EvalSet:
     """List the tracks of a folder in MUSDB18-HQ's layout: `test/<track>/{mixture,vocals,drums,bass,other}.wav`.
 
-    The folder may also be `test` itself, any other folder of such tracks, or one track. Each is read when it is
-    evaluated: mixture and vocals; without a mixture, the sum of the four stems. The set is called MUSDB18-HQ's test set
-    when there are 50 complete tracks in a folder `test`; their names are not checked.
+    The folder may also be `test` itself, any other folder of such tracks, or one track. The files of a track are read
+    when it is evaluated: those of the stems, and the mixture, or the four stems to add up when there is none. The set
+    is called MUSDB18-HQ's test set when there are 50 complete tracks in a folder `test`; their names are not checked.
 
     Raises:
         ValueError: when there is no track, or no such folder.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))  # noqa: PTH100, PTH111  (links and unknown users stay)
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder; give one of tracks in MUSDB18-HQ's layout")
-    place = folder / "test" if (folder / "test").is_dir() else folder
+    parent = folder / "test" if (folder / "test").is_dir() else folder
     names = {"mixture", *STEMS}
-    found = [track for track in (TrackFolder.of(place), *list_tracks(place)) if names & track.files.keys()]
+    found = [track for track in (TrackFolder.of(parent), *list_tracks(parent)) if names & track.files.keys()]
     if not found:
         raise ValueError(f"{folder}: holds no track; expected <track>/mixture.wav and <track>/vocals.wav in it")
-    musdb = place.name == "test" and len(found) == 50 and all(names <= track.files.keys() for track in found)
-    return EvalSet(MUSDB if musdb else f"{len(found)} tracks in {place.name}", tuple(map(_folder_track, found)))
+    musdb = parent.name == "test" and len(found) == 50 and all(names <= track.files.keys() for track in found)
+    name = MUSDB if musdb else f"{len(found)} tracks in {_printable(parent.name)}"
+    return EvalSet(name, tuple(_folder_track(track, stems) for track in found))
 
 
-def _folder_track(folder: TrackFolder) -> EvalTrack:
-    stems = ("mixture", "vocals") if "mixture" in folder.files else STEMS
-    paths = [path for stem in stems for path in folder.files.get(stem, ())]
+def _printable(name: str) -> str:
+    """A file name whose bytes are not in the file system's encoding, with these bytes escaped."""
+    return name.encode(errors="backslashreplace").decode()
 
-    def load() -> tuple[Tensor, Tensor, int]:
-        if [path.stem for path in paths] != [*stems]:
-            raise ValueError(f"{folder.path}: must hold one file for each of {', '.join(stems)}")
+
+def _folder_track(folder: TrackFolder, stems: Sequence[str]) -> EvalTrack:
+    computed = set(INSTRUMENTAL) - folder.files.keys()
+    mixed = ("mixture",) if "mixture" in folder.files else STEMS
+    names = list(dict.fromkeys((*mixed, *("vocals" if stem in computed else stem for stem in stems))))
+    paths = [path for name in names for path in folder.files.get(name, ())]
+
+    def load() -> tuple[Tensor, dict[str, Tensor], int]:
+        if [path.stem for path in paths] != names:
+            raise ValueError(f"{folder.path}: must hold one file for each of {', '.join(names)}")
         signals, rates = zip(*(files.read(path) for path in paths), strict=True)
         if len({(*signal.shape, rate) for signal, rate in zip(signals, rates, strict=True)}) > 1:
             raise ValueError(f"{folder.path}: the files differ in rate, channels or length; export them again")
-        mixture = signals[0] if "mixture" in stems else torch.stack(signals).sum(0)
-        return mixture, signals[stems.index("vocals")], rates[0]
+        by_name = dict(zip(names, signals, strict=True))
+        mixture = torch.stack([by_name[name] for name in mixed]).sum(0)
+        rest = dict.fromkeys(computed, mixture - by_name["vocals"]) if computed & {*stems} else {}
+        return mixture, {stem: {**by_name, **rest}[stem] for stem in stems}, rates[0]
 
     stats = [path.stat() for path in paths]
     identity = " ".join(f"{path.name} {s.st_size} {s.st_mtime_ns}" for path, s in zip(paths, stats, strict=True))
-    return EvalTrack(folder.name, identity, load)
+    return EvalTrack(_printable(folder.name), identity, load)
 
 
 def tracks_of(songs: Sequence[Song], name: str = "") -> EvalSet:
-    """Evaluation set of songs in memory, synthesised ones for instance.
+    """Evaluation set of songs in memory, synthesised ones for instance, with all their stems.
 
     Raises:
         ValueError: when there are none, or two have the same name.
     """
-    if not songs or len({song.name for song in songs}) != len(songs):
-        raise ValueError(
-            f"{len(songs)} songs with {len({song.name for song in songs})} names: give at least one, with unique names"
-        )
+    names = {song.name for song in songs}
+    if not songs or len(names) != len(songs):
+        raise ValueError(f"{len(songs)} songs with {len(names)} names: give at least one, with unique names")
 
     def track(song: Song) -> EvalTrack:
+        def load() -> tuple[Tensor, dict[str, Tensor], int]:
+            rest = dict.fromkeys(INSTRUMENTAL, song.mixture - song.vocals)
+            return song.mixture, {**dict(zip(STEMS, song.stems, strict=True)), **rest}, song.sample_rate
+
         digest = hashlib.sha256(song.stems.numpy().tobytes()).hexdigest()
-        return EvalTrack(song.name, f"{song.source}, {digest}", lambda: (song.mixture, song.vocals, song.sample_rate))
+        return EvalTrack(song.name, f"{song.source}, {digest}", load)
 
     return EvalSet(name or f"{len(songs)} songs", tuple(map(track, songs)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
-    """Metrics of one track under one protocol; NaN where a metric is not defined (see `metrics`).
+    """Metrics of one stem of one track under one protocol; NaN where a metric is not defined (see `metrics`).
 
-    Attributes:
-        track: its name.
-        segment: in seconds.
-        seconds: length of the track.
-        occupancy: share of the track that lies in no silent region of the vocals, 0 to 1.
-        csdr, usdr, si_sdr: in dB; NaN for a track without any vocals, uSDR too: there it would compare with almost
-            no energy, and `silence_leakage` is the metric to read.
-        bleedless, fullness: 0 to 100.
-        silence_leakage: in dB, relative to the mixture.
-        silence_leakage_dbfs: the same in dBFS.
-        onset_delay, onset_error: medians over the track's onsets, in milliseconds and dB.
-        onsets: how many there are.
-        onsets_missed: how many of them the estimate does not have.
-        mixture_usdr: of the mixture taken as the estimate, in dB.
-        compute_seconds: time of the separation.
+    A stem that is silent throughout has no cSDR, uSDR and SI-SDR: uSDR would compare with almost no energy, and
+    `silence_leakage` is the metric to read.
     """
 
     track: str
-    segment: float
-    seconds: float
-    occupancy: float
-    csdr: float
+    stem: str = "vocals"
+    segment: float  #: in seconds
+    seconds: float  #: length of the track
+    occupancy: float  #: share of the track that lies in no silent region of the stem, 0 to 1
+    csdr: float  #: in dB, as `usdr` and `si_sdr`
     usdr: float
     si_sdr: float
-    bleedless: float
+    bleedless: float  #: 0 to 100, as `fullness`
     fullness: float
-    silence_leakage: float
-    silence_leakage_dbfs: float
-    onset_delay: float
-    onset_error: float
-    onsets: int
-    onsets_missed: int
-    mixture_usdr: float
-    compute_seconds: float
+    silence_leakage: float  #: in dB, relative to the mixture
+    silence_leakage_dbfs: float  #: the same in dBFS
+    onset_delay: float  #: median over the track's onsets, in milliseconds
+    onset_error: float  #: median over the track's onsets, in dB
+    onsets: int  #: how many there are
+    onsets_missed: int  #: how many of them the estimate does not have
+    mixture_usdr: float  #: of the mixture taken as the estimate, in dB
+    compute_seconds: float  #: time of the separation, of all stems together
 
 
 METRICS = (
@@ -229,67 +229,73 @@ class Failure:
 
 def evaluate_track(
     model: BSMamba2, track: EvalTrack, protocol: EvalProtocol, *, batch: int = 1, dtype: torch.dtype = torch.float32
-) -> EvalRow:
-    """Evaluate one track: separate it and compute all metrics.
+) -> list[EvalRow]:
+    """Evaluate one track: separate it and compute all metrics, for each stem of the model.
 
     Raises:
         ValueError: when it cannot be read, or does not fit the model: another rate (nothing is resampled here),
-            other channels, no stem `vocals`.
+            other channels, a stem of the model that the track does not have.
     """
     config = model.config
-    if "vocals" not in config.stems:
-        raise ValueError(f"the model gives the stems {', '.join(config.stems)}, and no vocals")
-    mixture, vocals, rate = track.load()
+    mixture, references, rate = track.load()
     if rate != config.sample_rate:
-        raise ValueError(
-            f"{track.name}: is at {rate} Hz, the model at {config.sample_rate} Hz; convert the track first"
-        )
+        fix = "convert the track first"
+        raise ValueError(f"{track.name}: is at {rate} Hz, the model at {config.sample_rate} Hz; {fix}")
+    if missing := [stem for stem in config.stems if stem not in references]:
+        raise ValueError(f"{track.name}: has no {', no '.join(missing)}, which the model gives; add it to the track")
     if mixture.shape[0] == 1:
-        mixture, vocals = mixture.expand(config.channels, -1), vocals.expand(config.channels, -1)
+        mixture = mixture.expand(config.channels, -1)
     started = time.perf_counter()
-    stems = separate(model, mixture, segment=protocol.segment, overlap=protocol.overlap, batch=batch, dtype=dtype)
+    estimates = separate(model, mixture, segment=protocol.segment, overlap=protocol.overlap, batch=batch, dtype=dtype)
     compute_seconds = time.perf_counter() - started
-    estimate = stems[config.stems.index("vocals")]
-    instrumental = [(mixture - vocals, mixture - estimate)] if "instrumental" in protocol.sources else []
-    bleed = metrics.bleed(vocals, estimate, rate)
-    leakage = metrics.silence_leakage(vocals, estimate, mixture, rate)
-    onsets = metrics.onsets(vocals, estimate, rate)
-    seconds = mixture.shape[-1] / rate
-    has_vocals = leakage.seconds < seconds
-    return EvalRow(
-        track=track.name, segment=protocol.segment, seconds=seconds, occupancy=1 - leakage.seconds / seconds,
-        csdr=csdr(vocals, estimate, rate, other_sources=instrumental),
-        usdr=usdr(vocals, estimate) if has_vocals else math.nan,
-        si_sdr=metrics.si_sdr(vocals, estimate),
-        bleedless=bleed.bleedless, fullness=bleed.fullness,
-        silence_leakage=leakage.relative, silence_leakage_dbfs=leakage.absolute,
-        onset_delay=statistics.median([onset.delay for onset in onsets] or [math.nan]),
-        onset_error=statistics.median([onset.error for onset in onsets] or [math.nan]),
-        onsets=len(onsets), onsets_missed=sum(onset.delay == math.inf for onset in onsets),
-        mixture_usdr=usdr(vocals, mixture) if has_vocals else math.nan,
-        compute_seconds=compute_seconds,
-    )  # fmt: skip
+    rows = []
+    for stem, estimate in zip(config.stems, estimates, strict=True):
+        reference = references[stem].expand_as(mixture)
+        rest = [(mixture - reference, mixture - estimate)] if "instrumental" in protocol.sources else []
+        bleed = metrics.bleed(reference, estimate, rate)
+        leakage = metrics.silence_leakage(reference, estimate, mixture, rate)
+        onsets = metrics.onsets(reference, estimate, rate)
+        seconds = mixture.shape[-1] / rate
+        sounds = leakage.seconds < seconds
+        row = EvalRow(
+            track=track.name, stem=stem, segment=protocol.segment, seconds=seconds,
+            occupancy=1 - leakage.seconds / seconds,
+            csdr=csdr(reference, estimate, rate, other_sources=rest),
+            usdr=usdr(reference, estimate) if sounds else math.nan,
+            si_sdr=metrics.si_sdr(reference, estimate),
+            bleedless=bleed.bleedless, fullness=bleed.fullness,
+            silence_leakage=leakage.relative, silence_leakage_dbfs=leakage.absolute,
+            onset_delay=statistics.median([onset.delay for onset in onsets] or [math.nan]),
+            onset_error=statistics.median([onset.error for onset in onsets] or [math.nan]),
+            onsets=len(onsets), onsets_missed=sum(onset.delay == math.inf for onset in onsets),
+            mixture_usdr=usdr(reference, mixture) if sounds else math.nan,
+            compute_seconds=compute_seconds,
+        )  # fmt: skip
+        rows.append(row)
+    return rows
 
 
 def run(
     model: BSMamba2, checkpoint: str, tracks: EvalSet, protocol: EvalProtocol, output: str | os.PathLike[str], *,
     segments: Sequence[float] = (), batch: int = 1, dtype: torch.dtype = torch.float32,
+    log: Callable[[str], object] = print,
 ) -> Iterator[EvalRow | Failure]:  # fmt: skip
     """Evaluate track by track, resumable: rows that are stored already are read, not computed again.
 
-    Each row is a file of its own, `rows/<key>/<track>.json` under `output`, written atomically. The key is a hash of
-    the checkpoint's, the protocol and the type: after a change of any of these, every row is computed. A stored row is
-    used while the track's `identity` is the one that it was computed from.
+    The rows of a track, one for each stem, are one file, `rows/<key>/<track>.json` under `output`, written atomically.
+    The key is a hash of the checkpoint's, the protocol and the type: after a change of any of these, every row is
+    computed. A stored row is used while the track's `identity` is the one that it was computed from.
 
     Args:
         model, tracks, protocol: what is evaluated, and how.
-        checkpoint: `sha256_file` of the model's file.
+        checkpoint: identity of the model: `sha256_file` of its file, and what else decides which model the file gives.
         output: folder, made if absent.
         segments: further segment lengths in seconds, all else as in the protocol, whose own comes first.
         batch, dtype: as in `separate.separate`.
+        log: is called with a line for each stored file that is damaged, and therefore computed again.
 
     Yields:
-        A row, or the failure, for each segment length and track.
+        The rows, or the failure, for each segment length and track.
 
     Raises:
         OSError: when a row cannot be written.
@@ -299,18 +305,26 @@ def run(
         folder = Path(output) / "rows" / row_key(checkpoint, varied, dtype)
         folder.mkdir(parents=True, exist_ok=True)
         for track in tracks.tracks:
-            name = track.name.encode(errors="surrogateescape")
+            name = track.name.encode(errors="backslashreplace")
             path = folder / f"{quote(name, safe=' ')[:80]}-{hashlib.sha256(name).hexdigest()[:12]}.json"
-            row = _stored_row(path, track)
-            if row is None:
+            try:
+                rows = _stored_rows(path, track, segment, model.config.stems)
+            except _DAMAGED as error:
+                if path.is_dir() and not path.is_symlink():
+                    yield Failure(track.name, segment, f"{path}: is a folder, not a stored row; remove it")
+                    continue
+                log(f"{path}: is damaged ({type(error).__name__}: {str(error)[:80]}); computed again")
+                path.unlink()  # before it is written: a link is replaced, not followed
+                rows = []
+            if not rows:
                 try:
-                    row = evaluate_track(model, track, varied, batch=batch, dtype=dtype)
+                    rows = evaluate_track(model, track, varied, batch=batch, dtype=dtype)
                 except ValueError as error:
                     yield Failure(track.name, segment, str(error))
                     continue
                 content = {"identity": track.identity, "protocol": asdict(varied), "checkpoint": checkpoint}
-                write_atomically(path, to_json({**content, "row": asdict(row)}))
-            yield row
+                write_atomically(path, to_json({**content, "rows": [asdict(row) for row in rows]}))
+            yield from rows
 
 
 ROW_VERSION = 3
@@ -321,25 +335,42 @@ def row_key(checkpoint: str, protocol: EvalProtocol, dtype: torch.dtype = torch.
     """Cache key of a row: everything it depends on besides its track, as 16 hexadecimal digits."""
     fields = asdict(protocol)
     del fields["name"], fields["over_tracks"]  # mean or median does not change a row
-    columns = [field.name for field in dataclasses.fields(EvalRow)]
+    columns = [field.name for field in dataclasses.fields(EvalRow) if field.name != "stem"]
     text = json.dumps([ROW_VERSION, checkpoint, fields, str(dtype), columns], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _stored_row(path: Path, track: EvalTrack) -> EvalRow | None:
-    """Read a stored row; None when the file is absent, damaged, or made from another sound."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["identity"] != track.identity:
-            return None
-        types = {field.name: field.type for field in dataclasses.fields(EvalRow)}
-        values: dict[str, Any] = {
-            name: float("nan" if value is None else value) if types[name] == "float" else value
-            for name, value in content["row"].items()
-        }
-        return EvalRow(**values)
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        return None
+MAX_ROW_BYTES = 1 << 20
+"""Largest file of stored rows that is read."""
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _stored_rows(path: Path, track: EvalTrack, segment: float, stems: Sequence[str]) -> list[EvalRow]:
+    """Read a track's stored rows; empty when there are none of this sound and these stems. Raises `_DAMAGED`."""
+    if not os.path.lexists(path):
+        return []
+    if path.is_symlink() or not path.is_file():  # a pipe would wait for ever
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        text = file.read(MAX_ROW_BYTES + 1)
+    if len(text) > MAX_ROW_BYTES:
+        raise ValueError(f"more than {MAX_ROW_BYTES:,} bytes")
+    content = json.loads(text)
+    if content["identity"] != track.identity:
+        return []
+    if "row" in content:  # as written when models had one stem, and a track under a second no cSDR
+        content["rows"] = [content["row"]] if content["row"]["seconds"] >= 1 else []
+    undefined = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+    rows = []
+    for values in content["rows"]:
+        row = EvalRow(**{**values, **{name: undefined.get(values[name], values[name]) for name in METRICS}})
+        check_settings(row)
+        if not all(map(math.isfinite, (row.seconds, row.occupancy, row.compute_seconds))):
+            raise ValueError("a length, a share or a time is not finite")
+        if (row.track, row.segment) != (track.name, segment):
+            raise ValueError("of another track or segment length")
+        rows.append(row)
+    return rows if [row.stem for row in rows] == [*stems] else []
 
 
 def to_json(value: Any) -> str:

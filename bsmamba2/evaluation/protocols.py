@@ -9,8 +9,9 @@ Book: "Measuring". Source of the figures: see `PUBLISHED`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from ..settings import check_settings, setting
 
 MUSDB = "MUSDB18-HQ test"
 """The 50 tracks of MUSDB18-HQ's test set."""
@@ -20,34 +21,22 @@ SOURCES = ("vocals", "instrumental")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalProtocol:
-    """Evaluation protocol. Checked on creation: `ValueError` names the field.
-
-    Attributes:
-        name: of the protocol.
-        segment: in seconds.
-        overlap: share of a segment that the next one covers too; 0: end to end, no window.
-        sources: evaluated together, the target first: `vocals`, and perhaps `instrumental`, the mixture less the
-            vocals. A second in which one of them is silent is dropped from the cSDR.
-        over_tracks: the headline, `mean` or `median`; both are always given.
-    """
+    """Evaluation protocol. Checked on creation: `ValueError` names the field."""
 
     name: str
-    segment: float = 8.0
-    overlap: float = 0.0
+    segment: float = setting(8.0, "in seconds", within="(0, inf)")
+    overlap: float = setting(0.0, "share of a segment that the next one covers too; 0: no window", within="[0, 1)")
     sources: tuple[str, ...] = ("vocals",)
-    over_tracks: str = "mean"
+    """Evaluated together, the target first: `vocals` (or the stem in question), and perhaps `instrumental`, the mixture
+    less the target. A second in which one of them is silent is dropped from the cSDR."""
+    over_tracks: str = setting("mean", "the headline; both are always given", ("mean", "median"))
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.name:
             raise ValueError("name='' must not be empty")
-        if not 0 < self.segment < math.inf:
-            raise ValueError(f"segment={self.segment!r} must be a positive number of seconds")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap={self.overlap!r} must lie in [0, 1)")
         if self.sources not in (SOURCES[:1], SOURCES):
             raise ValueError(f"sources={self.sources!r} must be {SOURCES[:1]} or {SOURCES}")
-        if self.over_tracks not in ("mean", "median"):
-            raise ValueError(f"over_tracks={self.over_tracks!r} must be mean or median")
 
 
 PROTOCOLS = {

@@ -13,7 +13,7 @@ import io
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ def average(rows: Sequence[EvalRow], metric: str) -> Average:
     return Average(mean, statistics.median(values), len(values))
 
 
-def by_occupancy(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
-    """Group rows by vocal occupancy: none, then by quarters, upper bound included; groups may be empty."""
-    groups = {"no vocals": [row for row in rows if row.occupancy <= 0]}
+def by_occupancy(rows: Sequence[EvalRow], stem: str = "vocals") -> dict[str, list[EvalRow]]:
+    """Group rows of one stem by its occupancy: none, then by quarters, upper bound included; groups may be empty."""
+    groups = {f"no {stem}": [row for row in rows if row.occupancy <= 0]}
     for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)):
         groups[f"{low:.0%} – {high:.0%}"] = [row for row in rows if low < row.occupancy <= high]
     return groups
@@ -52,71 +52,70 @@ def by_occupancy(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results of an evaluation.
+    """Results of an evaluation."""
 
-    Attributes:
-        checkpoint: the file's name.
-        checkpoint_sha256: its `sha256_file`.
-        tracks: the evaluation set.
-        protocol: how it was separated and measured.
-        dtype: of the model's arithmetic.
-        rows: of all segment lengths.
-        failures: tracks without a row.
-    """
-
-    checkpoint: str
-    checkpoint_sha256: str
+    checkpoint: str  #: the file's name
+    checkpoint_sha256: str  #: its `sha256_file`
     tracks: EvalSet
     protocol: EvalProtocol
-    dtype: str
-    rows: tuple[EvalRow, ...]
-    failures: tuple[Failure, ...] = ()
+    dtype: str  #: of the model's arithmetic
+    rows: tuple[EvalRow, ...]  #: of all segment lengths and stems
+    failures: tuple[Failure, ...] = ()  #: tracks without a row
 
     @property
     def default_rows(self) -> list[EvalRow]:
         """The rows at the protocol's own segment length."""
-        return self.at(self.protocol.segment)
+        return [row for row in self.rows if row.segment == self.protocol.segment]
 
     @property
     def segments(self) -> list[float]:
         """The segment lengths, in seconds, ascending."""
         return sorted({row.segment for row in self.rows})
 
-    def at(self, segment: float) -> list[EvalRow]:
-        """The rows at one segment length, in seconds."""
-        return [row for row in self.rows if row.segment == segment]
+    @property
+    def stems(self) -> list[str]:
+        """The names of the stems, in the model's order."""
+        return list(dict.fromkeys(row.stem for row in self.rows))
 
-    def table(self, groups: dict[str, list[EvalRow]]) -> list[dict[str, Any]]:
-        """A line for each group that has rows: mean or median over tracks, as the protocol has it."""
+    def at(self, segment: float, stem: str = "vocals") -> list[EvalRow]:
+        """The rows of one stem at one segment length, in seconds."""
+        return [row for row in self.rows if (row.segment, row.stem) == (segment, stem)]
+
+    def _groups(self, split: Callable[[str], dict[str, list[EvalRow]]]) -> dict[str, list[EvalRow]]:
+        """Groups of each stem's rows, without the empty ones; the stem leads their names unless it is only vocals."""
+        lead = {stem: "" if self.stems == ["vocals"] else f"{stem}, " for stem in self.stems}
+        return {lead[stem] + name: rows for stem in self.stems for name, rows in split(stem).items() if rows}
+
+    def by_segment(self) -> dict[str, list[EvalRow]]:
+        """The rows of each stem and segment length."""
+        return self._groups(lambda stem: {f"{segment:g} s": self.at(segment, stem) for segment in self.segments})
+
+    def _table(self, groups: dict[str, list[EvalRow]]) -> list[dict[str, Any]]:
+        """A line for each group: mean or median over tracks, as the protocol has it."""
         return [
             {"": name, "tracks": len(rows)}
             | {metric: getattr(average(rows, metric), self.protocol.over_tracks) for metric in METRICS}
             for name, rows in groups.items()
-            if rows
         ]
 
     def segment_table(self) -> list[dict[str, Any]]:
-        """A line for each segment length."""
-        return self.table({f"{segment:g} s": self.at(segment) for segment in self.segments})
+        """A line for each stem and segment length."""
+        return self._table(self.by_segment())
 
     def occupancy_table(self) -> list[dict[str, Any]]:
-        """A line for each group of occupancy, at the protocol's segment length."""
-        return self.table(by_occupancy(self.default_rows))
+        """A line for each stem and group of occupancy, at the protocol's segment length."""
+        return self._table(self._groups(lambda stem: by_occupancy(self.at(self.protocol.segment, stem), stem)))
 
     def comparison_table(self) -> list[dict[str, Any]]:
-        """This model, then each published one: its figures in the same columns only when the protocol is the same."""
-        rows = self.default_rows
+        """This model's vocals, then each published model's: its figures only where the protocol is the same."""
+        rows = self.at(self.protocol.segment)
         missing = len(self.tracks.tracks) - len(rows)
         tracks = f"{self.tracks.name} but {missing} that failed" if missing else self.tracks.name
-        lines: list[dict[str, Any]] = [
-            {
-                "model": f"{self.checkpoint}, {kind} over {len(rows)} tracks",
-                "csdr": getattr(average(rows, "csdr"), kind),
-                "usdr": getattr(average(rows, "usdr"), kind),
-                "protocol": f"{self.protocol.name}: {tracks}",
-            }
-            for kind in ("mean", "median")
-        ]
+        lines: list[dict[str, Any]] = []
+        for kind in ("mean", "median"):
+            figures = {metric: getattr(average(rows, metric), kind) for metric in ("csdr", "usdr")}
+            model = f"{self.checkpoint}, {kind} over {len(rows)} tracks"
+            lines.append({"model": model, **figures, "protocol": f"{self.protocol.name}: {tracks}"})
         for comparison in compare(tracks, self.protocol):
             published = comparison.published
             figures = {"csdr": published.csdr, "usdr": published.usdr}
@@ -127,7 +126,7 @@ class Evaluation:
                 figures = dict.fromkeys(figures)
             note = f" ({comparison.note})" if comparison.note else ""
             lines.append({"model": published.model, **figures, "protocol": text + note})
-        return lines
+        return lines if "vocals" in self.stems or not self.stems else []
 
     def save(self, output: str | os.PathLike[str]) -> list[Path]:
         """Write `evaluation.json` and `rows.csv` into a folder that exists; returns their paths.
@@ -140,8 +139,8 @@ class Evaluation:
             "protocol": asdict(self.protocol),
             "dtype": self.dtype,
             "averages": {
-                f"{segment:g} s": {metric: asdict(average(self.at(segment), metric)) for metric in METRICS}
-                for segment in self.segments
+                name: {metric: asdict(average(rows, metric)) for metric in METRICS}
+                for name, rows in self.by_segment().items()
             },
             "by_occupancy": self.occupancy_table(),
             "comparison": self.comparison_table(),

@@ -40,24 +40,15 @@ class Cost:
     """Operations and memory of a training step on one batch on one device, without accumulation.
 
     Operations are floating-point ones, memory is in bytes.
-
-    Attributes:
-        parameters: weights of the model.
-        flops_per_second: operations to separate one second of audio.
-        forward: operations of the forward pass, by part.
-        step: operations of a training step: forward, backward, and the recomputation by gradient checkpointing.
-        state: memory for weights, gradients, moments and moving average.
-        activations: memory for the tensors that the backward pass needs, at its highest.
-        traffic: bytes that a step moves through memory, an estimate.
     """
 
-    parameters: int
-    flops_per_second: float
-    forward: dict[str, float]
-    step: float
-    state: int
-    activations: float
-    traffic: float
+    parameters: int  #: weights of the model
+    flops_per_second: float  #: operations to separate one second of audio
+    forward: dict[str, float]  #: operations of the forward pass, by part
+    step: float  #: operations of a step: forward, backward, and the recomputation by gradient checkpointing
+    state: int  #: memory for weights, gradients, moments and moving average
+    activations: float  #: memory for the tensors that the backward pass needs, at its highest
+    traffic: float  #: bytes that a step moves through memory, an estimate
 
     def seconds(self, flops: float, bandwidth: float) -> float:
         """Estimated time of a step on a device with this peak in FLOP/s and this one in bytes/s.
@@ -68,14 +59,9 @@ class Cost:
 
 
 def training_cost(
-    config: ModelConfig,
-    *,
-    batch: int,
-    seconds: float,
-    dtype: str = "float32",
-    gradient_checkpointing: bool = False,
-    loss_hop: int = 147,
-) -> Cost:
+    config: ModelConfig, *, batch: int, seconds: float, dtype: str = "float32",
+    gradient_checkpointing: bool = False, loss_hop: int = 147,
+) -> Cost:  # fmt: skip
     """The cost of a training step on a batch, without running it.
 
     Raises:
@@ -92,12 +78,10 @@ def training_cost(
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in BSMamba2(config).parameters())
     saved = activation_bytes(config, samples, dtype, loss_hop)
-    everything = batch * (saved.ends + config.depth * saved.layer)
-    activations = (
-        batch * (config.depth * saved.layer_input + max(saved.layer, saved.loss) + saved.ends - saved.loss)
-        if gradient_checkpointing
-        else everything
-    )
+    everything = activations = batch * (saved["ends"] + saved["loss"] + config.depth * saved["layer"])
+    if gradient_checkpointing:
+        inputs = config.depth * frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]
+        activations = batch * (inputs + max(saved["layer"], saved["loss"]) + saved["ends"])
     return Cost(
         parameters=parameters,
         flops_per_second=sum(forward.values()) / batch / seconds,
@@ -174,8 +158,7 @@ def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[floa
 def _zero_model(config: ModelConfig) -> BSMamba2:
     """`_one_layer` with all weights zero; random ones would take longer, and change the state of the generator."""
     with torch.device("meta"):
-        model = _one_layer(config)
-    model.to_empty(device="cpu")
+        model = _one_layer(config).to_empty(device="cpu")
     for weight in model.parameters():
         nn.init.zeros_(weight)
     return model
@@ -191,29 +174,17 @@ def _one_layer(config: ModelConfig) -> BSMamba2:
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SavedBytes:
-    """Bytes that the forward pass of one example saves for the backward pass.
-
-    Attributes:
-        layer: in one dual-path layer.
-        layer_input: its input.
-        loss: in the loss.
-        ends: everywhere but in the layers, the loss included.
-    """
-
-    layer: float
-    layer_input: float
-    loss: float
-    ends: float
-
-
 @functools.cache
-def activation_bytes(config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147) -> SavedBytes:
-    """Add up the tensors that autograd saves in the forward pass of one example, from at most a second of it."""
+def activation_bytes(
+    config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147
+) -> dict[str, float]:
+    """Bytes of the tensors that autograd saves in the forward pass of one example, counted on at most a second of it.
+
+    Returns: those of one dual-path `layer`, of the `loss`, and of the `ends`, everything else.
+    """
     short = min(samples, max(config.sample_rate, 2 * 2048))
-    frames, short_frames = samples // config.hop_length + 1, short // config.hop_length + 1
-    scale = frames / short_frames
+    short_frames = short // config.hop_length + 1
+    scale = (samples // config.hop_length + 1) / short_frames
     with FakeTensorMode():
         model = _one_layer(config)
         mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
@@ -223,12 +194,7 @@ def activation_bytes(config: ModelConfig, samples: int, dtype: str = "float32", 
             whole = scale * _saved_bytes(lambda: model.apply_to_spectrogram(mixture))
             layer = scale * _saved_bytes(lambda: model.layers[0](features))
         loss = scale * _saved_bytes(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop_length=loss_hop))
-    return SavedBytes(
-        layer=layer,
-        layer_input=float(frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]),
-        loss=loss,
-        ends=whole - layer + loss,
-    )
+    return {"layer": layer, "loss": loss, "ends": whole - layer}
 
 
 def _saved_bytes(run: Callable[[], Tensor]) -> int:

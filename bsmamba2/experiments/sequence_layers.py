@@ -4,11 +4,9 @@
     Attention   x → q, k, v of every head, with rotary positions → softmax(q kᵀ / √p) v → Linear,
                 then a feed-forward of width w                                       sees the whole sequence
 
-Both map (b, length, d) → (b, length, d) without a residual, as `bsmamba2.mamba2.Mamba2` does, so that
-`BSMamba2(config, sequence_layer=…)` takes any of them; the bidirectional block adds the norm and the residual. The
-width w is chosen so that the layer has as many parameters as the Mamba-2 mixer of the same configuration.
-
-To add a layer: write a module with the signature `(dim, width)` and add `"name": partial(_fitted, Layer)` to `LAYERS`.
+Both map (b, length, d) → (b, length, d) without a residual, as `bsmamba2.mamba2.Mamba2` does; the bidirectional block
+adds the norm and the residual. The width w is chosen so that the layer has as many parameters as the Mamba-2 mixer of
+the same configuration. To add a layer: write a module with the signature `(dim, width)`, and add it to `LAYERS`.
 
 Book: "Does Mamba meet silence?". Sources: Hochreiter and Schmidhuber, Long Short-Term Memory (1997); Vaswani and
 others, arXiv:1706.03762; Su and others, arXiv:2104.09864 (rotary positions). Axis letters: see `bsmamba2.config`.
@@ -35,12 +33,7 @@ ROPE_BASE = 10_000.0
 
 
 class LSTM(nn.Module):
-    """A long short-term memory (causal), and a Linear back to d.
-
-    Args:
-        dim: d.
-        width: of its state.
-    """
+    """A long short-term memory (causal) with a state of `width`, and a Linear back to d = `dim`."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -59,11 +52,7 @@ class Attention(nn.Module):
 
     u is the input, which the block around it has normed already (pre-norm); the block adds y to its own input.
     Attention looks both ways, so the two layers of a bidirectional block read the same frames, one of them backwards.
-
-    Args:
-        dim: d.
-        width: of the feed-forward between its two Linears.
-        headdim: p; even, and a divisor of d.
+    `width` is that of the feed-forward between its two Linears; `headdim` is p, even, and a divisor of d = `dim`.
 
     Raises:
         ValueError: for a headdim that is odd or does not divide d.
@@ -92,14 +81,8 @@ def apply_rotary(x: Tensor, offset: int = 0) -> Tensor:
 
         (x_i, x_{i + p/2}) in frame j  ↦  the pair rotated by j · ROPE_BASE^(−2i/p),   i < p/2
 
-    The product of a q rotated for frame j and a k rotated for frame m depends only on j − m.
-
-    Args:
-        x: (..., length, p), p even.
-        offset: number of the first frame.
-
-    Returns:
-        (..., length, p).
+    The product of a q rotated for frame j and a k rotated for frame m depends only on j − m. x is (..., length, p), p
+    even; `offset` is the number of its first frame. Returns (..., length, p).
     """
     half = x.shape[-1] // 2
     speed = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -133,15 +116,15 @@ def count_parameters(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
+def _mamba2(config: ModelConfig) -> SequenceLayer:
+    sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
+    return partial(Mamba2, config.dim, **sizes)
+
+
 def parameter_budget(config: ModelConfig) -> int:
     """Number of parameters of the Mamba-2 mixer of a configuration, which the other layers are fitted to."""
     with torch.device("meta"):
         return count_parameters(_mamba2(config)())
-
-
-def _mamba2(config: ModelConfig) -> SequenceLayer:
-    sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
-    return partial(Mamba2, config.dim, **sizes)
 
 
 def _fitted(layer: Callable[[int, int], nn.Module], config: ModelConfig) -> SequenceLayer:

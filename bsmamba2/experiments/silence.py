@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -38,28 +39,17 @@ from . import sequence_layers
 
 POSITIVE = "(0, inf)"
 MODEL = ModelConfig(
-    dim=48,
-    depth=1,
-    freqs_per_bands=generate_bands(16, 513),
-    sample_rate=16_000,
-    n_fft=1024,
-    hop_length=320,
-    d_state=16,
-    headdim=32,
-    expand=2,
-    mask_expand=2,
-)
+    dim=48, depth=1, freqs_per_bands=generate_bands(16, 513), sample_rate=16_000, n_fft=1024, hop_length=320,
+    d_state=16, headdim=32, expand=2, mask_expand=2,
+)  # fmt: skip
 """Smaller than the preset `small`, and at 16 kHz, which keeps most of a voice: a run takes two minutes on two cores."""
 
 TEST_SEED = 2_000_000
 """Seed of the first test song; the training songs have other seeds."""
-
 METRICS = ("usdr", "vocal_usdr", "silence_leakage", "onset")
 """The metrics of a row: see `score`."""
-
 COLUMNS = ("song", "occupancy", "segment", *METRICS, "mixture")
 """All fields of a row."""
-
 COMPARED = ("mamba2", "lstm", "attention")
 """The sequence layers that the experiment compares, of those in `sequence_layers.LAYERS`."""
 SOURCES = (
@@ -151,19 +141,16 @@ def start(experiment: Experiment, folder: Path) -> RunDir:
         RunError: when the folder's run has other parameters.
     """
     config = TrainConfig(
-        steps=experiment.steps,
-        lr=experiment.lr,
-        schedule="cosine",
-        ema_decay=0.98,
-        loss_hop=320,
-        loss_windows=(2048, 1024, 512),
-    )
+        steps=experiment.steps, lr=experiment.lr, schedule="cosine", ema_decay=0.98,
+        loss_hop=320, loss_windows=(2048, 1024, 512),
+    )  # fmt: skip
     names = ("layer", "seed", "segment", "batch", "songs", "seconds_per_song")
     settings = {name: getattr(experiment, name) for name in names} | {"source_hash": source_hash()}
     model = build(experiment)
     accelerate(model)
-    trainer = Trainer(model, config)
-    return RunDir(folder, trainer, settings=settings, save_every=experiment.save_every, checkpoints=False)
+    return RunDir(
+        folder, Trainer(model, config), settings=settings, save_every=experiment.save_every, checkpoints=False
+    )
 
 
 def scored_song(number: int, occupancy: float, seconds: float) -> Song:
@@ -174,14 +161,8 @@ def scored_song(number: int, occupancy: float, seconds: float) -> Song:
 def score(song: Song, estimate: Tensor) -> dict[str, float | None]:
     """The metrics of an estimate of a song's vocals, in dB; None where a metric is not defined.
 
-    - `usdr`: uSDR of the whole song;
-    - `vocal_usdr`: uSDR of the song without its silent regions;
-    - `silence_leakage`: level of the estimate in the silent regions, relative to the mixture there;
-    - `onset`: error in the first 0.2 s after a silence, the median over the song's onsets.
-
-    Args:
-        song: at any rate; its vocals are the reference.
-        estimate: (c, samples).
+    `vocal_usdr` is the uSDR of the song without its silent regions, `onset` the error in the first 0.2 s after a
+    silence, the median over the song's onsets. The song may be at any rate; the estimate is (c, samples).
     """
     voice, rate = song.vocals, song.sample_rate
     sounding = torch.ones(song.samples, dtype=torch.bool)
@@ -200,30 +181,24 @@ def score(song: Song, estimate: Tensor) -> dict[str, float | None]:
 def score_segments(
     model: BSMamba2, song: Song, number: int, occupancy: float, segments: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Separate a song once for each segment length, with segments end to end, and score it: a row for each length.
+    """Separate a song once for each segment length in seconds, end to end, and score it: a row for each length.
 
-    Args:
-        model: with one stem.
-        song: at the model's rate.
-        number, occupancy: of the song, as the rows name it.
-        segments: in seconds.
+    The model has one stem, and the rate of the song, whose `number` and `occupancy` the rows repeat.
     """
     mixture = round(metrics.usdr(song.vocals, song.mixture), 3)
     rows = []
     for segment in segments:
         with torch.inference_mode():
             estimate = separate(model, song.mixture, segment=segment, overlap=0.0, batch=max(1, round(8 / segment)))[0]
-        row = {"song": number, "occupancy": occupancy, "segment": segment, **score(song, estimate)}
-        rows.append({**row, "mixture": mixture})
+        where = {"song": number, "occupancy": occupancy, "segment": segment}
+        rows.append({**where, **score(song, estimate), "mixture": mixture})
     return rows
 
 
 def source_hash() -> str:
     """The first 16 digits of the SHA-256 of the files in `SOURCES`."""
-    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for name in SOURCES:
-        path = package / name
+    for path in (Path(__file__).parents[1] / name for name in SOURCES):
         sources = path.rglob("*") if path.is_dir() else [path]
         for source in sorted(source for source in sources if source.suffix in (".py", ".cpp", ".h")):
             digest.update(source.read_bytes())
@@ -241,8 +216,7 @@ def to_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def read_runs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All rows of all runs, each with its `layer` and `seed`, after checking that the runs are comparable.
 
-    Args:
-        data: `{"runs": [...]}`, each run as `notebooks/silence.ipynb` writes it into its `summary.json`.
+    `data` is `{"runs": [...]}`, each run as `notebooks/silence.ipynb` writes it into its `summary.json`.
 
     Raises:
         ValueError: naming what is missing, repeated or unequal. Parameters other than layer and seed, and the source
@@ -258,31 +232,27 @@ def read_runs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(f"a run lacks {', '.join(lacking)}")
     experiments = [Experiment.from_mapping(run["parameters"]) for run in runs]
     base = experiments[0]
-    seeds = {experiment.seed for experiment in experiments}
-    present = sorted((experiment.layer, experiment.seed) for experiment in experiments)
-    expected = sorted((layer, seed) for layer in COMPARED for seed in seeds)
+    grid = sorted(itertools.product(range(base.test_songs), base.occupancies, base.segments))
+    all_rows = []
     for experiment, run in zip(experiments, runs, strict=True):
-        label = f"{experiment.layer}, seed {experiment.seed}"
+        label, columns = f"{experiment.layer}, seed {experiment.seed}", run["rows"]
         if dataclasses.replace(experiment, layer=base.layer, seed=base.seed) != base:
             raise ValueError(f"{label}, was run with other parameters than the first run")
         if run["source_hash"] != runs[0]["source_hash"]:
             raise ValueError(f"{label}, was run with other code than the first run")
+        if sorted(columns) != sorted(COLUMNS) or len(set(map(len, columns.values()))) != 1:
+            raise ValueError(f"{label}: columns must be {', '.join(COLUMNS)}, of one length")
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if sorted((row["song"], row["occupancy"], row["segment"]) for row in rows) != grid:
+            raise ValueError(f"{label}: {len(rows)} rows, and not one for each of {len(grid)}")
+        all_rows += [{"layer": experiment.layer, "seed": experiment.seed, **row} for row in rows]
+    present = sorted((experiment.layer, experiment.seed) for experiment in experiments)
+    expected = sorted(itertools.product(COMPARED, {experiment.seed for experiment in experiments}))
     if present != expected:
         raise ValueError(f"runs of {present}, and not one for each layer and seed: {expected}")
     sizes = [run["layer_parameters"] for run in runs]
     if max(sizes) - min(sizes) > sequence_layers.BUDGET_TOLERANCE * min(sizes):
         raise ValueError(f"layers of {min(sizes)} to {max(sizes)} parameters are not equal within 1 %")
-    grid = {(s, o, e) for s in range(base.test_songs) for o in base.occupancies for e in base.segments}
-    all_rows = []
-    for experiment, run in zip(experiments, runs, strict=True):
-        label, columns = f"{experiment.layer}, seed {experiment.seed}", run["rows"]
-        if sorted(columns) != sorted(COLUMNS) or len(set(map(len, columns.values()))) != 1:
-            raise ValueError(f"{label}: columns must be {', '.join(COLUMNS)}, of one length")
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        points = [(row["song"], row["occupancy"], row["segment"]) for row in rows]
-        if set(points) != grid or len(points) != len(grid):
-            raise ValueError(f"{label}: {len(points)} rows, and not one for each of {len(grid)}")
-        all_rows += [{"layer": experiment.layer, "seed": experiment.seed, **row} for row in rows]
     return all_rows
 
 

@@ -3,13 +3,15 @@
 grid → points → one papermill process each, here or on a Dask cluster → each run's summary, or its error
 
 A run that fails does not stop the others. A run that has finished is not repeated, and one that was interrupted
-resumes, as its `bsmamba2.training.run_dir` does.
+resumes, as its `bsmamba2.training.run_dir` does. papermill writes the names of parameters into the notebook as code, so
+only names that the notebook defines are passed on to it.
 
 Book: "Scaling up".
 """
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import os
@@ -26,34 +28,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One run of the grid.
+    """One run of the grid."""
 
-    Attributes:
-        name: the parameters of the grid, as the folder is called: `lr=0.001,seed=0`.
-        parameters: all parameters of the notebook.
-        folder: of the run, with `run.ipynb`, `parameters.json`, `log.txt`, and what the notebook writes.
-    """
-
-    name: str
-    parameters: dict[str, Any]
-    folder: Path
+    name: str  #: the parameters of the grid, as the folder is called: `lr=0.001,seed=0`
+    parameters: dict[str, Any]  #: all parameters of the notebook
+    folder: Path  #: with `run.ipynb`, `parameters.json`, `log.txt`, and the notebook's own results
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run: its `summary.json`, or the error.
-
-    Attributes:
-        point: of the grid.
-        summary: as the notebook wrote it; None when it failed.
-        error: the last lines of its output when it failed, otherwise empty.
-        seconds: duration; 0 when the run had finished before.
-    """
+    """The result of a run: its `summary.json`, or the error."""
 
     point: GridPoint
-    summary: dict[str, Any] | None
-    error: str
-    seconds: float
+    summary: dict[str, Any] | None  #: as the notebook wrote it; None when it failed
+    error: str  #: the last lines of its output when it failed, otherwise empty
+    seconds: float  #: duration; 0 when the run had finished before
 
 
 def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], folder: Path) -> list[GridPoint]:
@@ -65,8 +54,10 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
         folder: of the grid.
 
     Raises:
-        ValueError: for an empty grid, a parameter without a list of values, or two points with the same name.
+        ValueError: for an empty grid, a name that is not an identifier, a value that YAML has no plain type for, a
+            parameter without a list of values, or two points with the same name.
     """
+    _check_plain({**grid, **fixed})
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"grid: {name}={values!r} must be a list of values, at least one")
@@ -86,17 +77,53 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
     return points
 
 
+def _check_plain(value: object) -> None:
+    """Check that a value consists of YAML's plain types, with identifiers for names. Raises ValueError."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"{name!r:.60} must be the name of a parameter: letters, digits and _")
+            _check_plain(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_plain(inner)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{value!r:.60} must be a number, text, true, false, or a list or mapping of these")
+
+
+def check_parameters(parameters: Mapping[str, Any], notebook: Path) -> None:
+    """Check that a notebook defines every parameter, in its cell tagged `parameters`, and that values are plain.
+
+    Raises:
+        ValueError: naming the parameter, or when the notebook cannot be read.
+    """
+    _check_plain(parameters)
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+        nodes = [node for cell in tagged for node in ast.walk(ast.parse("".join(cell["source"])))]
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{notebook}: cannot be read as a notebook with a cell of parameters ({error!r})") from error
+    known = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    if unknown := sorted(parameters.keys() - {*known}):
+        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+
+
 def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, scheduler: str = "") -> Iterator[Result]:
     """Run a grid, `workers` runs at a time here, or on the Dask cluster with this scheduler's address.
 
     Yields each result as it arrives. The workers of a cluster need this package, and the folders at the same paths.
+    Dask over `tcp://` has no authentication: whoever reaches the port of a scheduler or a worker can run code there.
+    `--host 127.0.0.1` binds both to this machine; across machines use `tls://` with certificates.
 
     Raises:
-        ValueError: for less than one worker.
+        ValueError: for less than one worker, or a parameter that the notebook does not have (`check_parameters`).
         ImportError: when a scheduler is given and the `distributed` package is missing.
         OSError: when the scheduler cannot be reached.
     """
     notebook = notebook.resolve()
+    for point in points:
+        check_parameters(point.parameters, notebook)
     if scheduler:
         yield from _run_on_cluster(points, notebook, scheduler)
         return
@@ -115,46 +142,35 @@ def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, s
 def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> Result:
     """Run one point of a grid in a process of its own, unless it has finished before.
 
-    Args:
-        point: of the grid.
-        notebook: takes the parameters, and writes `summary.json` into `output_dir`.
-        threads: of the process; PyTorch's default when absent.
+    The notebook takes the parameters, and writes `summary.json` into `output_dir`. `threads` are those of the process.
     """
-    try:
-        return _run_point(point, notebook, threads)
-    except OSError as error:  # a full disk, or a folder that cannot be written to
-        return Result(point, None, str(error), 0.0)
-
-
-def _run_point(point: GridPoint, notebook: Path, threads: int | None) -> Result:
+    check_parameters(point.parameters, notebook)
     parameters, summary_path = point.folder / "parameters.json", point.folder / "summary.json"
     wanted = json.dumps(point.parameters, indent=1, sort_keys=True)
-    same = parameters.exists() and parameters.read_text(encoding="utf-8") == wanted
-    if same and (summary := _read_summary(summary_path)) is not None:
-        return Result(point, summary, "", 0.0)
-    point.folder.mkdir(parents=True, exist_ok=True)
-    summary_path.unlink(missing_ok=True)
-    parameters.write_text(wanted, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-m", "papermill", str(notebook), str(point.folder / "run.ipynb"), "-f", str(parameters)]
-    started = time.monotonic()
-    process = subprocess.run(
-        [*command, "--no-progress-bar", "--cwd", str(notebook.parent)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    seconds = time.monotonic() - started
-    (point.folder / "log.txt").write_text(process.stdout, encoding="utf-8")
-    summary = _read_summary(summary_path)
-    if process.returncode or summary is None:
-        lines = [line for line in process.stdout.splitlines() if line.strip()] if process.returncode else []
-        return Result(point, None, "\n".join(lines[-3:]) or "it wrote no summary.json that can be read", seconds)
-    return Result(point, summary, "", seconds)
+    command += ["--no-progress-bar", "--cwd", str(notebook.parent)]
+    try:
+        same = parameters.exists() and parameters.read_text(encoding="utf-8") == wanted
+        if same and (summary := _read_summary(summary_path)) is not None:
+            return Result(point, summary, "", 0.0)
+        point.folder.mkdir(parents=True, exist_ok=True)
+        summary_path.unlink(missing_ok=True)
+        parameters.write_text(wanted, encoding="utf-8")
+        started = time.monotonic()
+        with (point.folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
+            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            log.seek(0)
+            lines = [line.rstrip() for line in log if line.strip()]
+        summary = _read_summary(summary_path)
+    except OSError as error:  # a full disk, or a folder that cannot be written to
+        return Result(point, None, str(error), 0.0)
+    fault = "" if summary is not None else "it wrote no summary.json that can be read"
+    if code:
+        summary, fault = None, "\n".join(lines[-3:]) or f"it ended with code {code}"
+    return Result(point, summary, fault, time.monotonic() - started)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

@@ -16,11 +16,13 @@ from bsmamba2.evaluation.protocols import MUSDB, PROTOCOLS
 from bsmamba2.evaluation.report import Evaluation, average, by_occupancy
 
 
-def row(name: str = "a", segment: float = 8.0, occupancy: float = 0.5, **values: float) -> EvalRow:
+def row(
+    name: str = "a", segment: float = 8.0, occupancy: float = 0.5, stem: str = "vocals", **values: float
+) -> EvalRow:
     values_by_metric = {**dict.fromkeys(METRICS, math.nan), **values}
     return EvalRow(
-        track=name, segment=segment, seconds=4.0, occupancy=occupancy, onsets=0, onsets_missed=0, compute_seconds=1.0,
-        **values_by_metric,
+        track=name, stem=stem, segment=segment, seconds=4.0, occupancy=occupancy, onsets=0, onsets_missed=0,
+        compute_seconds=1.0, **values_by_metric,
     )  # fmt: skip
 
 
@@ -76,3 +78,46 @@ def test_an_evaluation_in_json_and_csv(tmp_path: Path) -> None:
     assert same[2]["protocol"] == "the same (mean or median over tracks: not said)"
     three = EvalSet(MUSDB, (*TWO.tracks, replace(TWO.tracks[0], name="c")))
     assert replace(result, tracks=three).comparison_table()[2]["protocol"].startswith("not comparable: tracks:")
+
+
+def test_averages_are_per_stem(tmp_path: Path) -> None:
+    rows = (
+        row("a", stem="drums", usdr=1.0), row("a", usdr=10.0),
+        row("b", stem="drums", usdr=3.0, occupancy=0), row("b", usdr=20.0, csdr=7.0),
+        row("a", segment=1.0, stem="drums", usdr=5.0), row("a", segment=1.0, usdr=6.0),
+    )  # fmt: skip
+    result = Evaluation(
+        checkpoint="m.ckpt",
+        checkpoint_sha256="abc",
+        tracks=TWO,
+        protocol=PROTOCOLS["paper"],
+        dtype="float32",
+        rows=rows,
+    )
+    assert result.stems == ["drums", "vocals"]
+    table = {line[""]: (line["tracks"], line["usdr"]) for line in result.segment_table()}
+    assert table == {"drums, 1 s": (1, 5), "drums, 8 s": (2, 2), "vocals, 1 s": (1, 6), "vocals, 8 s": (2, 15)}
+    groups = {line[""]: (line["tracks"], line["usdr"]) for line in result.occupancy_table()}
+    assert groups == {"drums, no drums": (1, 3), "drums, 25% – 50%": (1, 1), "vocals, 25% – 50%": (2, 15)}
+    comparison = result.comparison_table()
+    assert [comparison[0][key] for key in ("model", "csdr", "usdr")] == ["m.ckpt, mean over 2 tracks", 7.0, 15.0]
+    paths = result.save(tmp_path)
+    content = json.loads(paths[0].read_text())
+    assert content["averages"]["drums, 8 s"]["usdr"] == {"mean": 2.0, "median": 2.0, "tracks": 2}
+    assert [one["stem"] for one in content["rows"]] == ["drums", "vocals"] * 3
+    with paths[1].open(newline="") as file:
+        assert [line["stem"] for line in csv.DictReader(file)] == ["drums", "vocals"] * 3
+    drums = replace(result, rows=rows[::2])
+    assert drums.comparison_table() == []  # the published figures are those of vocals
+    assert [line[""] for line in drums.segment_table()] == ["drums, 1 s", "drums, 8 s"]
+
+
+def test_a_name_in_another_encoding_is_in_every_file(tmp_path: Path) -> None:
+    result = Evaluation(
+        checkpoint="caf\udce9.ckpt", checkpoint_sha256="abc", tracks=TWO, protocol=PROTOCOLS["paper"], dtype="float32",
+        rows=(row("caf\udce9", usdr=1.0),), failures=(Failure("b", 8.0, "caf\udce9/mixture.wav: is damaged"),),
+    )  # fmt: skip
+    as_json, as_csv = result.save(tmp_path)
+    assert json.loads(as_json.read_text(encoding="utf-8"))["rows"][0]["track"] == "caf\udce9"
+    with as_csv.open(newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["track"] == r"caf\udce9"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ from typing import Any
 
 import nbformat
 import pytest
+import yaml
 
-from bsmamba2.experiments.sweep import Result, expand_grid, run_grid
+from bsmamba2.experiments.sweep import GridPoint, Result, check_parameters, expand_grid, run_grid, run_point
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +124,86 @@ def test_a_grid_is_every_combination() -> None:
 def test_a_bad_grid_is_refused(grid: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expand_grid(grid, {}, Path())
+
+
+CODE = "x = 1\nopen('ran_code', 'w').close()\ny"
+NAMES = [
+    CODE,
+    "../../x",
+    "/tmp/x",
+    "..",
+    "",
+    "x y",
+    "x;y",
+    "x=1",
+    "x[0]",
+    "x.y",
+    "f()",
+    "1x",
+    "x\u2028y",
+    3,
+    None,
+    True,
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_a_name_that_is_code_or_a_path_is_refused(
+    name: Any, notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    grid = tmp_path / "grid" / "deep"
+    for attempt in (
+        lambda: expand_grid({name: [1]}, {}, grid),
+        lambda: expand_grid({"x": [1]}, {name: 1}, grid),
+        lambda: expand_grid({"x": [{"y": [{name: 1}]}]}, {}, grid),
+        lambda: list(run_grid([GridPoint("x", {"x": 1, name: 1}, grid)], notebook)),
+        lambda: run_point(GridPoint("x", {"x": 1, name: 1}, grid), notebook),
+    ):
+        with pytest.raises(ValueError, match="must be the name of a parameter"):
+            attempt()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 1), b"x", {1, 2}, 1j, object(), [[Path()]], {"y": print}])
+def test_a_value_that_is_not_plain_yaml_is_refused(value: Any, tmp_path: Path) -> None:
+    for grid, fixed in (({"x": [value]}, {}), ({"x": [1]}, {"y": value})):
+        with pytest.raises(ValueError, match="must be a number, text, true, false, or a list or mapping of these"):
+            expand_grid(grid, fixed, tmp_path)
+
+
+def test_plain_values_pass(notebook: Path) -> None:
+    values = [None, True, 3, 0.5, "a\nb", [1, [2.0]], {"y": {"z": ["text"]}}]
+    for point in expand_grid({"x": values}, {"wait": 0}, Path("grid")):
+        check_parameters(point.parameters, notebook)
+
+
+def test_only_parameters_of_the_notebook_are_passed_on(notebook: Path, tmp_path: Path) -> None:
+    made = expand_grid({"x": [1]}, {"folder": "a name of the notebook's, but not a parameter", "os": 1}, tmp_path / "g")
+    for run in (lambda: list(run_grid(made, notebook)), lambda: run_point(made[0], notebook)):
+        with pytest.raises(ValueError, match=r"square\.ipynb has no parameter folder, os; it has x, wait, output_dir"):
+            run()
+    assert not (tmp_path / "g").exists()
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"cells": [{}]}',
+        '{"cells": [{"metadata": {"tags": ["parameters"]}, "source": "("}]}',
+    ):
+        notebook.write_text(text)
+        with pytest.raises(ValueError, match="cannot be read as a notebook"):
+            run_point(made[0], notebook)
+    with pytest.raises(ValueError, match=r"missing\.ipynb: cannot be read"):
+        run_point(made[0], tmp_path / "missing.ipynb")
+
+
+@pytest.mark.parametrize(("base", "notebook"), [("train_small.yaml", "train.ipynb"), ("", "silence.ipynb")])
+def test_the_notebooks_have_the_parameters_of_the_committed_files(base: str, notebook: str) -> None:
+    fixed = yaml.safe_load((ROOT / "notebooks" / "params" / base).read_text()) if base else {"steps": 3}
+    for point in expand_grid({"seed": [0, 1], "lr": [1.0e-3]}, fixed, Path("grid")):
+        check_parameters(point.parameters, ROOT / "notebooks" / notebook)
 
 
 def test_a_cluster_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from ...kernels.chunked import chunked
 from ...losses import WINDOWS, bsmamba2_loss
 from ...mamba2 import Mamba2, causal_conv1d_silu
 from ...model import BSMamba2
+from ...synth import STEMS, Song
 from ...training.datasets import FileTrack
 from ...training.loader import Loader
 from .. import cost
@@ -45,22 +46,20 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
         settings.parts, settings.dtypes, settings.modes, settings.lengths
     ):
         # Reading and separating have no gradient, and the loss is float32 whatever the model computes in.
-        if (part in ("loading", "separation") and mode != settings.modes[0]) or (
-            part in ("loss", "loading") and dtype != settings.dtypes[0]
-        ):
-            continue
-        for axis in ("time", "band") if part == "mixer" else ("",):
+        again_mode = part in ("loading", "separation") and mode != settings.modes[0]
+        again_dtype = part in ("loading", "loss") and dtype != settings.dtypes[0]
+        for axis in () if again_mode or again_dtype else ("time", "band") if part == "mixer" else ("",):
             yield [Case(part, axis, seconds, dtype, mode, name) for name in candidates(settings, part)]
 
 
 def candidates(settings: Settings, part: str) -> list[str]:
     """Names of a part's candidates; the others are compared with the first."""
-    mixers = [f"transformers, chunk {chunk}" for chunk in BASELINE_CHUNKS]
+    mixers = [f"transformers, chunk {chunk}" for chunk in BASELINE_CHUNKS if "transformers" in settings.baselines]
     roformer = [name for name in settings.baselines if name == "bs_roformer"]
     return {
-        "scan": list(settings.backends),
-        "convolution": list(CONVOLUTIONS),
-        "mixer": [*settings.backends, *(mixers if "transformers" in settings.baselines else [])],
+        "scan": [*settings.backends],
+        "convolution": [*CONVOLUTIONS],
+        "mixer": [*settings.backends, *mixers],
         "model": [*settings.backends, *roformer],
         "separation": [*STREAM_MODES, *roformer],
         "loss": ["five windows", "three windows"],
@@ -155,17 +154,11 @@ def prepare(case: Case, settings: Settings) -> Job:
 
 
 SCANS: dict[str, ssd.Scan] = {
-    "plain": ssd.chunked,
-    "chunked": chunked,
-    "cpu": cpu.scan,
-    "triton": triton.scan,
-    "matrix": ssd.matrix,
-    "recurrent": ssd.recurrent,
-}
+    **ssd.SCANS, "plain": ssd.chunked, "chunked": chunked, "cpu": cpu.scan, "triton": triton.scan
+}  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {  # (t, b, w) → (t, b, w)
     "shifts": blockwise.causal_conv1d_silu,
     "conv1d": lambda x, weight, bias: causal_conv1d_silu(x.transpose(0, 1), weight, bias).transpose(0, 1),
-    "causal-conv1d": triton.causal_conv1d_silu,
 }
 
 
@@ -205,16 +198,10 @@ def _mixer(candidate: str, config: ModelConfig, device: torch.device) -> nn.Modu
     if not candidate.startswith("transformers"):
         return _accelerated(mixer.to(device), candidate)
     settings = importlib.import_module("transformers").Mamba2Config(
-        hidden_size=config.dim,
-        num_heads=config.heads,
-        head_dim=config.headdim,
-        expand=config.expand,
-        state_size=config.d_state,
-        conv_kernel=config.d_conv,
-        n_groups=1,
-        chunk_size=int(candidate.split()[-1]),
+        hidden_size=config.dim, num_heads=config.heads, head_dim=config.headdim, expand=config.expand,
+        state_size=config.d_state, conv_kernel=config.d_conv, n_groups=1, chunk_size=int(candidate.split()[-1]),
         num_hidden_layers=1,
-    )
+    )  # fmt: skip
     modeling = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
     baseline = modeling.Mamba2Mixer(settings, layer_idx=0)
     baseline.load_state_dict(mixer.state_dict())
@@ -223,21 +210,12 @@ def _mixer(candidate: str, config: ModelConfig, device: torch.device) -> nn.Modu
 
 def _model(candidate: str, config: ModelConfig, gradient_checkpointing: bool, device: torch.device) -> nn.Module:
     if candidate == "bs_roformer":
-        return (
-            importlib.import_module("bs_roformer")
-            .BSRoformer(
-                dim=config.dim,
-                depth=config.depth,
-                stereo=config.channels == 2,
-                num_stems=len(config.stems),
-                time_transformer_depth=1,
-                freq_transformer_depth=1,
-                num_residual_streams=1,
-                freqs_per_bands=config.freqs_per_bands,
-                stft_hop_length=config.hop_length,
-            )
-            .to(device)
-        )
+        roformer = importlib.import_module("bs_roformer").BSRoformer(
+            dim=config.dim, depth=config.depth, stereo=config.channels == 2, num_stems=len(config.stems),
+            time_transformer_depth=1, freq_transformer_depth=1, num_residual_streams=1,
+            freqs_per_bands=config.freqs_per_bands, stft_hop_length=config.hop_length,
+        )  # fmt: skip
+        return roformer.to(device)
     model = BSMamba2(config, scan=ssd.SCANS.get(candidate, ssd.chunked))
     model.gradient_checkpointing = gradient_checkpointing
     return _accelerated(model.to(device), candidate)
@@ -246,48 +224,49 @@ def _model(candidate: str, config: ModelConfig, gradient_checkpointing: bool, de
 def _separation(case: Case, config: ModelConfig, device: torch.device) -> Job:
     """Separate noise that arrives in blocks of ten seconds, in segments of eight; the results are dropped."""
     baseline = case.candidate in BASELINES
-    model = _model(case.candidate if baseline else "auto", config, False, device).eval()
-    separator: Any = _Separator(model, config) if baseline else model
+    model: Any = _model(case.candidate if baseline else "auto", config, False, device).eval()
     mode = STREAM_MODES.get(case.candidate, STREAM_MODES["end to end"])
     samples, block = round(case.seconds * config.sample_rate), 10 * config.sample_rate
     noise = torch.randn(1, config.channels, block)
+    if baseline:
+        model = _OneStem(model, config)
 
     def separate_noise() -> None:
         blocks = (noise[..., : min(block, samples - i)] for i in range(0, samples, block))
-        stream = separate_stream(separator, blocks, dtype=DTYPES[case.dtype], **mode)
+        stream = separate_stream(model, blocks, dtype=DTYPES[case.dtype], **mode)
         assert sum(stems.shape[-1] for stems in stream) == samples
 
     return separate_noise
 
 
-class _Separator(nn.Module):
-    """A baseline of one stem with the interface that `separate_stream` expects."""
+class _OneStem(nn.Module):
+    """A baseline with the interface that `separate_stream` expects, padded where it returns fewer samples."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
 
     def forward(self, mixture: Tensor) -> Tensor:
-        """(b, c, samples) → (b, 1, c, samples), padded with zeros where the baseline returns fewer samples."""
+        """(b, c, samples) → (b, 1, c, samples)."""
         y = self.model(mixture).view(len(mixture), 1, mixture.shape[1], -1)
         return functional.pad(y, (0, mixture.shape[-1] - y.shape[-1]))
 
 
 def _loading(case: Case, config: ModelConfig) -> Job:
     """Draw examples of four stems each from two songs of noise, in 16-bit files or in memory."""
-    samples = round(case.seconds * config.sample_rate)
-    folder = tempfile.TemporaryDirectory()
-    noise = np.random.default_rng(0)
-    starts = range(0, 20 * config.sample_rate, config.sample_rate)
-    windows: list[list[tuple[Any, int]]] = [[] for _ in range(4)]
+    samples, rate = round(case.seconds * config.sample_rate), config.sample_rate
+    folder, noise = tempfile.TemporaryDirectory(), np.random.default_rng(0)
+    starts = range(0, 20 * rate, rate)
+    windows: list[list[tuple[Any, int]]] = [[] for _ in STEMS]
     for song in range(2):
-        paths = tuple(Path(folder.name) / f"{song}-{stem}.wav" for stem in range(4))
+        paths = tuple(Path(folder.name) / f"{song}-{stem}.wav" for stem in STEMS)
         shape = (samples + starts[-1], config.channels)
         for path in paths:
-            soundfile.write(path, noise.integers(-3000, 3000, shape, dtype=np.int16), config.sample_rate)
-        track: Any = FileTrack(f"song {song}", paths, config.sample_rate, shape[0])
+            soundfile.write(path, noise.integers(-3000, 3000, shape, dtype=np.int16), rate)
+        track: Any = FileTrack(f"song {song}", paths, rate, shape[0])
         if case.candidate == "memory":
-            track = _InMemoryTrack(track)
+            stems = torch.stack([track.crop(stem, 0, shape[0]) for stem in range(len(STEMS))])
+            track = Song(track.name, stems, rate, (), licence="", source="noise")
         for stem_windows in windows:
             stem_windows += [(track, start) for start in starts]
     batches = iter(Loader(Remixer(windows, samples, 1), workers=2 if "ahead" in case.candidate else 0))
@@ -298,15 +277,3 @@ def _loading(case: Case, config: ModelConfig) -> Job:
             next(batches)
 
     return draw
-
-
-class _InMemoryTrack:
-    """A track that has been read before."""
-
-    def __init__(self, track: FileTrack) -> None:
-        self.name, self.sample_rate, self.samples = track.name, track.sample_rate, track.samples
-        self.label = track.label
-        self.stems = [track.crop(stem, 0, track.samples) for stem in range(len(track.stems))]
-
-    def crop(self, stem: int, start: int, samples: int) -> Tensor:
-        return self.stems[stem][:, start : start + samples]

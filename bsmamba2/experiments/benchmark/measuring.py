@@ -14,13 +14,12 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...config import ModelConfig
 from ...kernels import is_out_of_memory
@@ -78,7 +77,11 @@ def _run_trial(case: Case, settings: Settings, threads: int, pipe: Connection) -
         job = prepare(case, settings)
         before = _peak_memory(settings.device)
         if settings.device == "cpu" and sys.platform == "linux":
-            _limit_memory(round(settings.memory * 1e9))
+            import resource
+
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + round(settings.memory * 1e9)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         pipe.send(None)
         seconds = time_job(job, torch.device(settings.device))
         pipe.send(Trial(before, _peak_memory(settings.device), seconds))
@@ -86,14 +89,6 @@ def _run_trial(case: Case, settings: Settings, threads: int, pipe: Connection) -
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         too_large = is_out_of_memory(error) and settings.device == "cpu"
         pipe.send(f"more than {settings.memory:g} GB" if too_large else message)
-
-
-def _limit_memory(more: int) -> None:
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _peak_memory(device: str) -> int:
@@ -113,29 +108,18 @@ def _peak_memory(device: str) -> int:
 # --- time -------------------------------------------------------------------------------------------------
 
 
-def _synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _trim_heap() -> None:
-    """Return freed memory to the system, where the allocator is the GNU C library's."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
-    """Mean time of a call, in seconds."""
-    _synchronize(device)
+    """Mean time of a call, in seconds; a GPU is waited for."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    wait()
     started = time.perf_counter()
     for _ in range(calls):
         job()
-    _synchronize(device)
+    wait()
     return (time.perf_counter() - started) / calls
 
 
@@ -154,100 +138,66 @@ class GemmPeak:
         return 2 * self.size**3 / min(time_job(product, self.device) for _ in range(3))
 
 
-@dataclass
-class _Timing:
-    """A case in the rounds; without a job, its trial is its only timing."""
-
-    case: Case
-    trial: Trial | None
-    job: Job | None
-    calls: int = 1
-    difference: float | None = None
-    times: list[float] = field(default_factory=list)
-    peaks: list[float] = field(default_factory=list)
-
-
 def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement | Skipped]:
     """Try every case of a job, then time those that finished in rounds."""
     device = torch.device(settings.device)
-    _trim_heap()
-    tried: list[tuple[Case, Trial | None]] = []
+    gc.collect()
+    if trim := sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # the GNU C library returns freed memory to the system
+    trials: dict[Case, Trial | None] = {}
     for case in cases:  # all trials first, before this process itself grows
         outcome = unsupported_reason(case, settings) or (None if case.part == "loading" else trial(case, settings))
         if isinstance(outcome, str):
             yield Skipped(**vars(case), reason=outcome)
         else:
-            tried.append((case, outcome))
-    timings, reference = [], None
-    for case, outcome in tried:
-        if outcome and outcome.seconds > LONG and case.part == "separation":
-            timings.append(_Timing(case, outcome, None))
-            continue
-        timing = _Timing(case, outcome, prepare(case, settings))
-        reference = _warm_up(timing, device, reference)
-        timings.append(timing)
-    if not timings:
+            trials[case] = outcome
+    if not trials:
         return
+    jobs: dict[Case, tuple[Job, int]] = {}  # and how often it is called in a run
+    differences: dict[Case, float] = {}
+    reference = None
+    for case, outcome in trials.items():
+        if case.part == "separation" and outcome and outcome.seconds > LONG:
+            continue  # its trial is its only timing
+        job = prepare(case, settings)
+        started = time.perf_counter()
+        output = job()
+        took = time.perf_counter() - started
+        if output is not None and case.part != "loss" and case.candidate != "bs_roformer":
+            output = output.double()
+            reference = output if reference is None else reference
+            differences[case] = float((output - reference).norm() / reference.norm())
+        took = took if took > 20 * MIN_RUN else time_job(job, device)
+        jobs[case] = job, max(1, math.ceil(MIN_RUN / max(took, 1e-6)))
     gemm_peak = GemmPeak(device, DTYPES[cases[0].dtype])
     before = gemm_peak()
-    for timing in timings:
-        if timing.job is None and timing.trial:
-            timing.times, timing.peaks = [timing.trial.seconds], [before]
+    times = {case: [outcome.seconds] if outcome and case not in jobs else [] for case, outcome in trials.items()}
+    peaks = {case: [] if case in jobs else [before] for case in trials}
     for _ in range(settings.repeats):
-        for timing in timings:
-            if timing.job is not None:
-                timing.times.append(time_job(timing.job, device, timing.calls))
-                after = gemm_peak()
-                timing.peaks.append((before + after) / 2)
-                before = after
+        for case, (job, calls) in jobs.items():
+            times[case].append(time_job(job, device, calls) / (EXAMPLES if case.part == "loading" else 1))
+            after = gemm_peak()
+            peaks[case].append((before + after) / 2)
+            before = after
     config = ModelConfig.preset(settings.preset)
-    for timing in timings:
-        case, outcome = timing.case, timing.trial
-        loading = case.part == "loading"
+    for case, outcome in trials.items():
         yield Measurement(
-            **vars(case),
-            times=tuple(seconds / (EXAMPLES if loading else 1) for seconds in timing.times),
-            gemm_peaks=tuple(timing.peaks),
-            flops=flops(case, settings),
-            units=1.0 if loading else float(spectrogram_frames(case.seconds, config)),
-            memory=outcome.memory if outcome else None,
-            memory_before=outcome.memory_before if outcome else None,
-            difference=timing.difference,
-        )
-
-
-def _warm_up(timing: _Timing, device: torch.device, reference: Tensor | None) -> Tensor | None:
-    """Run a job once, and fill in its difference from the reference and the calls of a timed run.
-
-    Returns:
-        the reference: the output of the first case that has one.
-    """
-    assert timing.job is not None
-    started = time.perf_counter()
-    output = timing.job()
-    took = time.perf_counter() - started
-    if output is not None and timing.case.part != "loss" and timing.case.candidate != "bs_roformer":
-        output = output.double()
-        reference = output if reference is None else reference
-        timing.difference = float((output - reference).norm() / reference.norm())
-    took = took if took > 20 * MIN_RUN else time_job(timing.job, device)
-    timing.calls = max(1, math.ceil(MIN_RUN / max(took, 1e-6)))
-    return reference
+            **vars(case), times=tuple(times[case]), gemm_peaks=tuple(peaks[case]), flops=flops(case, settings),
+            units=1.0 if case.part == "loading" else float(spectrogram_frames(case.seconds, config)),
+            memory=outcome.memory if outcome else None, memory_before=outcome.memory_before if outcome else None,
+            difference=differences.get(case),
+        )  # fmt: skip
 
 
 def run(settings: Settings) -> Iterator[Measurement | Skipped]:
     """All cases; a candidate that is too slow or too large at one length is not tried at a greater one."""
     failed: dict[tuple[str, ...], Skipped] = {}
     for cases in groups(settings):
-        tried = []
         for case in cases:
-            shorter = failed.get(case.series)
-            if shorter is None:
-                tried.append(case)
-            else:
+            if shorter := failed.get(case.series):
                 at_length = "" if shorter.reason.startswith("at ") else f"at {shorter.seconds:g} s: "
                 yield Skipped(**vars(case), reason=at_length + shorter.reason)
-        for result in measure(tried, settings):
+        for result in measure([case for case in cases if case.series not in failed], settings):
             if isinstance(result, Skipped):
                 failed[result.series] = result
             yield result

@@ -38,48 +38,47 @@ class Settings:
     Candidates that cannot run here are listed as skipped. bfloat16 is autocast for whole modules, as in training.
     """
 
-    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  # of the audio, in seconds
+    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  #: of the audio, in seconds
     parts: tuple[str, ...] = PARTS
     backends: tuple[str, ...] = BACKENDS
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: tuple[str, ...] = (FORWARD, BACKWARD)
-    device: str = "cpu"  # cpu, cuda or mps
-    repeats: int = 5  # rounds, after a warm-up
-    preset: str = "paper"  # size of the model
-    sequences: int = 16  # batch of the scan and the convolution
+    device: str = "cpu"  #: cpu, cuda or mps
+    repeats: int = 5  #: rounds, after a warm-up
+    preset: str = "paper"  #: size of the model
+    sequences: int = 16  #: batch of the scan and the convolution
     baselines: tuple[str, ...] = tuple(BASELINES)
-    gradient_checkpointing: bool = True  # recompute the model's layers in its backward pass
-    limit: float = 60.0  # seconds that one run may take
-    memory: float = 12.0  # gigabytes that one run may take beyond its inputs, on a CPU under Linux
+    gradient_checkpointing: bool = True  #: recompute the model's layers in its backward pass
+    limit: float = 60.0  #: seconds that one run may take
+    memory: float = 12.0  #: gigabytes that one run may take beyond its inputs, on a CPU under Linux
 
     def __post_init__(self) -> None:
         choices = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
-        for name, known in {**choices, "baselines": BASELINES}.items():
-            values = tuple(getattr(self, name))
-            object.__setattr__(self, name, values)
-            if wrong := [value for value in values if value not in known]:
-                raise ValueError(f"{name}: {wrong[0]!r} is not one of {', '.join(known)}")
+        words = {"preset": PRESETS, "device": ("cpu", "cuda", "mps")}
+        for name, known in {**choices, "baselines": BASELINES, **words}.items():
+            value = getattr(self, name)
+            values = (value,) if name in words else tuple(value)
+            if wrong := [one for one in values if one not in known]:
+                raise ValueError(f"{name}={value!r}: {wrong[0]!r} is not one of {', '.join(known)}")
             if not values and name not in ("baselines", "backends"):
                 raise ValueError(f"{name} is empty: name at least one of {', '.join(known)}")
+            object.__setattr__(self, name, value if name in words else values)
         object.__setattr__(self, "lengths", tuple(sorted({float(length) for length in self.lengths})))
         limits = {"repeats": 1, "sequences": 1, "limit": 1e-9, "memory": 1e-9}  # smallest values
         if wrong := [name for name, least in limits.items() if not least <= getattr(self, name) < math.inf]:
             raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} must be a positive number")
         if not self.lengths or not all(0.1 <= length <= 7200 for length in self.lengths):
             raise ValueError(f"lengths={self.lengths!r} must be seconds from 0.1 to 7200, at least one")
-        for name, known in (("preset", tuple(PRESETS)), ("device", ("cpu", "cuda", "mps"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[self.device]:
             raise ValueError(f"device={self.device!r}: there is no such device here; device='cpu' runs everywhere")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One candidate doing one job; `axis` is time or band for the mixer, otherwise empty."""
+    """One candidate doing one job."""
 
     part: str
-    axis: str
+    axis: str  #: time or band for the mixer, otherwise empty
     seconds: float
     dtype: str
     mode: str
@@ -98,26 +97,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement(Case):
-    """The measured times and memory of a case.
+    """The measured times and memory of a case."""
 
-    Attributes:
-        times: seconds of a job, for each round.
-        gemm_peaks: FLOP/s of the matrix products timed before and after it, for each round.
-        flops: floating-point operations of the job (`candidates.flops`); None where they are not counted.
-        units: frames of a spectrogram; examples for the loading part.
-        memory: largest resident memory of a process that does only this job, in bytes (on a GPU, of PyTorch's tensors).
-        memory_before: the same before the job, with all imports, weights and inputs.
-        difference: of the output from that of the job's first candidate, relative, in the Euclidean norm; None where it
-            does not apply.
-    """
-
-    times: tuple[float, ...]
-    gemm_peaks: tuple[float, ...]
-    flops: float | None
-    units: float
-    memory: int | None
-    memory_before: int | None
-    difference: float | None
+    times: tuple[float, ...]  #: seconds of a job, for each round
+    gemm_peaks: tuple[float, ...]  #: FLOP/s of the matrix products timed before and after it, for each round
+    flops: float | None  #: floating-point operations of the job (`candidates.flops`); None where they are not counted
+    units: float  #: frames of a spectrogram; examples for the loading part
+    memory: int | None  #: largest resident memory, in bytes, of a process that does only this job (GPU: of its tensors)
+    memory_before: int | None  #: the same before the job, with all imports, weights and inputs
+    difference: float | None  #: of the output from that of the job's first candidate, relative, in the Euclidean norm
 
     @property
     def median(self) -> float:
@@ -127,9 +115,7 @@ class Measurement(Case):
     @property
     def quartiles(self) -> tuple[float, float]:
         """Of the times; with a single round, its time twice."""
-        if len(self.times) == 1:
-            return self.times[0], self.times[0]
-        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
+        low, _, high = statistics.quantiles(self.times * (3 if len(self.times) == 1 else 1), n=4, method="inclusive")
         return low, high
 
     @property

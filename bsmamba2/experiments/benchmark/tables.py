@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -22,12 +23,12 @@ def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
     Raises:
         ValueError: when the notebook did not write the file.
     """
+    names = [field.name for field in dataclasses.fields(Measurement)]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = [field.name for field in dataclasses.fields(Measurement)]
-        rows = [Measurement(**{name: row[name] for name in names}) for row in content["rows"]]
-        rows = [dataclasses.replace(row, times=tuple(row.times), gemm_peaks=tuple(row.gemm_peaks)) for row in rows]
-        return rows, content["machine"]
+        rows = [{name: row[name] for name in names} for row in content["rows"]]
+        lists = [{name: tuple(row[name]) for name in ("times", "gemm_peaks")} for row in rows]
+        return [Measurement(**row | some) for row, some in zip(rows, lists, strict=True)], content["machine"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} was not written by notebooks/benchmark.ipynb: {error!r}") from error
 
@@ -35,27 +36,23 @@ def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
 def results_table(rows: Sequence[Measurement], part: str) -> list[dict[str, Any]]:
     """One line for each measurement of a part; each job's first candidate comes first."""
     lines = []
-    for row in rows:
-        if row.part != part:
-            continue
-        low, high = row.quartiles
+    for row in [row for row in rows if row.part == part]:
         first = next(other for other in rows if other.job == row.job)
-        lines.append(
-            {
-                "audio (s)": f"{row.seconds:g}",
-                **({"axis": row.axis} if row.axis else {}),
-                "type": row.dtype,
-                "pass": row.mode,
-                "candidate": row.candidate,
-                "median (ms)": _milliseconds(row.median),
-                "quartiles (ms)": f"{_milliseconds(low)} to {_milliseconds(high)}",
-                "times the first": row.ratio_to(first),
-                "examples/s" if part == "loading" else "frames/s": f"{row.rate:,.0f}",
-                "of the peak": None if row.fraction is None else f"{row.fraction:.0%}",
-                "memory (GB)": None if row.memory is None else row.memory / 1e9,
-                "difference": None if row.difference is None else f"{row.difference:.0e}",
-            }
-        )
+        line = {
+            "audio (s)": f"{row.seconds:g}",
+            **({"axis": row.axis} if row.axis else {}),
+            "type": row.dtype,
+            "pass": row.mode,
+            "candidate": row.candidate,
+            "median (ms)": _milliseconds(row.median),
+            "quartiles (ms)": " to ".join(map(_milliseconds, row.quartiles)),
+            "times the first": row.ratio_to(first),
+            "examples/s" if part == "loading" else "frames/s": f"{row.rate:,.0f}",
+            "of the peak": None if row.fraction is None else f"{row.fraction:.0%}",
+            "memory (GB)": None if row.memory is None else row.memory / 1e9,
+            "difference": None if row.difference is None else f"{row.difference:.0e}",
+        }
+        lines.append(line)
     return lines
 
 
@@ -69,47 +66,37 @@ def growth_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
     Memory is counted from its level before the job.
     """
     lines = []
-    for long in rows:
-        for short in rows:
-            if short.series == long.series and long.seconds == 4 * short.seconds:
-                sizes = [None if row.memory is None or row.memory_before is None else row.memory - row.memory_before
-                         for row in (long, short)]  # fmt: skip
-                lines.append(
-                    {
-                        "part": " ".join(filter(None, (long.part, long.axis))),
-                        "type": long.dtype,
-                        "pass": long.mode,
-                        "candidate": long.candidate,
-                        "lengths": f"{long.seconds:g} s against {short.seconds:g} s",
-                        "time": long.median / short.median,
-                        "memory": sizes[0] / sizes[1] if sizes[0] and sizes[1] else None,
-                    }
-                )
+    for long, short in itertools.permutations(rows, 2):
+        if short.series == long.series and long.seconds == 4 * short.seconds:
+            sizes = [row.memory - row.memory_before for row in (long, short) if row.memory and row.memory_before]
+            line = {
+                "part": " ".join(filter(None, (long.part, long.axis))),
+                "type": long.dtype,
+                "pass": long.mode,
+                "candidate": long.candidate,
+                "lengths": f"{long.seconds:g} s against {short.seconds:g} s",
+                "time": long.median / short.median,
+                "memory": sizes[0] / sizes[1] if len(sizes) == 2 and all(sizes) else None,
+            }
+            lines.append(line)
     return lines
 
 
 def loading_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Examples per second that reading delivers, and that training steps of one example consume."""
     lines = []
-    for row in rows:
-        if row.part != "loading":
-            continue
-        steps = [
-            step.rate / step.units
-            for step in rows
-            if (step.part, step.seconds, step.mode) == ("model", row.seconds, BACKWARD)
-            and step.candidate in ("plain", "chunked", "cpu", "triton")
-        ]
-        fastest = max(steps, default=None)
-        lines.append(
-            {
-                "example (s)": f"{row.seconds:g}",
-                "read from": row.candidate,
-                "read per second": row.rate,
-                "used per second": fastest if fastest is None else f"{fastest:.3f}",
-                "keeps up": None if fastest is None else f"{row.rate / fastest:,.0f} times over",
-            }
-        )
+    for row in [row for row in rows if row.part == "loading"]:
+        job = ("model", row.seconds, BACKWARD)
+        ours = [step for step in rows if step.candidate in ("plain", "chunked", "cpu", "triton")]
+        steps = [step.rate / step.units for step in ours if (step.part, step.seconds, step.mode) == job]
+        line = {
+            "example (s)": f"{row.seconds:g}",
+            "read from": row.candidate,
+            "read per second": row.rate,
+            "used per second": f"{max(steps):.3f}" if steps else None,
+            "keeps up": f"{row.rate / max(steps):,.0f} times over" if steps else None,
+        }
+        lines.append(line)
     return lines
 
 
