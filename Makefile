@@ -35,7 +35,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 PARALLEL := $(PYTEST) -n logical
 BESIDE = $(PYTEST) -n $(if $(ONE),0,logical)
 NBVAL := --dist loadfile --nbval-lax --nbval-cell-timeout=300
-CACHE := JUPYTERCACHE=$(CURDIR)/_build/.jupyter_cache
+CACHE := JUPYTERCACHE="$(CURDIR)/_build/.jupyter_cache"
 
 # Chapters and labs run as soon as what they read is there: most of them at once, those that read what the training run
 # has left after it. These are touched when all of them have been run with this code, and gave what they should.
@@ -53,12 +53,12 @@ BOOK := _build/html/index.html
 PAGES := $(wildcard _config.yml _toc.yml CONTRIBUTING.md book/*.md book/*.bib book/_ext/*.py book/_static/* book/data/* book/data/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab train bench lint unit kernels chapters browser pages labs format clean
+.PHONY: help env book test lab train bench lint unit kernels attack chapters browser pages labs format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make book      build the book: _build/html/index.html'
-	@echo 'make test      lint, kernels, unit, chapters and browser, and the book for them'
+	@echo 'make test      lint, kernels, unit, attack, chapters and browser, and the book for them'
 	@echo 'make --jobs=2 book test    both on two cores, side by side: what CI runs'
 	@echo 'make lab       open the chapters in JupyterLab'
 	@echo 'make train     the training run that the book shows, if it is absent or older than the code'
@@ -66,6 +66,7 @@ help:
 	@echo 'make lint      style, types and workflows'
 	@echo 'make unit      the tests in tests/'
 	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
+	@echo 'make attack    run the commands on hostile and damaged input (Linux)'
 	@echo 'make chapters  run the chapters and labs that have changed, and compare their tagged outputs'
 	@echo 'make browser   look at the built book and the labs in Chromium, as a reader would'
 	@echo 'make format    put code and chapters into the committed style'
@@ -140,7 +141,7 @@ lab: $(ENV) $(RESULT)
 
 # --- checks -----------------------------------------------------------------------------------------------
 
-test: lint kernels unit chapters browser
+test: lint kernels unit attack chapters browser
 
 lint: $(ENV)
 	$(BIN)/ruff check
@@ -164,6 +165,15 @@ kernels: $(ENV)
 else
 kernels:
 	@echo 'Not run: the tests of the fused kernels need Triton, which comes with torch on Linux.'
+endif
+
+# On Linux, whose limits for processes it uses. The table in the book: tests/attack/attack.py --write.
+ifeq ($(shell uname -s),Linux)
+attack: $(ENV)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/attack.py
+else
+attack:
+	@echo 'Not run: the attacks need the limits for processes that Linux has.'
 endif
 
 chapters: $(RUN_BEFORE) $(RUN_AFTER)
