@@ -5,15 +5,18 @@ The pages that open the parts show it, so that no number there has to be kept up
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from IPython.display import Markdown
 
 WORDS = 150  # of prose that one stops to think about, in a minute
-LINES = 20  # of code, in a minute
+LINES = 20  # of code, in a minute, the module's source that a chapter shows included
 
 
 def chapters(*names: str) -> Markdown:
@@ -40,7 +43,8 @@ def title(notebook: dict[str, Any]) -> str:
 
 def minutes(notebook: dict[str, Any]) -> tuple[int, int]:
     """To read all but the folded answers, and what the exercises say of themselves."""
-    words = lines = exercises = 0
+    words = exercises = 0
+    lines = sum(_lines(inspect.getsource(item)) for item in shown(notebook))
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -49,5 +53,31 @@ def minutes(notebook: dict[str, Any]) -> tuple[int, int]:
                 int(found) for found in re.findall(r"^\*\w+, (\d+) min", source, re.M)
             )
         elif "hide-cell" not in cell["metadata"].get("tags", []):
-            lines += len([line for line in source.splitlines() if line.strip()])
+            lines += _lines(source)
     return round(words / WORDS + lines / LINES), exercises
+
+
+def shown(notebook: dict[str, Any]) -> list[Any]:
+    """The functions and classes whose source `plotting.source` prints."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, str] = {}  # name in the notebook → where it is imported from
+    found = []
+    for node in ast.walk(
+        ast.parse("\n".join("".join(cell["source"]) for cell in cells))
+    ):
+        if isinstance(node, ast.ImportFrom):
+            names |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}"
+                for alias in node.names
+            }
+        elif isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "plotting.source":
+            for item in map(ast.unparse, node.args):
+                root, dot, rest = item.partition(".")
+                found.append(locate(names[root] + dot + rest))
+    return found
+
+
+def _lines(source: str) -> int:
+    return len([line for line in source.splitlines() if line.strip()])

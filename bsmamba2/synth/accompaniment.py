@@ -77,8 +77,7 @@ def play_accompaniment(rng: Generator, score: Score, rate: int, samples: int, re
         sound = recorded.play(family, notes, samples) if recorded else None
         if sound is None:
             sound = play_notes(rng, notes, instrument, rate, samples, spread=spread)
-        rms = np.sqrt(np.mean(sound**2)) + 1e-9
-        gain = 10 ** (rng.normal(-1 if layer == "solo" else 0, 2.5) / 20) / rms
+        gain = 10 ** (rng.normal(-1 if layer == "solo" else 0, 2.5) / 20) / (np.sqrt(np.mean(sound**2)) + 1e-9)
         out += sound * (np.float32(gain) * pan(rng.uniform(-0.85, 0.85)))
     return out
 

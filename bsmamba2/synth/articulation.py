@@ -166,18 +166,16 @@ def _write_consonant(
         sound = int(rng.integers(3))
         track.noise[a:c, sound] = loudness * FRICATIVE_LEVELS[sound]
     elif kind == "stop":  # a closure, a burst, aspiration
-        burst = max(a, c - 2)
+        burst, sound = max(a, c - 2), int(rng.integers(3))
         track.breath[a:burst] = 0.0
-        sound = int(rng.integers(3))
         track.noise[burst:c, 3 + sound] = loudness * BURST_LEVELS[sound]
         track.breath[c : c + round(0.03 / frame)] += 0.3 * loudness
-    elif kind == "voiced stop":
+    elif kind in ("voiced stop", "glide"):
         track.formants[a:c] = GLIDES[rng.integers(len(GLIDES))]
-        track.noise[max(a, c - 1) : c, 3 + rng.integers(3)] = 0.12 * loudness
+        if kind == "voiced stop":
+            track.noise[max(a, c - 1) : c, 3 + rng.integers(3)] = 0.12 * loudness
     elif kind == "nasal":
         track.formants[a:c] = NASAL
-    elif kind == "glide":
-        track.formants[a:c] = GLIDES[rng.integers(len(GLIDES))]
     else:  # h
         track.breath[a:c] += 0.25 * loudness
     track.voicing[a:c] *= voicing

@@ -107,7 +107,6 @@ def _wavetable(instrument: Instrument, hertz: float, cutoff: float, drive: float
     highest = max(1, min(int(0.45 * rate / hertz), size // 2 - 1, len(phases)))
     k = np.arange(1, highest + 1)
     x = 2 * np.pi * np.arange(size) / size
-    amplitude: Array
     if instrument.kind == "power":  # power chord: root, fifth and octave through one clipper, over the octave below
         string = sum(np.sin(n * i * x + phases[n * i]) / i for n in (2, 3, 4) for i in range(1, 7))
         spectrum: Array = np.fft.rfft(np.tanh(drive * 0.5 * np.asarray(string)))[1 : highest + 1]
@@ -115,7 +114,7 @@ def _wavetable(instrument: Instrument, hertz: float, cutoff: float, drive: float
         spectrum = np.fft.rfft(np.sin(x + drive * np.sin(instrument.ratio * x)))[1 : highest + 1]
     else:
         if instrument.kind == "organ":
-            amplitude = np.zeros(max(16, highest))
+            amplitude: Array = np.zeros(max(16, highest))
             amplitude[np.array([1, 2, 3, 4, 6, 8, 10, 12, 16]) - 1] = instrument.drawbars
         else:
             amplitude = k**-instrument.slope * np.where(k % 2, 1.0, instrument.even)

@@ -11,16 +11,9 @@ from numpy.random import Generator
 from .filters import BLOCK, convolve, filter_spectrum, random_eq
 from .song import Array
 
-LOWPASS_VOCALS_PROB = 0.7
-OVERDRIVE_BASS_PROB = 1.0
-AMP_SIM_PROB = 0.6
-WIDE_BASS_PROB = 0.5
-LOW_CUT_VOCALS_PROB = 1.0
-SATURATION_PROB = 0.6
-EQ_PROB = 1.0
-MAX_NARROWING = 0.5  # mono
-DOUBLES_PROB = 0.4
-ECHOES_PROB = 0.4
+LOWPASS_VOCALS_PROB, LOW_CUT_VOCALS_PROB, DOUBLES_PROB, ECHOES_PROB = 0.7, 1.0, 0.4, 0.4
+OVERDRIVE_BASS_PROB, WIDE_BASS_PROB, AMP_SIM_PROB, SATURATION_PROB, EQ_PROB = 1.0, 0.5, 0.6, 0.6, 1.0
+MAX_NARROWING = 0.5  # of the side signal; 0.5 is mono
 VOCALS_LEVEL = (-9, 1)  # dB, the range of the change of the vocals' level
 EQ_SPREAD = 4.0  # dB, standard deviation of the points of the equalisers
 
@@ -28,9 +21,7 @@ EQ_SPREAD = 4.0  # dB, standard deviation of the points of the equalisers
 def apply_production(rng: Generator, lowpass_rng: Generator, stems: Array, mix_variety: float, rate: int) -> float:
     """Apply random changes to stems (s, c, t) in place; returns a change of the vocals' level in dB.
 
-    The vocals lose treble; the bass is overdriven; the other instruments play through two amplifiers; the bass gets
-    wider; the vocals lose their low end; each stem is saturated and equalised; the accompaniment gets narrower; the
-    vocals get doubles and echoes. The levels of the stems are set afterwards.
+    The levels of the stems are set afterwards.
     """
 
     def happens(probability: float) -> bool:
@@ -38,14 +29,19 @@ def apply_production(rng: Generator, lowpass_rng: Generator, stems: Array, mix_v
 
     vocals, _, bass, other = stems
     lowpass_vocals(lowpass_rng, vocals, mix_variety, rate)
-    if happens(OVERDRIVE_BASS_PROB) and bass.any():
-        _overdrive_bass(rng, bass, rate)
+    if happens(OVERDRIVE_BASS_PROB) and bass.any():  # a bass amplifier, which raises the middle frequencies
+        drive, slope, top = rng.uniform(0, 24), rng.uniform(0.3, 1.6), rng.uniform(400, 1_500)
+        overdriven = _saturate(bass, drive)
+        bass[:] = filter_spectrum(overdriven, lambda f: np.clip(f, 60, top) ** slope / (1 + (f / (4 * top)) ** 2), rate)
     if happens(AMP_SIM_PROB) and other.any():
         _amp_sim(rng, other, rate)
-    if happens(WIDE_BASS_PROB) and bass.any():
-        _widen(rng, bass, rate)
-    if happens(LOW_CUT_VOCALS_PROB):
-        _low_cut(rng, vocals, rate)
+    if happens(WIDE_BASS_PROB) and bass.any():  # a chorus on the side signal
+        level, delay = rng.uniform(0.05, 0.35), rng.uniform(4, 15)
+        side = np.float32(level) * _chorus(rng, bass.mean(0), delay, rate)
+        bass += np.stack((side, -side))
+    if happens(LOW_CUT_VOCALS_PROB):  # below the formants
+        corner, order = rng.uniform(150, 600), rng.uniform(1, 2.5)
+        vocals[:] = filter_spectrum(vocals, lambda f: 1 / np.sqrt(1 + (corner / f) ** (2 * order)), rate)
     for stem in stems:
         drive = rng.uniform(-10, 12)
         if happens(SATURATION_PROB) and stem.any():
@@ -53,12 +49,17 @@ def apply_production(rng: Generator, lowpass_rng: Generator, stems: Array, mix_v
         if happens(EQ_PROB):
             stem[:] = convolve(stem, random_eq(rng, rate, EQ_SPREAD)[None].repeat(2, 0), BLOCK // 2)
     for stem in stems[1:]:
-        _narrow(stem, MAX_NARROWING * mix_variety * rng.random())
+        side = (stem[0] - stem[1]) * np.float32(MAX_NARROWING * mix_variety * rng.random())
+        stem -= np.stack((side, -side))
     dry = vocals.mean(0)
-    if happens(DOUBLES_PROB):
-        _add_doubles(rng, vocals, dry, rate)
-    if happens(ECHOES_PROB):
-        _add_echoes(rng, vocals, dry, rate)
+    if happens(DOUBLES_PROB):  # a second and a third take, left and right, with delays that vary slowly
+        level = rng.uniform(0.2, 0.9)
+        for channel in (0, 1):
+            vocals[channel] += np.float32(level) * _chorus(rng, dry, rng.uniform(10, 35), rate)
+    if happens(ECHOES_PROB):  # right and left in turn
+        level, lag = rng.uniform(0.1, 0.4), round(rng.uniform(0.07, 0.4) * rate)
+        for i in range(1, 1 + (len(dry) - 1) // lag):
+            vocals[i % 2, i * lag :] += np.float32(level**i) * dry[: len(dry) - i * lag]
     return float(rng.uniform(*VOCALS_LEVEL)) * mix_variety
 
 
@@ -74,18 +75,8 @@ def _saturate(stem: Array, drive: float) -> Array:
     return np.tanh(stem * np.float32(10 ** (drive / 20) / math.sqrt(float(np.mean(stem**2)))))
 
 
-def _overdrive_bass(rng: Generator, bass: Array, rate: int) -> None:
-    """Overdrive with raised middle frequencies, as from a bass amplifier."""
-    drive, slope, top = rng.uniform(0, 24), rng.uniform(0.3, 1.6), rng.uniform(400, 1_500)
-    overdriven = _saturate(bass, drive)
-    bass[:] = filter_spectrum(overdriven, lambda f: np.clip(f, 60, top) ** slope / (1 + (f / (4 * top)) ** 2), rate)
-
-
 def _amp_sim(rng: Generator, stem: Array, rate: int) -> None:
-    """Amplifier simulation: two overdriven amplifiers with cabinets, left and right, as for doubled rhythm guitars.
-
-    The difference tones of clipped chords fill 80 to 500 Hz, the range of voices and basses.
-    """
+    """Two overdriven amplifiers with cabinets, as for doubled guitars; their difference tones fill 80 to 500 Hz."""
     rms = math.sqrt(float(np.mean(stem**2)))
     drive, bias, blend = 10 ** (rng.uniform(6, 32) / 20), rng.uniform(0, 0.4), rng.uniform(0, 1)
     low, centre, gain = rng.uniform(60, 120), rng.uniform(90, 300), 10 ** (rng.uniform(0, 9) / 20)
@@ -101,39 +92,6 @@ def _amp_sim(rng: Generator, stem: Array, rate: int) -> None:
         if channel:
             signal = _chorus(rng, signal, rng.uniform(3, 20), rate)
         stem[channel] = filter_spectrum(np.tanh(signal * np.float32(drive / rms) + np.float32(bias)), cabinet, rate)
-
-
-def _widen(rng: Generator, stem: Array, rate: int) -> None:
-    """Stereo widening: a chorus is added to the side signal."""
-    level, delay = rng.uniform(0.05, 0.35), rng.uniform(4, 15)
-    side = np.float32(level) * _chorus(rng, stem.mean(0), delay, rate)
-    stem += np.stack((side, -side))
-
-
-def _low_cut(rng: Generator, vocals: Array, rate: int) -> None:
-    """High-pass filter below the formants."""
-    corner, order = rng.uniform(150, 600), rng.uniform(1, 2.5)
-    vocals[:] = filter_spectrum(vocals, lambda f: 1 / np.sqrt(1 + (corner / f) ** (2 * order)), rate)
-
-
-def _narrow(stem: Array, amount: float) -> None:
-    """Stereo narrowing: the side signal is reduced; an `amount` of 0.5 makes the stem mono."""
-    side = (stem[0] - stem[1]) * np.float32(amount)
-    stem -= np.stack((side, -side))
-
-
-def _add_doubles(rng: Generator, vocals: Array, dry: Array, rate: int) -> None:
-    """Doubles: a second and a third take, left and right, with delays that vary slowly."""
-    level = rng.uniform(0.2, 0.9)
-    for channel in (0, 1):
-        vocals[channel] += np.float32(level) * _chorus(rng, dry, rng.uniform(10, 35), rate)
-
-
-def _add_echoes(rng: Generator, vocals: Array, dry: Array, rate: int) -> None:
-    """Echoes that alternate between right and left."""
-    level, delay = rng.uniform(0.1, 0.4), round(rng.uniform(0.07, 0.4) * rate)
-    for i in range(1, 1 + (len(dry) - 1) // delay):
-        vocals[i % 2, i * delay :] += np.float32(level**i) * dry[: len(dry) - i * delay]
 
 
 def _chorus(rng: Generator, signal: Array, delay: float, rate: int) -> Array:

@@ -30,7 +30,11 @@ def equalise_and_reverberate(rng: Generator, dry: dict[str, Array], rate: int) -
         wet = MAX_WET[name] * is_wet * rng.random()
         levels[name] = rng.normal(MEAN_LEVEL[name], LEVEL_STD)
         if dry[name].any():
-            stems[s] = _eq_and_reverb(dry[name], equaliser, room, wet)
+            length = fast_length(len(equaliser) + room.shape[1])
+            spectrum = np.fft.rfft(equaliser, length) * (1 + np.float32(wet) * np.fft.rfft(room, length))
+            taps = len(equaliser) + (room.shape[1] if wet else 0)
+            kernel = np.fft.irfft(spectrum, length)[:, :taps].astype(np.float32)
+            stems[s] = convolve(dry[name], kernel, len(equaliser) // 2)
     return stems, levels
 
 
@@ -70,14 +74,6 @@ def _room(rng: Generator, rate: int) -> Array:
         impulse[rng.integers(2), rng.integers(samples // 4)] += rng.normal(0, 6)
     impulse = bandpass(impulse, 200, rng.uniform(2_500, 9_000), rate)
     return impulse / np.sqrt((impulse**2).sum() / 2)
-
-
-def _eq_and_reverb(stem: Array, equaliser: Array, room: Array, wet: float) -> Array:
-    """Equalise a stem (c, t) and add reverberation at the level `wet` relative to the direct sound."""
-    length = fast_length(len(equaliser) + room.shape[1])
-    spectrum = np.fft.rfft(equaliser, length) * (1 + np.float32(wet) * np.fft.rfft(room, length))
-    kernel = np.fft.irfft(spectrum, length)[:, : len(equaliser) + (room.shape[1] if wet else 0)].astype(np.float32)
-    return convolve(stem, kernel, len(equaliser) // 2)
 
 
 def _gate(phrases: Intervals, rate: int, samples: int) -> Array:

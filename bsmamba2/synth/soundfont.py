@@ -4,7 +4,8 @@ A sound font (`.sf2`) holds recordings of instruments, note by note. FluidSynth 
 `pyfluidsynth` its Python binding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,7 @@ KIT_KEYS = {
 
 
 class SoundFont:
-    """General MIDI sound font.
-
-    Args:
-        path: of the file, `.sf2`.
-
-    Attributes:
-        presets: names by bank (0 for instruments or `DRUMS`) and General MIDI program, from 0.
+    """General MIDI sound font, a file `.sf2`; `presets` are names by bank (0 or `DRUMS`) and program, from 0.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -55,18 +50,16 @@ class SoundFont:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no sound font at {self.path}")
-        synth, font = self._start(44_100)
-        try:
+        with self._synth(44_100) as (synth, font):
             names = {(bank, n): synth.sfpreset_name(font, bank, n) for bank in (0, DRUMS) for n in range(128)}
-        finally:
-            synth.delete()
-        self.presets: dict[tuple[int, int], str] = {preset: name for preset, name in names.items() if name}
+        self.presets = {preset: name for preset, name in names.items() if name}
         for bank in (0, DRUMS):
             if (bank, 0) not in self.presets:
                 raise ValueError(f"{self.path} has no preset 0 in bank {bank}: take a General MIDI font")
 
-    def _start(self, rate: int) -> tuple[Any, int]:
-        """Start a FluidSynth synthesiser, whose output does not depend on anything played before."""
+    @contextmanager
+    def _synth(self, rate: int) -> Iterator[tuple[Any, int]]:
+        """A FluidSynth synthesiser, whose output does not depend on anything played before, and the font's number."""
         try:
             import fluidsynth
         except ImportError as error:
@@ -76,14 +69,16 @@ class SoundFont:
             ) from error
         dry = {"synth.reverb.active": 0, "synth.chorus.active": 0, "synth.dynamic-sample-loading": 1}
         synth = fluidsynth.Synth(gain=GAIN, samplerate=float(rate), channels=16, **dry)
-        font = synth.sfload(str(self.path))
-        actual_rate = synth.get_setting("synth.sample-rate")
-        if font >= 0 and actual_rate == rate:
-            return synth, font
-        synth.delete()
-        if font < 0:
-            raise ValueError(f"{self.path} is not a sound font that FluidSynth can read")
-        raise ValueError(f"FluidSynth plays at {actual_rate:g} Hz when asked for {rate}: ask for 8000 to 96000")
+        try:
+            font = synth.sfload(str(self.path))
+            actual_rate = synth.get_setting("synth.sample-rate")
+            if font < 0:
+                raise ValueError(f"{self.path} is not a sound font that FluidSynth can read")
+            if actual_rate != rate:
+                raise ValueError(f"FluidSynth plays at {actual_rate:g} Hz when asked for {rate}: ask for 8000 to 96000")
+            yield synth, font
+        finally:
+            synth.delete()
 
     def play(self, notes: Iterable[Note], program: int, samples: int, rate: int, *, bank: int = 0) -> Array:
         """Render notes with one instrument, (c=2, t=samples) float32; the same notes give the same bits.
@@ -99,12 +94,10 @@ class SoundFont:
             raise ValueError(f"{self.path} has no preset {program} in bank {bank}")
         if samples < 1:
             raise ValueError(f"samples={samples!r} must be at least 1")
-        blocks = -(-samples // BLOCK)
-        synth, font = self._start(rate)
-        try:
+        with self._synth(rate) as (synth, font):
             synth.program_select(0, font, bank, program)
             pieces, position = [], 0
-            for block, is_on, key, velocity in _events(notes, blocks, rate):
+            for block, is_on, key, velocity in _events(notes, -(-samples // BLOCK), rate):
                 if block > position:
                     pieces.append(synth.get_samples((block - position) * BLOCK))
                     position = block
@@ -112,8 +105,6 @@ class SoundFont:
                     synth.noteon(0, key, velocity)
                 else:
                     synth.noteoff(0, key)
-        finally:
-            synth.delete()
         sound = np.concatenate(pieces).reshape(-1, 2)[:samples].T
         return np.ascontiguousarray(sound, dtype=np.float32) / np.float32(32_768)
 
@@ -166,9 +157,11 @@ class Recorded:
         program = self._draw_program(KITS, DRUMS)
         if program is None:
             return {}
-        seconds, hits = 1.6, []
-        for i, keys in enumerate(KIT_KEYS.values()):
-            hits.append(Note(2 * i * seconds, seconds, int(self.rng.choice(keys)), self.rng.uniform(0.6, 1.0)))
+        seconds = 1.6
+        hits = [
+            Note(2 * i * seconds, seconds, int(self.rng.choice(keys)), self.rng.uniform(0.6, 1.0))
+            for i, keys in enumerate(KIT_KEYS.values())
+        ]
         length = round(seconds * self.rate)
         fade = np.linspace(1, 0, length // 10, dtype=np.float32)
         sound = self.font.play(hits, program, 2 * len(hits) * length, self.rate, bank=DRUMS).mean(0)

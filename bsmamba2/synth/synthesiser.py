@@ -54,9 +54,7 @@ def synthesise(
         ValueError: for an argument out of range.
         ImportError, FileNotFoundError: as `soundfont.SoundFont` does.
     """
-    for name, value, least in (("seed", seed, 0), ("sample_rate", sample_rate, 8_000)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} is {value!r}; give an integer of at least {least}")
+    _check_integers(seed=(seed, 0), sample_rate=(sample_rate, 8_000))
     if not (math.isfinite(seconds) and seconds >= 0.5):
         raise ValueError(f"seconds is {seconds!r}; give a finite duration of at least 0.5")
     _check_shares(occupancy=occupancy, mix_variety=mix_variety)
@@ -116,9 +114,7 @@ def synthesise_songs(
     Raises:
         ValueError: for an argument out of range.
     """
-    for name, value in (("count", count), ("seed", seed)):
-        if value < 0:
-            raise ValueError(f"{name} is {value!r}; give an integer of at least 0")
+    _check_integers(count=(count, 0), seed=(seed, 0))
     _check_shares(soundfont_share=soundfont_share, clean_share=clean_share)
     songs = []
     for i in range(first, count, every):
@@ -135,6 +131,12 @@ def synthesise_songs(
         song_seed = int(sequence.generate_state(2)[1])
         songs.append(synthesise(song_seed, seconds=seconds, occupancy=occupancy, sample_rate=sample_rate, **options))
     return songs
+
+
+def _check_integers(**values: tuple[Any, int]) -> None:
+    for name, (value, least) in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} is {value!r}; give an integer of at least {least}")
 
 
 def _check_shares(**shares: float) -> None:

@@ -47,7 +47,9 @@ def sing(rng: Generator, score: Score, phrases: Intervals, rate: int, samples: i
             pitch = _snap_to_scale(pitch, score)
         if number:
             pitch = pitch + smooth_noise(rng, frames, 0.2 / frame) * np.float32(rng.uniform(0.05, 0.2))
-        hertz = _interpolate(to_hertz(pitch).astype(np.float32), hop_length, samples)
+        hertz = to_hertz(pitch).astype(np.float32)  # one value per hop; then interpolated linearly, (samples,)
+        slopes = np.diff(hertz, append=hertz[-1:])[:, None] * (np.arange(hop_length, dtype=np.float32) / hop_length)
+        hertz = (hertz[:, None] + slopes).reshape(-1)[:samples]
         spectra = _stft(_pulse_train(hertz, rate), size, hop_length, active)
         spectra *= envelope * (track.voicing[active, None] * highpass * np.float32(0.12))
         take = _istft(spectra if number else spectra + noise, size, hop_length, active, samples)
@@ -93,13 +95,6 @@ def _snap_to_scale(pitch: Array, score: Score) -> Array:
     wanted = smooth(pitch, 9)
     nearest = allowed[np.abs(wanted[:, None] - allowed).argmin(1)]
     return pitch + smooth(nearest - np.round(wanted), 9)
-
-
-def _interpolate(values: Array, hop_length: int, samples: int) -> Array:
-    """Linear interpolation of one value per hop to (samples,)."""
-    steps = np.arange(hop_length, dtype=np.float32) / hop_length
-    slopes = np.diff(values, append=values[-1:])
-    return (values[:, None] + slopes[:, None] * steps).reshape(-1)[:samples]
 
 
 def _pulse_train(hertz: Array, rate: int) -> Array:

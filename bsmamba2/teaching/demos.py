@@ -62,21 +62,16 @@ def band_width_at(widths: Sequence[int], hertz: float, sample_rate: int = 44_100
 def oracle_band_gain(song: Song, widths: Sequence[int], hop_length: int = 441) -> Tensor:
     """Oracle vocals with one gain per band and frame, (c, samples): it makes the loss inside a band audible.
 
-    With m and s the mixture's and the vocals' bins of a band in one frame, both channels together, the gain with the
-    smallest error is g = Re⟨m, s⟩ / ⟨m, m⟩, clamped to [0, 1]. The model is not limited to this: it estimates a
-    separate mask value for every bin.
-
-    Args:
-        song: the song to separate.
-        widths: bins in each band, low to high.
-        hop_length: samples between frames.
+    With m and s the mixture's and the vocals' bins of a band (`widths` in bins) in one frame, both channels together,
+    the gain with the smallest error is g = Re⟨m, s⟩ / ⟨m, m⟩, clamped to [0, 1]. The model is not limited to this: it
+    estimates a separate mask value for every bin.
     """
     n_fft = 2 * (sum(widths) - 1)
-    mixture, vocals = stft(song.mixture, n_fft, hop_length), stft(song.vocals, n_fft, hop_length)
-    product, power = (mixture.conj() * vocals).real, mixture.abs().square()
+    signals = song.mixture, song.vocals
+    mixture, vocals = (stft(signal, n_fft, hop_length).split(list(widths), dim=1) for signal in signals)
     bands = []
-    for m, ms, mm in zip(*(part.split(list(widths), dim=1) for part in (mixture, product, power)), strict=True):
-        gain = ms.sum((0, 1)) / mm.sum((0, 1)).clamp(min=1e-12)  # (t,)
+    for m, s in zip(mixture, vocals, strict=True):
+        gain = (m.conj() * s).real.sum((0, 1)) / m.abs().square().sum((0, 1)).clamp(min=1e-12)  # (t,)
         bands.append(gain.clamp(0, 1) * m)
     return istft(torch.cat(bands, dim=1), song.samples, n_fft, hop_length)
 
@@ -86,12 +81,12 @@ def oracle_band_gain(song: Song, widths: Sequence[int], hop_length: int = 441) -
 
 @dataclass(frozen=True)
 class ChunkRun:
-    """Cost of the chunked scan at one chunk length: FLOPs, seconds and bytes.
+    """Cost of the chunked scan at one chunk length.
 
     Attributes:
         chunk: frames in a chunk.
-        scores: floating-point operations of the products inside chunks.
-        states: floating-point operations of the products that make and read the states between chunks.
+        scores, states: FLOPs of the products inside chunks, and of those that make and read the states between them.
+        levels: FLOPs of products that are repeated for heads whose decay in a chunk does not fit into one level.
         seconds: the shortest of several runs.
         memory: peak bytes of the tensors that the scan allocates, its output included and its inputs not.
     """
@@ -99,6 +94,7 @@ class ChunkRun:
     chunk: int
     scores: int
     states: int
+    levels: int
     seconds: float
     memory: int
 
@@ -115,14 +111,10 @@ def scan_inputs(
 
 
 def chunk_runs(chunks: Sequence[int], inputs: tuple[Tensor, ...] | None = None, *, rounds: int = 3) -> list[ChunkRun]:
-    """Measure `kernels.chunked` at several chunk lengths: FLOPs and memory once, time in several rounds.
+    """Measure `kernels.chunked` at several chunk lengths (frames): FLOPs and memory once, time in several rounds.
 
     Every round times all lengths in turn, so that a busy moment of the machine spoils a round and not one length.
-
-    Args:
-        chunks: frames in a chunk.
-        inputs: x, dt, A, B, C of the scan; `scan_inputs()` when absent.
-        rounds: timed runs, at least 1.
+    The inputs x, dt, A, B, C are `scan_inputs()` when absent.
 
     Raises:
         ValueError: for a chunk or rounds below 1.
@@ -134,18 +126,19 @@ def chunk_runs(chunks: Sequence[int], inputs: tuple[Tensor, ...] | None = None, 
     scans = [partial(chunked, x, dt, A, B, C, chunk=chunk) for chunk in chunks]
     counted = []
     with torch.no_grad():
-        for chunk, scan in zip(chunks, scans, strict=True):
+        for scan in scans:
             with peak_memory() as memory, FlopCounterMode(display=False) as counter:
                 scan()
-            q = -(-t // -(-t // chunk))
-            lengths = [min(q, t - start) for start in range(0, t, q)]
-            scores = b * sum(2 * length**2 * (n + h * p) for length in lengths)
-            counted.append((chunk, scores, counter.get_total_flops() - scores, memory()))
+            counted.append((counter.get_total_flops(), memory()))
         times = [[timeit(scan, number=1) for scan in scans] for _ in range(rounds)]
-    return [
-        ChunkRun(chunk, scores, states, min(seconds), memory)
-        for (chunk, scores, states, memory), seconds in zip(counted, zip(*times, strict=True), strict=True)
-    ]
+    runs = []
+    for chunk, (flops, bytes_), seconds in zip(chunks, counted, zip(*times, strict=True), strict=True):
+        q = -(-t // -(-t // chunk))
+        lengths = [min(q, t - start) for start in range(0, t, q)]
+        scores = b * sum(2 * length**2 * (n + h * p) for length in lengths)
+        states = b * 2 * n * h * p * (2 * t - lengths[0] - lengths[-1])  # the first reads none, the last makes none
+        runs.append(ChunkRun(chunk, scores, states, flops - scores - states, min(seconds), bytes_))
+    return runs
 
 
 @contextmanager
@@ -157,23 +150,21 @@ def peak_memory() -> Iterator[Callable[[], int]]:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal peak
-            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+            given = {storage._cdata for storage in storages((args, kwargs))}
             result = func(*args, **(kwargs or {}))
-            for tensor in _tensors(result):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in live and key not in given:
+            for storage in storages(result):
+                if (key := storage._cdata) not in live and key not in given:
                     live[key] = storage.nbytes()
                     weakref.finalize(storage, live.pop, key, None)
             peak = max(peak, sum(live.values()))
             return result
 
+    def storages(tree: Any) -> list[torch.UntypedStorage]:
+        leaves = torch.utils._pytree.tree_leaves(tree)
+        return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+
     with Watch():
         yield lambda: peak
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 # --- Δ and the decay --------------------------------------------------------------------------------------
@@ -181,12 +172,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class StateTrace:
-    """A scalar state over t frames.
-
-    Attributes:
-        state: after each frame, (t,).
-        weights: of each frame's input in the last frame's state, the last row of the decay matrix, (t,).
-    """
+    """A scalar state after each frame, (t,), and the last row of the decay matrix: how much each frame weighs in it."""
 
     state: Tensor
     weights: Tensor
@@ -195,10 +181,7 @@ class StateTrace:
 def state_trace(written: Tensor, dt: Tensor, A: float) -> StateTrace:
     """Scan with a scalar state: h_t = exp(dt_t · A) · h_{t−1} + written_t.
 
-    Args:
-        written: what each frame adds to the state, dt · x in the scan's letters, (t,).
-        dt: step of each frame, positive, (t,).
-        A: negative.
+    Each frame adds `written` (t,) to the state (dt · x in the scan's letters); `dt` (t,) is positive, A negative.
 
     Raises:
         ValueError: for shapes that differ, a step that is not positive or an A that is not negative.
@@ -217,14 +200,9 @@ def state_trace(written: Tensor, dt: Tensor, A: float) -> StateTrace:
 def note_and_rest(
     dt_sound: float, dt_rest: float, A: float, *, frames: int = 64, note: int = 4, rest: tuple[int, int] = (16, 48)
 ) -> StateTrace:
-    """State trace of a one-frame note, followed by sound, a rest and sound.
+    """State trace of a note of one frame, which adds 1, followed by sound, a rest (first frame, end) and sound.
 
-    Args:
-        dt_sound, dt_rest: Δ outside the rest, and in it.
-        A: negative.
-        frames: t.
-        note: the frame that adds 1 to the state.
-        rest: its first frame, and the first after it.
+    Δ is `dt_rest` in the rest and `dt_sound` outside; A is negative.
     """
     dt = torch.full((frames,), dt_sound)
     dt[slice(*rest)] = dt_rest
@@ -238,14 +216,10 @@ def note_and_rest(
 
 @dataclass(frozen=True)
 class OccupancyRun:
-    """A synthesised song, its separated vocals and their scores.
+    """A synthesised song, its separated vocals (c, samples) and their scores in dB.
 
-    Attributes:
-        song: the song.
-        estimate: the vocals, (c, samples).
-        usdr: of the estimate, in dB; energy of the voice over energy of the error.
-        mixture_usdr: uSDR of the mixture itself, in dB.
-        leakage: level of the estimate in the silent regions, in dB relative to the mixture there; NaN without any.
+    uSDR is that of the estimate and of the mixture itself; `leakage` is the level of the estimate in the silent
+    regions, relative to the mixture there, NaN without any.
     """
 
     song: Song
@@ -256,13 +230,9 @@ class OccupancyRun:
 
 
 def at_occupancy(model: BSMamba2, occupancy: float, *, seed: int = 7, seconds: float = 4.0) -> OccupancyRun:
-    """Synthesise a song with the given share of singing, and separate it.
+    """Synthesise a song with the given share of singing, and separate it; the model's first stem is the vocals.
 
-    Args:
-        model: its first stem is taken for the vocals.
-        occupancy: share of the time that is sung, 0 to 1; the same seed keeps its accompaniment.
-        seed: of the song.
-        seconds: its length.
+    The same seed keeps the accompaniment.
 
     Raises:
         ValueError: for an occupancy outside [0, 1] or fewer than 0.5 seconds.
@@ -288,12 +258,9 @@ TINY = ModelConfig(
 
 
 def ablated_model(sequence_layer: str = "Mamba-2", directions: str = "both", config: ModelConfig = TINY) -> BSMamba2:
-    """A model with its sequence layer replaced by one of equal size, or without its backward layers.
+    """A model with one of the `SEQUENCE_LAYERS`, of equal size, in one of the `DIRECTIONS`.
 
-    Args:
-        sequence_layer: one of `SEQUENCE_LAYERS`.
-        directions: one of `DIRECTIONS`; without the backward layers, their half of each block passes its input on.
-        config: of the model.
+    Without the backward layers, their half of each block passes its input on.
 
     Raises:
         ValueError: for a name that is not listed.
@@ -310,15 +277,7 @@ def ablated_model(sequence_layer: str = "Mamba-2", directions: str = "both", con
 
 @dataclass(frozen=True)
 class Ablation:
-    """Result of training an ablated model.
-
-    Attributes:
-        sequence_layer, directions, loss: the choices.
-        parameters: learned numbers.
-        steps: optimiser steps.
-        seconds: of training.
-        usdr: in dB, mean over unseen songs; silence has 0 dB.
-    """
+    """Result of training an ablated model: uSDR in dB, mean over unseen songs, where silence has 0 dB."""
 
     sequence_layer: str
     directions: str
@@ -340,13 +299,8 @@ def ablate(
 ) -> Ablation:
     """Train a small model on synthesised songs and score it on others; the same songs every time.
 
-    Args:
-        sequence_layer: one of `SEQUENCE_LAYERS`.
-        directions: one of `DIRECTIONS`.
-        loss: one of `bsmamba2.train.LOSSES`; the published one with a third of its frames, at a third of the cost.
-        steps: of the optimiser, at least 1.
-        seed: of the weights and the order of the examples.
-        config: of the model.
+    The loss is one of `bsmamba2.train.LOSSES`, the published one with a third of its frames, at a third of the cost;
+    the seed is that of the weights and of the order of the examples.
 
     Raises:
         ValueError: for a name that is not listed, or fewer than one step.

@@ -15,11 +15,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import sleep
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
+from .. import ssd
 from ..config import ModelConfig
 from ..mamba2 import Mamba2
 
@@ -49,8 +51,8 @@ def grade(
     Args:
         detects: the reader's test: whether a candidate is faulty. An `AssertionError` means yes; None, which a test
             made of assertions returns when all of them hold, means no.
-        right: name → a version without the fault. Several, so that a test does not demand more than it should.
-        faulty: name → a version with the fault.
+        right, faulty: name → a version without the fault, or with it. Several are right, so that a test does not demand
+            more than it should.
         hint: printed when a faulty version passes.
     """
     for name, candidate in {**faulty, **right}.items():
@@ -63,12 +65,22 @@ def grade(
         if name in faulty and not detected:
             return CheckResult(False, f"your test lets a faulty version through: «{name}». {hint}".rstrip())
         if name in right and detected:
-            return CheckResult(
-                False,
-                f"your test calls a right version faulty: «{name}». Does it ask for equality where only rounding "
-                "differs, or for something that need not hold?",
-            )
+            why = "Does it ask for equality where only rounding differs, or for something that need not hold?"
+            return CheckResult(False, f"your test calls a right version faulty: «{name}». {why}")
     return CheckResult(True, f"caught {', '.join(f'«{name}»' for name in faulty)}; let pass {len(right)} right")
+
+
+def needs_own_clock(speedup: Callable[..., float]) -> Callable[..., float]:
+    """Wrap a benchmark (old, new, clock) → number: it raises ValueError for a clock that goes on by itself."""
+
+    def checked(old: Callable[[], Any], new: Callable[[], Any], clock: Callable[[], float]) -> float:
+        start, at_once = clock(), clock()
+        sleep(0.05)
+        if (clock() - at_once) - (at_once - start) > 0.02:  # a clock that ticks at every call is the reader's own
+            raise ValueError("the clock is a real one, which gives other times in every run. Build one of your own")
+        return speedup(old, new, clock)
+
+    return checked
 
 
 def _check(complaints: Callable[P, Iterator[str]]) -> Callable[P, CheckResult]:
@@ -88,12 +100,9 @@ def _check(complaints: Callable[P, Iterator[str]]) -> Callable[P, CheckResult]:
 
 def _describe(error: Exception) -> str:
     """Type, message and line of an exception; the line is the innermost one in neither this file nor a library."""
-    lines = [
-        f" (line {frame.lineno} of {frame.name})"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename != __file__ and "site-packages" not in frame.filename
-    ]
-    return f"{type(error).__name__}: {error}" + "".join(lines[-1:])
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [one for one in frames if one.filename != __file__ and "site-packages" not in one.filename][-1:]
+    return f"{type(error).__name__}: {error}" + "".join(f" (line {one.lineno} of {one.name})" for one in own)
 
 
 def _require_answer(answer: object) -> Iterator[str]:
@@ -140,8 +149,8 @@ def check_best_gain(best_gain: Callable[[Tensor, Tensor], Any]) -> Iterator[str]
 def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
     """`muffle(audio, cutoff)`: (c, samples) → (c, samples) without what lies above `cutoff` hertz."""
     time = torch.arange(RATE) / RATE
-    tones = {hertz: torch.sin(2 * torch.pi * hertz * time) for hertz in (200, 3000, 9000)}
-    audio = torch.stack([sum(tones.values(), torch.zeros(RATE)), tones[200]])  # (2, samples)
+    tones = {hertz: torch.sin(2 * torch.pi * hertz * time) for hertz in (200, 991, 1012, 3000, 9000)}
+    audio = torch.stack([tones[200] + tones[3000] + tones[9000], tones[200]])  # (2, samples)
     passed = audio.clone()
     out = muffle(passed, 1000)
     yield from _require_shape(out, tuple(audio.shape), "(c, samples)")
@@ -149,9 +158,12 @@ def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
         yield "it gives complex numbers, a spectrogram. `istft` takes it back to audio"
     if not torch.equal(passed, audio):
         yield "it changed the audio that it was given; work on a copy"
-    left = {hertz: _amplitude(out[0], hertz) for hertz in tones}
+    left = {hertz: _amplitude(out[0], hertz) for hertz in (200, 3000, 9000)}
     if left[9000] > 0.9 and left[200] < 0.1:
         yield "it keeps what lies above the cutoff and takes the rest away: the other way round"
+    powers = [float(part.square().mean()) for part in (out[1, 4096:12_288], out[1, -12_288:-4096])]  # 0.5 each
+    if max(powers) > 0.1 and min(powers) < 0.1 * max(powers):
+        yield "a steady tone is cut off in time: the mask lies along the frames, the last axis; bins come before them"
     if left[9000] > 0.1 or left[3000] > 0.1:
         yield (
             f"after muffle(audio, 1000) a tone of 3,000 Hz has {left[3000]:.0%} of its height left, one of 9,000 Hz "
@@ -159,6 +171,12 @@ def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
         )
     if left[200] < 0.9:
         yield f"after muffle(audio, 1000) only {left[200]:.0%} of a tone of 200 Hz is left, and all of it should be"
+    edge = {hertz: _amplitude(muffle(tones[hertz].repeat(2, 1), 1000)[0], hertz) for hertz in (991, 1012)}
+    if edge[991] < 0.4:  # 0.75 of a tone is left where its bin is the last one, 0.25 where the bin before is
+        fix = "int() rounds down, and a slice ends one before its end"
+        yield f"muffle(audio, 1000) drops bin 46, at 991 Hz; 47, at 1,012 Hz, is the first to drop: {fix}"
+    if edge[1012] > 0.6:
+        yield "muffle(audio, 1000) keeps bin 47, at 1,012 Hz; 46, at 991 Hz, is the last below the cutoff"
     if _amplitude(muffle(audio, 4000)[0], 3000) < 0.9:
         yield "a tone of 3,000 Hz does not survive muffle(audio, 4000): does the result depend on `cutoff`?"
     if _amplitude(out[1], 9000) > 0.01:
@@ -208,14 +226,7 @@ def check_both_ways(both_ways: Callable[..., Any]) -> Iterator[str]:
     x, dt, A, B, C = random(b, t, h, p), random(b, t, h).abs(), -random(h).abs(), random(b, t, n), random(b, t, n)
     out = both_ways(x, dt, A, B, C)
     yield from _require_shape(out, (b, t, h, p), "(b, t, h, p)")
-    decay = dt * A  # (b, t, h)
-    left = torch.zeros(b, t, t, h, dtype=torch.float64)  # what reaches i from j, from the left
-    right = torch.zeros_like(left)
-    for i in range(t):
-        for j in range(i + 1):
-            left[:, i, j] = decay[:, j + 1 : i + 1].sum(1).exp()
-            right[:, j, i] = decay[:, j:i].sum(1).exp()
-    ahead, back = (torch.einsum("bijh,bin,bjn,bjh,bjhp->bihp", part, C, B, dt, x) for part in (left, right))
+    ahead, back = ssd.recurrent(x, dt, A, B, C), ssd.recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1)).flip(1)
     own = torch.einsum("bin,bin,bih,bihp->bihp", C, B, dt, x)
     if _close(out, ahead + back - own):
         return
@@ -238,12 +249,10 @@ def check_both_ways(both_ways: Callable[..., Any]) -> Iterator[str]:
 def check_step(step: Callable[..., Any], mixer: Mamba2) -> Iterator[str]:
     """`step(frame, state)`: one frame (b, d) → (b, d) and the new state: that of the scan, and three frames of xBC."""
     b, d = 2, mixer.in_proj.in_features
-    inner, width = mixer.out_proj.in_features, mixer.conv1d.weight.shape[0]  # h · p, and that of xBC
     u = torch.randn(b, 8, d, generator=torch.Generator().manual_seed(0))
-    ssm_state = torch.zeros(b, mixer.D.numel(), mixer.headdim, (width - inner) // 2)
-    state: Any = ssm_state, torch.zeros(b, mixer.conv1d.weight.shape[-1] - 1, width)
     with torch.no_grad():
         expected, final = mixer.step(u)
+        state: Any = torch.zeros_like(final.ssm_state), torch.zeros_like(final.conv_state)
         frames = []
         for i in range(u.shape[1]):
             answer = step(u[:, i], state)
@@ -253,7 +262,11 @@ def check_step(step: Callable[..., Any], mixer: Mamba2) -> Iterator[str]:
             frame, state = answer
             yield from _require_shape(frame, (b, d), "(b, d)")
             frames.append(frame)
+        faulty = {complaint: _faulty_outputs(mixer, u, complaint) for complaint in STEP_FAULTS}
     equal = [_close(frame, expected[:, i], 1e-3) for i, frame in enumerate(frames)]
+    for complaint, outputs in faulty.items():
+        if not all(equal) and _close(torch.stack(frames, 1), outputs, 1e-3):
+            yield complaint
     if not equal[0]:
         yield "the very first frame differs. There the state is zero: compare z, xBC, Δ, y step by step"
     if not all(equal):
@@ -265,6 +278,37 @@ def check_step(step: Callable[..., Any], mixer: Mamba2) -> Iterator[str]:
         yield "the outputs are right; the first part of the state should be the scan's state, (b, h, p, n)"
     if not _close(state[1], final.conv_state, 1e-3):
         yield "the outputs are right; the second part of the state should be the last three frames of xBC, (b, 3, w)"
+
+
+STEP_FAULTS = (
+    "y lacks D · x: a head's input also goes past the state, times D",
+    "xBC lacks the bias of the convolution: add it before SiLU",
+    "the taps of the convolution are in the wrong order: the last one weighs the new frame",
+    "y is read before the state is written: the new frame goes into the state first, then C reads it",
+    "the norm comes before the gate: multiply y by SiLU(z) first, then normalise",
+    "y lacks the gate: multiply it by SiLU(z) before the norm",
+    "Δ lacks its bias: add `dt_bias` before softplus",
+)
+
+
+def _faulty_outputs(mixer: Mamba2, u: Tensor, fault: str) -> Tensor:
+    """The mixer's outputs (b, t, d) for u (b, t, d), frame by frame, with one of the `STEP_FAULTS`."""
+    no_skip, no_bias, order, early, late_gate, no_gate, no_dt_bias = (fault == known for known in STEP_FAULTS)
+    z, xBC, dt = mixer.in_proj(u).split(mixer.proj_sizes, dim=-1)
+    taps = mixer.conv1d.weight[:, 0].flip(1) if order else mixer.conv1d.weight[:, 0]  # (w, 4)
+    windows = nn.functional.pad(xBC, (0, 0, taps.shape[1] - 1, 0)).unfold(1, taps.shape[1], 1)  # (b, t, w, 4)
+    xBC = nn.functional.silu((windows * taps).sum(-1) + (0 if no_bias else mixer.get_parameter("conv1d.bias")))
+    x, B, C = xBC.split(mixer.conv_sizes, dim=-1)
+    x = x.unflatten(-1, (-1, mixer.headdim))  # (b, t, h, p)
+    dt = nn.functional.softplus(dt if no_dt_bias else dt + mixer.dt_bias)  # (b, t, h)
+    A, gate = -mixer.A_log.exp(), nn.functional.silu(z)
+    if early:  # C of a frame reads the state of the frame before
+        y = ssd.recurrent(x[:, :-1], dt[:, :-1], A, B[:, :-1], C[:, 1:])
+        y = nn.functional.pad(y, (0, 0, 0, 0, 1, 0))
+    else:
+        y = ssd.recurrent(x, dt, A, B, C)
+    y = (y if no_skip else y + mixer.D[:, None] * x).flatten(2)
+    return mixer.out_proj(mixer.norm(y) * gate if late_gate else mixer.norm(y if no_gate else y * gate))
 
 
 @_check

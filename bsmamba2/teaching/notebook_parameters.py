@@ -11,9 +11,11 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
-INJECTED = "# Parameters\n"
-"""First line of the cell that papermill writes."""
+from ..settings import fits_type
+
+INJECTED = "# Parameters\n"  # the first line of the cell that papermill writes
 
 
 def check(history: Sequence[str], values: Mapping[str, object], types: Mapping[str, object]) -> None:
@@ -39,16 +41,11 @@ def check(history: Sequence[str], values: Mapping[str, object], types: Mapping[s
         if name not in values:
             raise ValueError(f"the parameter {name!r} has no value")
         if not _has_type(values[name], expected):
-            wanted = expected.__name__ if isinstance(expected, type) and expected is not list else str(expected)
+            wanted = str(expected) if get_args(expected) else getattr(expected, "__name__", expected)
             raise ValueError(f"{name}={values[name]!r} must be of type {wanted}")
 
 
-def _has_type(value: object, expected: object) -> bool:
-    item_types = getattr(expected, "__args__", None)
-    if item_types:
+def _has_type(value: object, expected: Any) -> bool:
+    if item_types := get_args(expected):
         return isinstance(value, list) and all(_has_type(item, item_types[0]) for item in value)
-    if expected is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(expected, type) and isinstance(value, expected)
+    return fits_type(value, expected) and (not isinstance(value, float) or math.isfinite(value))

@@ -71,9 +71,7 @@ def source(*objects: Callable[..., Any]) -> Markdown:
 
 
 def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
-    """Audio players for signals (c, samples) by label, all scaled by one factor so that their levels compare.
-
-    The sound is embedded as MP3: a few hundred kilobytes for six seconds, and every browser plays it.
+    """Audio players for signals (c, samples) by label, embedded as MP3; one factor scales all, so that levels compare.
 
     Raises:
         ValueError: when a sample is NaN or infinite.
@@ -102,8 +100,7 @@ def explorable(
         kind: "curves", "bands" or "listen", one of the script's kinds.
         name: one word, unique on the page.
         sliders: label → the words for its positions, from left to right; it starts in the middle.
-        settings: one for each combination of positions, the last slider's fastest. Each has a `caption`, a sentence,
-            and the data that its kind draws.
+        settings: one for each combination of positions, the last slider's fastest: a `caption` and the data to draw.
         common: data shared by all settings.
 
     Raises:
@@ -123,9 +120,8 @@ def explorable(
             f' data-values="{words}" aria-valuetext="{html.escape(values[middle])}" autocomplete="off">'
             f'<output for="{name}-{i}">{html.escape(values[middle])}</output></div>'
         )
-    # "</script" inside the data would end the element.
-    content = {"common": common, "settings": settings}
-    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps({"common": common, "settings": settings}, ensure_ascii=False, separators=(",", ":"))
+    data = data.replace("</", "<\\/")  # "</script" would end the element
     return HTML(
         f'<div class="explorable" id="{name}" data-kind="{kind}">{"".join(controls)}'
         f'<p class="caption" aria-live="polite">{html.escape(settings[start]["caption"])}</p>'
@@ -187,17 +183,13 @@ def spectrograms(
     signals: Mapping[str, Tensor],
     sample_rate: int = 44_100,
     *,
-    top: float = 10_000.0,
+    top: float = 1e4,
     n_fft: int = 2048,
     hop_length: int = 441,
 ) -> Figure:
-    """Spectrograms, one under the other, on one scale: 0 dB is the loudest bin of all.
+    """Spectrograms of signals (c, samples) by label, up to `top` hertz; 0 dB is the loudest bin of all.
 
-    Args:
-        signals: label → (c, samples); the mean of the channels' power is drawn.
-        sample_rate: in hertz.
-        top: highest frequency shown, in hertz.
-        n_fft, hop_length: of the STFT, in samples.
+    The mean of the channels' power is drawn; `n_fft` and `hop_length` are in samples.
     """
     power = {label: stft(signal, n_fft, hop_length).abs().square().mean(0) for label, signal in signals.items()}
     loudest = max(float(values.max()) for values in power.values())
@@ -231,22 +223,16 @@ def scores(
 ) -> Figure:
     """Scatter plot of scores: a point per row, one metric under the other; NaN and infinite values are left out.
 
-    Args:
-        rows: objects with the attributes named below.
-        across: the attribute along x.
-        xlabel: its label, with its unit.
-        metrics: attribute → its label, with its unit.
-        ticks: the values of x, when it has only a few: spaced by their logarithm, with a line through the means.
+    `across` names the rows' attribute along x, `metrics` those along y, with their labels. When x has only a few
+    values, `ticks` are these: they are spaced by their logarithm, with a line through the means.
     """
     with _figure(len(metrics), 1, 7.5, 2.3 * len(metrics), sharex=True) as (figure, axes):
         for axis, (metric, label), colour in zip(axes[:, 0], metrics.items(), itertools.cycle(COLOURS), strict=False):
-            points = [(getattr(row, across), getattr(row, metric)) for row in rows]
-            points = [(x, y) for x, y in points if np.isfinite(y)]
-            axis.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, alpha=0.5, label="a track")
+            points = np.array([(getattr(row, across), getattr(row, metric)) for row in rows], float).reshape(-1, 2)
+            x, y = points[np.isfinite(points[:, 1])].T
+            axis.plot(x, y, "o", color=colour, alpha=0.5, label="a track")
             if ticks:
-                shared = sorted({x for x, _ in points})
-                means = [float(np.mean([y for x, y in points if x == tick])) for tick in shared]
-                axis.plot(shared, means, "-", color=colour, label="mean")
+                axis.plot(np.unique(x), [y[x == tick].mean() for tick in np.unique(x)], "-", color=colour, label="mean")
                 axis.set_xscale("log")
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axis.minorticks_off()
@@ -263,29 +249,23 @@ def images(
 
     With `vmin` and `vmax`, all share one scale and one colour bar.
     """
-    shared = {"vmin", "vmax"} <= options.keys()
     with _figure(1, len(arrays), 7.5, height) as (figure, axes):
         for axis, (label, array) in zip(axes[0], arrays.items(), strict=True):
             image = axis.imshow(np.asarray(array), **{"aspect": "auto", "interpolation": "nearest", **options})
             axis.set(title=label, xlabel=xlabel)
-            if not shared:
+            if not {"vmin", "vmax"} <= options.keys():
                 figure.colorbar(image, ax=axis, label=colour_label)
-        if shared:
+        if {"vmin", "vmax"} <= options.keys():
             figure.colorbar(image, ax=axes[0].tolist(), label=colour_label)
         axes[0, 0].set_ylabel(ylabel)
     return figure
 
 
 def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
-    """Feature tensors drawn as cubes, cut into the sequences that a layer reads; one sequence is outlined.
+    """Feature tensors (t, k, d) drawn as cubes, one for each cut along `time` or `band`, with one sequence outlined.
 
     The visible sides: in front all bands and frames of the first feature, on top all features of the last band, on the
-    right all features of the last frame.
-
-    Args:
-        x: (t, k, d).
-        cuts: one cube for each, cut along `time` or `band`.
-        strip: the outlined sequence: a band where the cut is along time, else a frame.
+    right all features of the last frame. `strip` is a band where the cut is along time, else a frame.
 
     Raises:
         ValueError: for any other cut.
@@ -300,30 +280,25 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
         (x[:, -1, :].T, (0, high), (width, 0), (right, up)),
         (x[-1, :, :], (width, 0), (right, up), (0, high)),
     )
+    edges = {  # where a cut crosses two sides, and how many strips it makes
+        "time": (np.array([(0, 0), (width, 0), (width + right, up)]), np.array((0, high / many)), many),
+        "band": (np.array([(0, 0), (0, high), (right, high + up)]), np.array((width / frames, 0)), frames),
+    }
     size = float(x.abs().quantile(0.98))
     options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "nearest", "aspect": "auto"}
-
-    def edges(cut: str, share: float) -> np.ndarray:
-        """Corners of the line where a cut crosses two sides, (3, 2)."""
-        if cut == "time":
-            return np.array([(0, share * high), (width, share * high), (width + right, share * high + up)])
-        return np.array([(share * width, 0), (share * width, high), (share * width + right, high + up)])
-
     with _figure(1, len(cuts), 7.5, 2.7) as (figure, axes):
         for axis, cut in zip(axes[0], cuts, strict=True):
             for values, origin, across, upwards in sides:
                 place = Affine2D.from_values(*across, *upwards, *origin) + axis.transData
                 axis.imshow(np.asarray(values), **options, extent=(0, 1, 0, 1), origin="lower", transform=place)
-            if cut == "time":
-                count, title = many, f"along time: {many} strips of {frames} frames"
-            else:
-                count, title = frames, f"along bands: {frames} strips of {many} bands"
+            line, step, count = edges[cut]
             for i in range(1, count):
-                axis.plot(*edges(cut, i / count).T, color="white", linewidth=0.5)
-            near, far = edges(cut, strip / count), edges(cut, (strip + 1) / count)
+                axis.plot(*(line + i * step).T, color="white", linewidth=0.5)
+            near, far = line + strip * step, line + (strip + 1) * step
             axis.plot(*np.concatenate([near, far[::-1], near[:1]]).T, color=COLOURS[4], linewidth=1.8)
-            axis.set(title=title, aspect="equal")
-            axis.set(xlim=(-0.25, width + right + 0.1), ylim=(-0.3, high + up + 0.1))
+            names = ("along time", "frames") if cut == "time" else ("along bands", "bands")
+            axis.set_title(f"{names[0]}: {count} strips of {frames * many // count} {names[1]}")
+            axis.set(aspect="equal", xlim=(-0.25, width + right + 0.1), ylim=(-0.3, high + up + 0.1))
             axis.axis("off")
             axis.text(width / 2, -0.08, "frame →", ha="center", va="top")
             axis.text(-0.08, high / 2, "band →", ha="right", va="center", rotation=90)
@@ -336,10 +311,9 @@ def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Fig
     with _figure(1, 1, 7.5, 0.9 + 0.55 * len(tables)) as (figure, axes):
         axis = axes[0, 0]
         for row, widths in enumerate(tables.values()):
-            hertz = sample_rate / 2 / (sum(widths) - 1)
-            edges = np.concatenate([[0], np.cumsum(widths)]) * hertz
-            for i, (low, high) in enumerate(itertools.pairwise(edges)):
-                axis.barh(row, high - low, left=low, height=0.7, color=COLOURS[i % 2], edgecolor="white", linewidth=0.3)
+            high = np.cumsum(widths) * sample_rate / 2 / (sum(widths) - 1)
+            size, colour = np.diff(high, prepend=0), [COLOURS[i % 2] for i in range(len(high))]
+            axis.barh(row, size, left=high - size, height=0.7, color=colour, edgecolor="white", linewidth=0.3)
         axis.set_xscale("symlog", linthresh=1000, linscale=1.2)
         ticks = [0, 250, 500, 750, 1000, 2000, 4000, 8000, 16_000]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -358,5 +332,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
         return f"{value:z.2f}" if isinstance(value, float) else str(value)  # z: no −0.00
 
     keys = list(rows[0])
-    head = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    return Markdown("\n".join([*head, *("| " + " | ".join(text(row[key]) for key in keys) + " |" for row in rows)]))
+    lines = [keys, *([text(row[key]) for key in keys] for row in rows)]
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return Markdown("\n".join([head, "|" + "---|" * len(keys), *body]))

@@ -38,6 +38,7 @@ NO_CHAPTER = {
     "cli",
     "experiments/benchmark",
     "safe_pickle.py",
+    "state_dict.py",
     "teaching/demos.py",
     "teaching/notebook_parameters.py",
     "teaching/plotting.py",

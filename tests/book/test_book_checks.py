@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,18 @@ def test_minutes_are_counted() -> None:
     cells += [markdown("### Exercise 1\n\n*Predict, 5 minutes, easy.* Why?")]
     assert reading.minutes({"cells": cells}) == (5, 5)
     assert reading.title({"cells": cells}) == "Two words"
+
+
+def test_shown_source_counts_as_lines_to_read() -> None:
+    reading = load(ROOT / "book" / "reading.py")
+    cells = [
+        code("from bsmamba2 import metrics as scores\nfrom bsmamba2.teaching import plotting"),
+        code("plotting.source(scores.usdr, plotting.Picture)"),
+    ]
+    shown = reading.shown({"cells": cells})
+    assert [item.__qualname__ for item in shown] == ["usdr", "Picture"]
+    lines = 3 + sum(bool(line.strip()) for item in shown for line in inspect.getsource(item).splitlines())
+    assert reading.minutes({"cells": cells}) == (round(lines / 20), 0)
 
 
 def test_a_module_file_without_a_chapter_is_reported() -> None:

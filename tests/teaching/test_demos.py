@@ -12,7 +12,7 @@ import torch
 
 from bsmamba2 import metrics
 from bsmamba2.bands import generate_bands, published_bands
-from bsmamba2.evaluation import oracle_vocals
+from bsmamba2.evaluation.evaluate import oracle_vocals
 from bsmamba2.synth import synthesise
 from bsmamba2.teaching import demos, plotting
 from bsmamba2.train import LOSSES
@@ -71,7 +71,16 @@ def test_counted_work_is_that_of_the_formula(chunk: int) -> None:
     (run,) = demos.chunk_runs([chunk], demos.scan_inputs(b, t, heads=h, headdim=p, d_state=n), rounds=1)
     assert run.scores == b * 2 * t * chunk * (n + h * p)
     assert run.states == b * 2 * (t - chunk) * 2 * n * h * p  # the first chunk reads none, the last makes none
+    assert run.levels == 0
     assert run.seconds > 0
+
+
+def test_repeated_products_of_fast_heads_are_counted_apart() -> None:
+    """Decays beyond 2⁻¹²⁰ in a chunk repeat products; the work on states does not change by that."""
+    x, dt, A, B, C = demos.scan_inputs(1, 96, heads=4, headdim=8, d_state=16)
+    slow, fast = (demos.chunk_runs([48], (x, dt, rates, B, C), rounds=1)[0] for rates in (A, 100 * A))
+    assert slow.levels == 0 < fast.levels
+    assert (slow.scores, slow.states) == (fast.scores, fast.states)
 
 
 def test_runs_come_in_the_order_asked_for_and_are_reproducible_but_for_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,31 @@ def louder_in_place(audio: Tensor, cutoff: float) -> Tensor:
     return audio.mul_(2)
 
 
+def by_slice(audio: Tensor, cutoff: float, axis: int = 1, extra: int = 0, keep_early: bool = True) -> Tensor:
+    view = stft(audio)
+    first = int(cutoff * 2048 / 44_100) + extra
+    part = slice(first, None) if keep_early else slice(0, first)
+    view[(slice(None),) * axis + (part,)] = 0
+    return istft(view, audio.shape[-1])
+
+
+def rolled_off(audio: Tensor, cutoff: float) -> Tensor:
+    """Right, with a slope of some hundred hertz instead of an edge."""
+    view, hertz = stft(audio), torch.arange(1025) * 44_100 / 2048
+    return istft(view * (0.5 - (hertz - cutoff) / 400).clamp(0, 1)[:, None], audio.shape[-1])
+
+
+def test_both_kinds_of_edge_are_right() -> None:
+    for answer in (rolled_off, lambda audio, cutoff: by_slice(audio, cutoff, extra=1)):
+        result = exercises.check_muffle(answer)
+        assert result, result
+
+
 MUFFLE: dict[str, tuple[Callable[..., Any], str]] = {
+    "one bin too few": (by_slice, "drops bin 46"),
+    "one bin too many": (lambda audio, cutoff: by_slice(audio, cutoff, extra=2), "keeps bin 47"),
+    "along frames": (lambda audio, cutoff: by_slice(audio, cutoff, axis=2), "along the frames"),
+    "along frames, late ones": (lambda *given: by_slice(*given, axis=2, keep_early=False), "along the frames"),
     "nothing": (lambda audio, cutoff: None, "gives None"),
     "no tensor": (lambda audio, cutoff: 3, "gives a int"),
     "one channel": (lambda audio, cutoff: muffle(audio, cutoff)[0], r"\(44100,\); \(c, samples\) is \(2, 44100\)"),
@@ -141,35 +166,58 @@ def mixer() -> Mamba2:
     return Mamba2(16, d_state=8, headdim=16)
 
 
-def streaming(
-    mixer: Mamba2, forget: bool = False, no_gate: bool = False, after_silu: bool = False, order: int = 1
-) -> Callable[..., Any]:
+def streaming(mixer: Mamba2, *faults: str) -> Callable[..., Any]:
     def step(frame: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         ssm_state, conv_state = state
+        if "forget" in faults:
+            ssm_state = torch.zeros_like(ssm_state)
         z, xBC, dt = mixer.in_proj(frame).split(mixer.proj_sizes, dim=-1)
         conv_state = torch.cat([conv_state, xBC[:, None]], 1)
-        out = functional.silu((conv_state * mixer.conv1d.weight[:, 0].T).sum(1) + mixer.conv1d.bias)
-        x, B, C = out.split(mixer.conv_sizes, dim=-1)
-        dt, A = functional.softplus(dt + mixer.dt_bias), -mixer.A_log.exp()
+        taps = mixer.conv1d.weight[:, 0].T
+        out = (conv_state * (taps.flip(0) if "taps" in faults else taps)).sum(1)
+        x, B, C = functional.silu(out if "no bias" in faults else out + mixer.conv1d.bias).split(mixer.conv_sizes, -1)
+        dt, A = functional.softplus(dt if "no dt_bias" in faults else dt + mixer.dt_bias), -mixer.A_log.exp()
         x = x.reshape(len(x), 1, -1, mixer.headdim)
-        y, after = ssd.recurrent(
-            x, dt[:, None], A, B[:, None], C[:, None], mixer.D,
-            initial_state=torch.zeros_like(ssm_state) if forget else ssm_state, return_state=True,
-        )  # fmt: skip
-        y = mixer.out_proj(mixer.norm(y.flatten(1) * (1 if no_gate else functional.silu(z))))
-        conv_state = functional.silu(conv_state) if after_silu else conv_state
-        return y, (after * order, conv_state[:, 1:])
+        parts = x, dt[:, None], A, B[:, None], C[:, None]
+        y, after = ssd.recurrent(*parts, mixer.D, initial_state=ssm_state, return_state=True)
+        if "no D" in faults:
+            y = ssd.recurrent(*parts, initial_state=ssm_state)
+        if "read early" in faults:
+            y = torch.einsum("bhpn,bn->bhp", ssm_state, C)[:, None] + mixer.D[:, None] * x
+        y, gate = y.flatten(1), 1 if "no gate" in faults else functional.silu(z)
+        y = mixer.out_proj(mixer.norm(y) * gate if "norm first" in faults else mixer.norm(y * gate))
+        conv_state = functional.silu(conv_state) if "after SiLU" in faults else conv_state
+        return y, (after, conv_state[:, 1:])
 
     return step
+
+
+STEP = {
+    "no D": "y lacks D",
+    "no bias": "xBC lacks the bias",
+    "taps": "taps of the convolution are in the wrong order",
+    "read early": "read before the state is written",
+    "norm first": "the norm comes before the gate",
+    "no gate": "y lacks the gate",
+    "no dt_bias": "Δ lacks its bias",
+    "forget": "frame 1 is the first that differs",
+    "after SiLU": "frame 1 is the first that differs",
+}
+
+
+@pytest.mark.parametrize("fault", STEP)
+def test_the_tensor_that_differs_is_named(mixer: Mamba2, fault: str) -> None:
+    rejects(exercises.check_step(streaming(mixer, fault), mixer), STEP[fault])
+
+
+def test_two_faults_at_once_are_not_named_as_one(mixer: Mamba2) -> None:
+    rejects(exercises.check_step(streaming(mixer, "no D", "no gate"), mixer), "very first frame")
 
 
 def test_mistakes_with_the_streaming_mixer(mixer: Mamba2) -> None:
     rejects(exercises.check_step(lambda frame, state: None, mixer), "gives None")
     rejects(exercises.check_step(lambda frame, state: frame, mixer), "two things")
     rejects(exercises.check_step(lambda frame, state: (frame[0], state), mixer), r"\(16,\); \(b, d\) is \(2, 16\)")
-    rejects(exercises.check_step(streaming(mixer, no_gate=True), mixer), "very first frame")
-    rejects(exercises.check_step(streaming(mixer, forget=True), mixer), "frame 1 is the first that differs")
-    rejects(exercises.check_step(streaming(mixer, after_silu=True), mixer), "frame 1 is the first that differs")
 
 
 class Live(nn.Module):
@@ -293,3 +341,41 @@ def test_a_bad_test_is_reported() -> None:
     rejects(graded(lambda candidate: True), "calls a right version faulty: «product»")
     rejects(graded(lambda candidate: candidate(3) != 6), "calls a right version faulty: «sum»")
     rejects(graded(lambda candidate: candidate("3") > 6), r"your test itself stopped: TypeError.*line \d+ of <lambda>")
+
+
+def once(old: Callable[[], Any], new: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
+    old()
+    middle = clock()
+    new()
+    return (middle - start) / (clock() - middle)
+
+
+def by_own_clock(speedup: Callable[..., float]) -> bool:
+    now = [0.0]
+
+    def taking(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    return abs(speedup(taking(6), taking(2), lambda: now[0]) - 3) > 1e-9
+
+
+def by_ticks(speedup: Callable[..., float]) -> bool:
+    """A clock that moves on by one at every reading: two functions take the same."""
+    return speedup(lambda: None, lambda: None, itertools.count().__next__) != 1
+
+
+@pytest.mark.parametrize("clock", [time.perf_counter, time.time, lambda: time.monotonic()])
+def test_a_test_on_the_real_clock_is_refused(clock: Callable[[], float]) -> None:
+    def by_real_clock(speedup: Callable[..., float]) -> bool:
+        return not 1 < speedup(lambda: time.sleep(0.03), lambda: time.sleep(0.01), clock) < 7
+
+    versions: dict[str, Any] = {
+        "right": {"once": exercises.needs_own_clock(once)},
+        "faulty": {"as expected": lambda old, new, clock: 7.5},
+    }
+    rejects(
+        exercises.grade(by_real_clock, **versions), "«once» your test itself stopped: ValueError: the clock is a real"
+    )
+    for detects in (by_own_clock, by_ticks):
+        assert exercises.grade(detects, **versions)
