@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bsmamba2 import ModelConfig
-from bsmamba2.checkpoints import BUNDLED_CHECKPOINT, Checkpoint, read_checkpoint
+from bsmamba2.checkpoints import BUNDLED_CHECKPOINT, Checkpoint, CheckpointError, read_checkpoint
 from bsmamba2.evaluation import mean, score
 from bsmamba2.kernels import accelerate
 from bsmamba2.synth import excerpt, synthesise
@@ -29,6 +29,15 @@ def test_it_fits_a_repository_and_says_what_it_is(checkpoint: Checkpoint) -> Non
     assert checkpoint.metadata["licence"].startswith("MIT")
     assert "synthesised" in checkpoint.metadata["title"]
     assert sum(part.numel() for part in checkpoint.state.values()) == CARD["weights"]
+
+
+@pytest.mark.parametrize("place", [9, 30_000, 1_000_000, -1])
+def test_a_flipped_bit_in_it_is_noticed(place: int, tmp_path: Path) -> None:
+    content = bytearray(BUNDLED_CHECKPOINT.read_bytes())
+    content[place] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="flipped.safetensors"):
+        read_checkpoint(tmp_path / "flipped.safetensors")
 
 
 def test_the_card_is_short_and_names_parameters_that_exist() -> None:
