@@ -40,6 +40,7 @@ from .published_layout import (
     unsupported_variant,
 )
 from .published_layout import describe_known_file as describe_known_file
+from .published_layout import infer_config as infer_config
 from .safe_pickle import load_pickle
 from .state_dict import FoundWeights, find_weights, misfit, not_finite, own_copies, sha256_state
 

@@ -78,13 +78,27 @@ def _load_zip(file: BinaryIO) -> Any:
         root = name.removesuffix("data.pkl")
         if f"{root}constants.pkl" in entries:
             raise _Refused("is a TorchScript archive: save the model's state_dict() with torch.save")
-        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != sys.byteorder.encode():
+        if (
+            f"{root}byteorder" in entries
+            and _read_entry(archive, entries[f"{root}byteorder"]) != sys.byteorder.encode()
+        ):
             raise _Refused("was saved on a machine of the opposite byte order: convert it there to safetensors")
 
         def read_storage(key: str, _: int) -> Tensor:
-            return _as_tensor(archive.read(f"{root}data/{key}"))  # zipfile checks the CRC-32
+            return _as_tensor(_read_entry(archive, entries[f"{root}data/{key}"]))
 
-        return _Machine(io.BytesIO(archive.read(name)), read_storage).run()
+        return _Machine(io.BytesIO(_read_entry(archive, entries[name])), read_storage).run()
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """The bytes of an entry, whose CRC-32 zipfile checks at their end; never more than its head states."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _Refused("is compressed as torch.save never does: save it again with torch.save")
+    with archive.open(entry) as part:
+        content = part.read(entry.file_size)
+        if len(content) != entry.file_size or part.read(1):
+            raise _Refused(f"is damaged: {entry.filename:.100} is not as long as it states: get it again")
+    return content
 
 
 def _load_legacy(file: BinaryIO) -> Any:
@@ -92,9 +106,14 @@ def _load_legacy(file: BinaryIO) -> Any:
     file.seek(0)
     content = io.BytesIO(file.read())  # of a bounded length: reading 2^40 bytes from a file would make room for them
     storages: dict[str, Tensor] = {}
+    free = len(content.getbuffer())
 
     def reserve(key: str, nbytes: int) -> Tensor:  # the tensors are views, filled below
-        if nbytes + sum(map(len, storages.values())) > len(content.getbuffer()):
+        nonlocal free
+        if key in storages:
+            return storages[key]
+        free -= nbytes
+        if nbytes < 0 or free < 0:
             raise EOFError("the file ends before its tensors do")
         return storages.setdefault(key, torch.zeros(nbytes, dtype=torch.uint8))
 
@@ -113,9 +132,11 @@ def _as_tensor(data: bytes) -> Tensor:
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> object:
     """A view of a storage, which must not be larger than that (strides of 0), nor leave it (as_strided checks)."""
-    lengths = (offset, *size, *stride)
+    if type(size) is not tuple or type(stride) is not tuple:
+        return Skipped("a tensor without a size")
     flat = storage.content.view(storage.dtype)
-    if len(lengths) > 32 or not all(type(length) is int for length in lengths) or math.prod(size) > flat.numel():
+    lengths = (offset, *size, *stride) if len(size) + len(stride) <= 128 else ("too many",)
+    if not all(type(length) is int and 0 <= length < 1 << 48 for length in lengths) or math.prod(size) > flat.numel():
         return Skipped("a tensor larger than its storage")
     return flat.as_strided(size, stride, offset)
 
@@ -131,7 +152,8 @@ def _rebuild_parameter(data: object, *_: object) -> object:
 
 
 def _rebuild_from_type(function: Any, _: object, arguments: Any, *__: object) -> object:
-    return function(*arguments) if isinstance(function, FunctionType) else Skipped("a tensor subclass")
+    is_call = isinstance(function, FunctionType) and type(arguments) is tuple and len(arguments) <= 16
+    return function(*arguments) if is_call else Skipped("a tensor subclass")
 
 
 def _empty_dict(*_: object) -> dict[Any, Any]:
@@ -167,7 +189,7 @@ def _find_global(module: str, name: str) -> object:
         found = _STORAGES.get(name, vars(torch).get(name))
         if isinstance(found, torch.dtype):
             return found
-    return Skipped(f"{module}.{name}")
+    return Skipped(f"{module:.100}.{name:.100}")
 
 
 class _Machine:
@@ -206,6 +228,8 @@ class _Machine:
             case "DUP":
                 stack.append(stack[-1])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
+                if not 0 <= argument < 1 << 32:
+                    raise ValueError("a memo index out of range")
                 memo[argument] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
@@ -236,7 +260,10 @@ class _Machine:
             case "GLOBAL":
                 stack.append(_find_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(_find_global(*map(str, self._pop(2))))
+                module, name = self._pop(2)
+                if not isinstance(module, str) or not isinstance(name, str):
+                    raise ValueError("a global without a name")
+                stack.append(_find_global(module, name))
             case "REDUCE":
                 self._call(*self._pop(2))
             case "NEWOBJ" | "NEWOBJ_EX":
@@ -267,7 +294,7 @@ class _Machine:
         self.stack.append(Skipped(values[0].name if values and isinstance(values[0], Skipped) else "an object"))
 
     def _call(self, function: object, arguments: Any) -> None:
-        if not isinstance(function, FunctionType):
+        if not isinstance(function, FunctionType) or type(arguments) is not tuple or len(arguments) > 16:
             self._skip([function])
             return
         try:  # one of _FUNCTIONS: no other gets here
@@ -276,13 +303,13 @@ class _Machine:
             self.stack.append(Skipped(f"a tensor that cannot be rebuilt ({type(error).__name__})"))
 
     def _add(self, items: list[Any]) -> None:
-        """Add to a list, or to a dict under keys of text or numbers."""
+        """Add to a list, or to a dict under keys of text or integers, whose hashes cannot be made to collide."""
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)
         elif type(target) is dict:
             pairs = zip(items[::2], items[1::2], strict=True)
-            target.update((key, value) for key, value in pairs if isinstance(key, str | int | float))
+            target.update((k, v) for k, v in pairs if isinstance(k, str) or (isinstance(k, int) and abs(k) < 1 << 40))
 
     def _storage(self, reference: object) -> None:
         match reference:

@@ -269,3 +269,26 @@ def test_torch_files_of_something_else(content, words, tmp_path):
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}.*{words}"):
         load_checkpoint(path)
+
+
+def test_an_entry_that_unpacks_to_more_than_it_states_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.pt"
+    torch.save({"a": torch.zeros(3)}, path)
+    with zipfile.ZipFile(path) as whole:
+        entries = {name: whole.read(name) for name in whole.namelist()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content + bytes(1 << 20) if name.endswith("data.pkl") else content)
+        (entry,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+        entry.file_size, entry.CRC = len(entries[entry.filename]), zlib.crc32(entries[entry.filename])
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="damaged"):
+        load_pickle(path)
+
+
+def test_many_tensors_of_the_legacy_format_load_in_linear_time(tmp_path: Path) -> None:
+    many = {str(number): torch.full((1,), float(number)) for number in range(4000)}
+    torch.save(many, tmp_path / "many.pt", _use_new_zipfile_serialization=False)
+    found = load_pickle(tmp_path / "many.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in many.items())

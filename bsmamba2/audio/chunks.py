@@ -35,10 +35,13 @@ class _Family:
 
 
 _WAV = _Family(8, 12, "<4s", "<I", 2, b"data")
+_RIFX = _Family(8, 12, ">4s", ">I", 2, b"data")  # a WAV of big-endian numbers
 _AIFF = _Family(8, 12, ">4s", ">I", 2, b"SSND")
 _CAF = _Family(4, 8, ">4s", ">q", 1, b"data")
 _W64 = _Family(24, 40, "<16s", "<Q", 8, b"data")  # its sizes count the head of the chunk
-_FAMILIES = {b"RIFF": _WAV, b"RF64": _WAV, b"BW64": _WAV, b"FORM": _AIFF, b"caff": _CAF, b"riff": _W64}
+_FAMILIES = {
+    b"RIFF": _WAV, b"RF64": _WAV, b"BW64": _WAV, b"RIFX": _RIFX, b"FORM": _AIFF, b"caff": _CAF, b"riff": _W64
+}  # fmt: skip
 _KINDS = (b"WAVE", b"AIFF", b"AIFC", b"wave", b"\0\1\0\0")
 _CHUNK_ID = re.compile(rb"[A-Za-z\xa9_][ -~]{3}")
 
@@ -82,6 +85,8 @@ def _chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
         if id == b"LIST":  # libsndfile gives up where its contents are padded to four bytes
             patches[pos] = b"JUNK"
         if id == family.sound:
+            if has_sound:
+                raise DamagedError("holds a second chunk of sound, of which players play the first; export it again")
             has_sound = True
             if wide and size == 0xFFFFFFFF:
                 size_at, format = wide, "<Q"

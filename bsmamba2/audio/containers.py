@@ -54,6 +54,8 @@ def _parts(data: FileBytes) -> Iterable[Part]:
         return _matroska_parts(data, start)
     if head.startswith(_ASF):
         return [_asf_part(data, start)]
+    if head.startswith(b"RIFF") and data.size + 1 < start + 8 + data.unpack("<I", start + 4)[0] < 0xFFFFFFFF:
+        raise DamagedError(CUT)  # an AVI
     if not head.startswith((b"RIFF", b"\0\0\1")):  # AVI and MPEG, whose frames lie in packets
         first = first_frame(data, data.skip_tags(start))
         if first is not None:
@@ -69,7 +71,7 @@ def _flac_part(data: FileBytes, start: int, end: int) -> Part:
 def _mp4_parts(data: FileBytes, start: int) -> Iterator[Part]:
     """One part for each file of a chain; boxes must end within the file."""
     pos, has_index = start, False
-    while pos + 8 <= data.size:
+    while pos + 8 <= data.size and data.skip_tags(pos) < data.size:
         size, kind = data.unpack(">I4s", pos)
         if size == 1:
             (size,) = data.unpack(">Q", pos + 8)

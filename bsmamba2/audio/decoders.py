@@ -227,6 +227,8 @@ def _float32(frame: av.AudioFrame) -> np.ndarray:
     channels = frame.layout.nb_channels
     if frame.format.is_planar and channels >= 8:  # PyAV looks for a ninth plane, and may crash
         (frame,) = av.AudioResampler(frame.format.packed).resample(frame)
+    if frame.format.name in ("s64", "s64p"):  # NumPy's name of it is unknown to PyAV
+        (frame,) = av.AudioResampler("dbl").resample(frame)
     array: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
         array = array.reshape(-1, channels).T

@@ -34,7 +34,7 @@ SUFFIXES = (
 """Suffixes of the files that a folder is searched for, in any case."""
 
 _MAGIC = re.compile(
-    rb"RIFF....WAVE|RF64|BW64|FORM....AIF|caff|riff|\.snd|fLaC|OggS|ID3|\xff[\xe2-\xe7\xf1-\xfd]"
+    rb"RIF[FX]....WAVE|RF64|BW64|FORM....AIF|caff|riff|\.snd|fLaC|OggS|ID3|\xff[\xe2-\xe7\xf1-\xfd]"
     rb"|....ftyp(?!avif|heic|heix|mif1|crx)|\x1a\x45\xdf\xa3|\x30\x26\xb2\x75",
     re.DOTALL,
 )

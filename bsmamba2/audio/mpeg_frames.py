@@ -104,7 +104,7 @@ def frame_parts(data: FileBytes, pos: int) -> Iterator[Part]:
         end = pos + frame.size
         if end > data.size:
             raise DamagedError(CUT)
-        if data.at(pos + frame.tag, 4) in (b"Xing", b"Info"):
+        if data.at(pos + frame.tag, 4) in (b"Xing", b"Info") or data.at(pos + 36, 4) == b"VBRI":
             if frames:
                 yield _part(ranges, tag, frames, first)
             tag, ranges, before, frames = data.at(pos, frame.size), [], before + frames, 0
@@ -121,6 +121,10 @@ def frame_parts(data: FileBytes, pos: int) -> Iterator[Part]:
 def _part(ranges: list[range], tag: bytes, frames: int, first: _Frame) -> Part:
     """One recording: its tag is kept where it counts the frames right, so that delay and padding are trimmed."""
     samples = frames * first.samples
+    if tag[36:40] == b"VBRI":  # a count of Fraunhofer's encoder, which decoders leave out
+        if frames < int.from_bytes(tag[50:54], "big") - 1:
+            raise DamagedError(CUT)
+        tag = b""
     if tag:
         flags, counted, size = struct.unpack(">3xBII", tag[first.tag + 4 : first.tag + 16].ljust(12, b"\0"))
         counted, there = counted * (flags & 1), len(tag) + sum(map(len, ranges))

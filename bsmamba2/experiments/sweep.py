@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 @dataclass(frozen=True)
 class GridPoint:
@@ -32,7 +34,7 @@ class GridPoint:
 
     name: str  #: the parameters of the grid, as the folder is called: `lr=0.001,seed=0`
     parameters: dict[str, Any]  #: all parameters of the notebook
-    folder: Path  #: with `run.ipynb`, `parameters.json`, `log.txt`, and the notebook's own results
+    folder: Path  #: with `run.ipynb`, `parameters.yaml`, `log.txt`, and the notebook's own results
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> R
     The notebook takes the parameters, and writes `summary.json` into `output_dir`. `threads` are those of the process.
     """
     check_parameters(point.parameters, notebook)
-    parameters, summary_path = point.folder / "parameters.json", point.folder / "summary.json"
-    wanted = json.dumps(point.parameters, indent=1, sort_keys=True)
+    parameters, summary_path = point.folder / "parameters.yaml", point.folder / "summary.json"
+    wanted = yaml.safe_dump(json.loads(json.dumps(point.parameters)))  # in JSON, papermill takes 1e-05 for a text
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -316,13 +316,15 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_optimisers(states: list[dict[str, Any]], trainer: Trainer) -> None:
-    """Raise ValueError unless all tensors are of the parameters' shapes, or scalars; settings are the trainer's own."""
+    """Raise ValueError unless tensors have the parameters' shapes, and `step` none; settings are the trainer's own."""
     for state, optimiser in zip(states, trainer.optimisers, strict=True):
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         for number, entry in state["state"].items():
             for name, value in entry.items():
-                if not isinstance(value, Tensor) or value.shape not in ((), parameters[number].shape):
+                shape = () if name == "step" else parameters[number].shape
+                if number < 0 or not isinstance(value, Tensor) or value.shape != shape or value.layout != torch.strided:
                     raise ValueError(f"{name} of parameter {number} is of another shape")
+                entry[name] = value.contiguous()  # fused optimisers read memory in order
         state["param_groups"] = optimiser.state_dict()["param_groups"]
 
 

@@ -332,7 +332,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     run, state = attacked_run(folder)
     precious = write(folder / "precious", b"precious")
-    path = pick(rng, ["lock", "best.safetensors", "last.safetensors", "log.jsonl", state.name, "state-00000002.pt"])
+    path = pick(rng, ["lock", "best.safetensors", "last.safetensors", "steps.jsonl", state.name])
     (run / path).unlink(missing_ok=True)
     which = int(rng.integers(4))
     if which == 0:
