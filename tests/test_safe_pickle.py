@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import functools
+import io
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
