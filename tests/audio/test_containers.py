@@ -342,3 +342,35 @@ def test_very_many_recordings_in_a_small_file(tmp_path: Path) -> None:
     refused(tmp_path / "song", song * 1001, "more than 1,000 recordings end to end")
     frame = b"\xff\xf3\x10\x64" + bytes(47)  # of 26 bytes, the others are padding
     refused(tmp_path / "song", frame * 20_000, "neither a frame nor a tag")
+
+
+def test_big_endian_wav(tmp_path: Path) -> None:
+    sound = (np.sin(np.arange(4410) / 20) * 9000).astype(">i2")
+    head = b"WAVEfmt " + struct.pack(">IHHIIHH", 16, 1, 1, RATE, 2 * RATE, 2, 16)
+    data = head + b"data" + struct.pack(">I", sound.nbytes) + sound.tobytes()
+    path = with_bytes(tmp_path / "a.wav", b"RIFX" + struct.pack(">I", len(data)) + data)
+    assert torch.equal(read(path)[0][0], torch.from_numpy(sound.astype("float32") / 32768))
+    refused(path, path.read_bytes()[:-3000])
+
+
+def test_a_second_chunk_of_sound_and_a_cut_avi_are_refused(tmp_path: Path) -> None:
+    content = wav()
+    refused(tmp_path / "a.wav", content + content[content.index(b"data") :], "second chunk of sound")
+    avi = tmp_path / "a.avi"
+    encode_tone(avi, "pcm_s16le", 44_100)
+    read(avi)
+    refused(avi, avi.read_bytes()[:-4000])
+
+
+def test_the_frame_count_of_fraunhofers_encoder_is_no_sound(tmp_path: Path) -> None:
+    content = mp3(rate=44_100)
+    size = content.index(content[:2], 40)  # the first frame counts the others, for LAME's decoder
+    frames = content[size:]
+    plain = read(with_bytes(tmp_path / "plain.mp3", frames))[0]
+    path, head = tmp_path / "vbri.mp3", content[:4].ljust(36, b"\0") + b"VBRI"
+    for count in (3, 100_000):
+        tag = (head + struct.pack(">HHHII", 1, 0, 75, len(frames), count)).ljust(size, b"\0")
+        if count == 3:
+            assert torch.equal(read(with_bytes(path, tag + frames))[0], plain)
+        else:
+            refused(path, tag + frames)
