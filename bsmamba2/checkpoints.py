@@ -261,7 +261,10 @@ def _read_file(path: Path) -> tuple[FoundWeights, dict[str, str]]:
             raise ValueError(f"is truncated: it ends after {path.stat().st_size:,} bytes")
         if head[:2] != b"PK" and head[:1] != b"\x80":
             raise ValueError(f"is no checkpoint: safetensors and torch.save do not begin with {head!r}")
-        return find_weights(load_pickle(path)), {}
+        found = find_weights(load_pickle(path))
+        if sum(tensor.nbytes for tensor in found.tensors.values()) > 8 * path.stat().st_size + (1 << 20):
+            raise ValueError("has tensors that share their memory: save it again, with a clone of each tensor")
+        return found, {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error!s:.200}): get the file again") from error
     except ValueError as error:

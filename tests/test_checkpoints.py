@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pickle
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, checkpoints, load_checkpoint, save_checkpoint, ssd
 from bsmamba2.checkpoints import CheckpointError, read_checkpoint
-from bsmamba2.published_layout import to_published
+from bsmamba2.published_layout import expected_shapes, to_published
 from bsmamba2.state_dict import find_weights
 
 
@@ -424,3 +426,21 @@ def test_the_scan_is_an_argument(model, tmp_path):
     assert load_checkpoint(tmp_path / "m").layers[0].time.forwards.mixer.scan is ssd.chunked
     for scan in ("matrix", ssd.matrix):
         assert load_checkpoint(tmp_path / "m", scan=scan).layers[0].time.forwards.mixer.scan is ssd.matrix
+
+
+def test_views_of_one_storage_are_refused(tmp_path: Path) -> None:
+    shapes = expected_shapes(ModelConfig(), published=False)
+    storage = torch.zeros(max(map(math.prod, shapes.values())))
+    state = {name: storage[: math.prod(shape)].view(shape) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "a.pt")  # 192 MB of weights in a few
+    with pytest.raises(CheckpointError, match="share their memory"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_float4_is_refused(tmp_path: Path) -> None:
+    state = dict(BSMamba2(TINY).state_dict())
+    name = next(iter(state))
+    state[name] = torch.zeros(state[name].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="not plain floating-point"):
+        load_checkpoint(tmp_path / "a.pt")
