@@ -95,10 +95,7 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise _Refused("is compressed as torch.save never does: save it again with torch.save")
     with archive.open(entry) as part:
-        content = part.read(entry.file_size)
-        if len(content) != entry.file_size or part.read(1):
-            raise _Refused(f"is damaged: {entry.filename:.100} is not as long as it states: get it again")
-    return content
+        return part.read(entry.file_size)
 
 
 def _load_legacy(file: BinaryIO) -> Any:
@@ -141,37 +138,23 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: objec
     return flat.as_strided(size, stride, offset)
 
 
-def _rebuild_tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: object, hooks: object, dtype: torch.dtype, *_: object
-) -> object:
-    return _rebuild_tensor(_Storage(storage.content, dtype), offset, size, stride)
-
-
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
-
-
 def _rebuild_from_type(function: Any, _: object, arguments: Any, *__: object) -> object:
     is_call = isinstance(function, FunctionType) and type(arguments) is tuple and len(arguments) <= 16
     return function(*arguments) if is_call else Skipped("a tensor subclass")
 
 
-def _empty_dict(*_: object) -> dict[Any, Any]:
-    return {}
-
-
 _FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v3"): lambda storage, offset, size, stride, grad, hooks, dtype, *_: (
+        _rebuild_tensor(_Storage(storage.content, dtype), offset, size, stride)
+    ),
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-    ("collections", "OrderedDict"): _empty_dict,
-    ("collections", "defaultdict"): _empty_dict,
+    ("collections", "OrderedDict"): lambda *_: {},
+    ("collections", "defaultdict"): lambda *_: {},
 }
-
-
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -181,8 +164,10 @@ _STORAGES = {
 }  # fmt: skip
 
 
-def _find_global(module: str, name: str) -> object:
+def _find_global(module: object, name: object) -> object:
     """A function that rebuilds, a data type, or a placeholder: nothing is imported, and nothing else looked up."""
+    if not isinstance(module, str) or not isinstance(name, str):
+        return Skipped("a global without a name")
     if (module, name) in _FUNCTIONS:
         return _FUNCTIONS[module, name]
     if module in ("torch", "torch.cuda", "torch.storage"):
@@ -241,29 +226,20 @@ class _Machine:
                 stack.append({"LIST": list, "TUPLE": tuple, "DICT": dict}[opcode.name[6:]]())
             case "EMPTY_SET":
                 stack.append(Skipped("a set"))
-            case "LIST":
-                stack.append(self._since_mark())
-            case "TUPLE":
-                stack.append(tuple(self._since_mark()))
+            case "LIST" | "TUPLE":
+                stack.append({"LIST": list, "TUPLE": tuple}[opcode.name](self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(self._pop(int(opcode.name[5:]))))
             case "DICT":
                 items = self._since_mark()
                 stack.append({})
                 self._add(items)
-            case "APPEND":
-                self._add(self._pop(1))
-            case "SETITEM":
-                self._add(self._pop(2))
+            case "APPEND" | "SETITEM":
+                self._add(self._pop(1 if opcode.name == "APPEND" else 2))
             case "APPENDS" | "SETITEMS":
                 self._add(self._since_mark())
-            case "GLOBAL":
-                stack.append(_find_global(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                module, name = self._pop(2)
-                if not isinstance(module, str) or not isinstance(name, str):
-                    raise ValueError("a global without a name")
-                stack.append(_find_global(module, name))
+            case "GLOBAL" | "STACK_GLOBAL":
+                stack.append(_find_global(*(argument.split(" ", 1) if argument else self._pop(2))))
             case "REDUCE":
                 self._call(*self._pop(2))
             case "NEWOBJ" | "NEWOBJ_EX":
