@@ -39,9 +39,9 @@ from .published_layout import (
     to_published,
     unsupported_variant,
 )
-from .published_layout import describe_known_file as describe_known_file
 from .published_layout import infer_config as infer_config
 from .safe_pickle import load_pickle
+from .settings import expand_user
 from .state_dict import FoundWeights, find_weights, misfit, not_finite, own_copies, sha256_state
 
 Layout = Literal["bsmamba2", "published", "lightning"]
@@ -136,7 +136,7 @@ def read_checkpoint(
     """
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights={weights!r} must be 'auto', 'ema' or 'raw'")
-    path = Path(os.path.expanduser(path))  # noqa: PTH111  # Path's fails for an unknown user
+    path = expand_user(path)
     found, metadata = _read_file(path)
     tensors, averages = found.tensors, found.averages
     version, stored = metadata.pop("bsmamba2.format", None), metadata.pop("bsmamba2.config", None)
@@ -226,7 +226,7 @@ def save_checkpoint(
         buffer = io.BytesIO()
         torch.save(content, buffer)
         payload = buffer.getvalue()
-    write_atomically(os.path.expanduser(path), payload)  # noqa: PTH111
+    write_atomically(expand_user(path), payload)
 
 
 def bundled_checkpoint() -> Path:

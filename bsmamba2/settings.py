@@ -37,13 +37,18 @@ def setting(default: Any, help: str, choices: tuple[str, ...] = (), *, within: s
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """A path whose `~` is the home folder, as shells have it; where there is no such home, the path as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
+
+
 def read_parameters(path: Path) -> dict[str, Any]:
     """Names and values from a JSON or YAML file.
 
     Raises:
         ValueError: when it cannot be read, or holds something else.
     """
-    path = Path(os.path.expanduser(path))  # noqa: PTH111  # Path's fails for an unknown user
+    path = expand_user(path)
     kind, parse = ("YAML", _parse_yaml) if path.suffix.lower() in (".yaml", ".yml") else ("JSON", json.loads)
     try:
         if path.exists() and not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def poke(path: Path, offset: int, content: bytes) -> Path:
     data = bytearray(path.read_bytes())
     data[offset : offset + len(content)] = content
     return with_bytes(path, bytes(data))
+
+
+def pipe(path: Path) -> Path:
+    """A pipe that nobody writes to, in the place of a file if there is one."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def device(path: Path) -> Path:
+    """A link to a device that never ends, in the place of a file if there is one."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+    return path
 
 
 def folder(path: Path) -> Path:

@@ -113,8 +113,8 @@ class StemWriter:
 
     def __enter__(self) -> StemWriter:
         try:
+            _prepare(self.paths.values(), self.overwrite)
             for name, path in self.paths.items():
-                _prepare(path, self.overwrite)
                 self._files[name] = self._new_file(path, FORMATS["wav"])
         except BaseException:
             self._discard()
@@ -308,20 +308,24 @@ class _ErrorCapturingFile(io.FileIO):
         return super().write(data)
 
 
-def _prepare(path: Path, overwrite: bool) -> None:
-    """Make the folder of a file, remove what killed processes left in it, and check that the file may be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        kind = stat.S_IFMT(path.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise AudioError(
-            f"{path}: cannot be written ({reason(error)}); give another folder, or rename the song"
-        ) from error
-    if not overwrite or kind == stat.S_IFDIR:
-        raise AudioError(_EXISTS.format(path))
+def _prepare(paths: Iterable[Path], overwrite: bool) -> None:
+    """Make the folders of files, remove what killed processes left in them, and check that the files may be written."""
+    swept: set[Path] = set()
+    for path in paths:
+        try:
+            if path.parent not in swept:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sweep(path.parent)
+                swept.add(path.parent)
+            kind = stat.S_IFMT(path.lstat().st_mode)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise AudioError(
+                f"{path}: cannot be written ({reason(error)}); give another folder, or rename the song"
+            ) from error
+        if not overwrite or kind == stat.S_IFDIR:
+            raise AudioError(_EXISTS.format(path))
 
 
 def sweep(folder: Path) -> None:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..settings import expand_user
 from . import backends, cost, evaluate, separate, train
 from .console import escape, log, print_line, signals_as_interrupts
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(command)
     args = parser.parse_args(arguments)
     for name, value in vars(args).items():
-        setattr(args, name, [*map(expand_user, value)] if isinstance(value, list) else expand_user(value))
+        setattr(args, name, [*map(_expand, value)] if isinstance(value, list) else _expand(value))
     with signals_as_interrupts(restore=arguments is not None):
         try:
             code = COMMANDS[args.command][0].run(args)
@@ -55,6 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def expand_user(value: Any) -> Any:
-    """`~` of a path as the home folder, as shells do it, unless it stands within an argument, as in --output=~/x."""
-    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111  (no error without a home)
+def _expand(value: Any) -> Any:
+    """An argument with the `~` of a path expanded: shells do not do it within an argument, as in --output=~/x."""
+    return expand_user(value) if isinstance(value, Path) else value

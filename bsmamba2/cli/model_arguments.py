@@ -10,6 +10,7 @@ import torch
 from .. import checkpoints
 from ..kernels import BACKENDS, accelerate, slow_dtype_warning
 from ..model import BSMamba2
+from ..published_layout import describe_known_file
 from ..separate import DTYPES
 from .console import log
 
@@ -64,7 +65,7 @@ def load_model(args: argparse.Namespace) -> BSMamba2:
         log("bundled checkpoint: small, trained on synthesised songs only; --checkpoint names another")
     if not path.exists():
         raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
-    if path.is_file() and (known := checkpoints.describe_known_file(path)):
+    if path.is_file() and (known := describe_known_file(path)):
         log(f"{path}: {known}")
     dtype = DTYPES[args.dtype]
     if slow := slow_dtype_warning(device, dtype):

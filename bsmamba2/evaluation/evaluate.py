@@ -33,7 +33,7 @@ from ..masks import oracle_mask
 from ..metrics import csdr, usdr
 from ..model import BSMamba2
 from ..separate import separate
-from ..settings import check_settings
+from ..settings import check_settings, expand_user
 from ..spectrogram import istft, stft
 from ..synth import STEMS, Song
 from .protocols import MUSDB, EvalProtocol
@@ -122,7 +122,7 @@ def load_tracks(folder: str | os.PathLike[str], stems: Sequence[str] = ("vocals"
     Raises:
         ValueError: when there is no track, or no such folder.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(folder)))  # noqa: PTH100, PTH111  (links and unknown users stay)
+    folder = Path(os.path.abspath(expand_user(folder)))  # noqa: PTH100  (links stay)
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder; give one of tracks in MUSDB18-HQ's layout")
     parent = folder / "test" if (folder / "test").is_dir() else folder

@@ -31,6 +31,7 @@ from ..atomic_write import write_atomically
 from ..audio.files import AudioError, AudioReader
 from ..audio.musdb import AUDIO_SUFFIXES, TrackFolder, list_tracks
 from ..data import Window, Windows, salient_windows, spread
+from ..settings import expand_user
 from ..synth import STEMS, Song, synthesise_songs
 from .distributed import all_gather_object, local_rank_and_size, rank
 
@@ -251,7 +252,7 @@ def fingerprints(windows: Windows) -> dict[str, str]:
 
 def cache_path(folder: Path, samples: int) -> Path | None:
     """Where the active windows of a folder are kept, in the user's cache; none where there is no home folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111  # Path's may fail
+    base = Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache"))
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder)) + f"\n{samples}".encode()).hexdigest()[:16]
     return base / "bsmamba2" / f"activity-{key}.json" if base.is_absolute() else None
 

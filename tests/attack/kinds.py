@@ -32,6 +32,7 @@ TRAIN = ["train", "--preset", "small", "--dim", "16", "--depth", "1", "--songs",
 TRAIN += ["--seconds-per-song", "1.5", "--segment", "0.5", "--batch", "1", "--validation-windows", "1"]
 TRAIN += ["--device", "cpu", "--save-every", "1"]
 STEPS = ["--steps", "2"]
+MARK = "a-program-ran"  # file that the programs in hostile input make
 
 
 def prepare(root: Path) -> None:
@@ -88,9 +89,14 @@ def separate(path: Path, samples: float | None = None, *options: str) -> Attack:
     return Attack(arguments, [path.name], check)
 
 
-def resume(output_dir: Path, *names: str, setup: Callable[[], None] = lambda: None) -> Attack:
-    """Go on with the training run."""
-    return Attack([*TRAIN, *STEPS, "--output-dir", str(output_dir)], [*names], setup=setup)
+def resume(output_dir: Path, *names: str) -> Attack:
+    """Resume the training run."""
+    return Attack([*TRAIN, *STEPS, "--output-dir", str(output_dir)], [*names])
+
+
+def it_ran(outcome: Outcome) -> str:
+    """Whether a program in the input has left its mark in the attack's folder, where the command runs."""
+    return "a program in the input ran" if (outcome.folder / MARK).exists() else ""
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -189,7 +195,8 @@ def load(path: Path) -> Attack:
     """Separate a song with a hostile checkpoint."""
     song = write(path.parent / "song.wav", SONGS["wav"])
     attack = separate(song, None, "--checkpoint", str(path))
-    return Attack(attack.arguments, [path.name], attack.check)
+    attack.names = [path.name]
+    return attack
 
 
 def safetensors(header: dict[str, object], data: bytes = b"") -> bytes:
@@ -250,7 +257,11 @@ class _Call:
 
 
 def hostile_pickle(rng: np.random.Generator) -> object:
-    calls = [_Call(os.system, "touch run"), _Call(eval, "open('run', 'w')"), _Call(exec, "import os; os.mkdir('run')")]
+    calls = [
+        _Call(os.system, f"touch {MARK}"),
+        _Call(eval, f"open('{MARK}', 'w')"),
+        _Call(exec, f"import os; os.mkdir('{MARK}')"),
+    ]
     return calls[int(rng.integers(len(calls)))]
 
 
@@ -262,7 +273,8 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     content = {"beside": {"state_dict": state, "x": call}, "within": state | {"x": call}, "instead": call}[place]
     torch.save(content, folder / "a.ckpt", _use_new_zipfile_serialization=bool(rng.integers(2)))
     attack = load(folder / "a.ckpt")
-    return Attack(attack.arguments, attack.names, lambda outcome: "it ran" if (folder / "run").exists() else "")
+    attack.check = it_ran
+    return attack
 
 
 @kind("Bit of a checkpoint flipped", 12)
@@ -291,14 +303,14 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     bombs = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
     texts = [
         bombs, bombs + "steps: *a39\n", "steps: " + "[" * 5000, "steps: 1" + "0" * 400, "steps: .nan", "lr: -.inf",
-        "? [a, b]\n: 1", "steps: !!python/object/apply:os.system ['touch run']", "- 1", "\x00", "steps: {}",
-        "stems: []", "'import os; os.system(\"touch run\")': 1", "output_dir: /dev/null/x", "data: /dev/zero",
+        "? [a, b]\n: 1", "steps: !!python/object/apply:os.system ['touch " + MARK + "']", "- 1", "\x00", "steps: {}",
+        "stems: []", f"'import os; os.system(\"touch {MARK}\")': 1", "output_dir: /dev/null/x", "data: /dev/zero",
         "init: /dev/zero",
     ]  # fmt: skip
     path = write(folder / "params.yaml", pick(rng, texts).encode())
     names = [path.name, "steps", "lr", "stems", "import os", "/dev/null", "/dev/zero", "a0"]
     arguments = [*TRAIN, "--params", str(path), "--output-dir", "new"]
-    return Attack(arguments, names, lambda outcome: "it ran" if (folder / "run").exists() else "")
+    return Attack(arguments, names, it_ran)
 
 
 def attacked_run(folder: Path) -> tuple[Path, Path]:
@@ -325,7 +337,8 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     else:
         torch.save(content, state)
     attack = resume(run, state.name)
-    return Attack(attack.arguments, attack.names, lambda outcome: "it ran" if (folder / "run" / "run").exists() else "")
+    attack.check = it_ran
+    return attack
 
 
 @kind("Link, pipe or device in a run's folder", 10)
@@ -342,8 +355,8 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     else:
         (run / path).symlink_to("/dev/zero" if which == 2 else precious)
     attack = resume(run, path, "run")
-    changed = "the target of a link was changed"
-    return Attack(attack.arguments, attack.names, lambda _: "" if precious.read_bytes() == b"precious" else changed)
+    attack.check = lambda _: "" if precious.read_bytes() == b"precious" else "the target of a link was changed"
+    return attack
 
 
 @kind("Hostile stems in a training folder", 8)

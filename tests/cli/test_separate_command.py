@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import cut, folder, found_in, poke, wave, with_bytes, with_samples
+from audio_files import cut, folder, found_in, pipe, poke, wave, with_bytes, with_samples
 from stand_in_models import Identity
 from torch import Tensor
 
@@ -170,11 +170,6 @@ def test_too_little_memory_is_told_and_the_others_are_done(
     if isinstance(error, RuntimeError):
         with pytest.raises(RuntimeError, match="another bug"):
             main(["separate", *songs, "--checkpoint", str(checkpoint), "-o", str(tmp_path / "again")])
-
-
-def pipe(path: Path) -> Path:
-    os.mkfifo(path)
-    return path
 
 
 def taken(path: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from audio_files import device, pipe
 from conftest import TINY
 from eval_tracks import QUICK, RATE, TWO, musdb, signals, track, vocals_only
 from torch import Tensor
@@ -194,16 +195,6 @@ def linked(path: Path) -> None:
     path.symlink_to(target)
 
 
-def piped(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def endless(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "not UTF-8": lambda path: path.write_bytes(b'{"identity": "\xff"}'),
@@ -226,9 +217,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "another track": edited(track="second"),
     "another segment": edited(segment=4.0),
     "too large": lambda path: path.write_text(" " * (evaluate.MAX_ROW_BYTES + 1)),
-    "a pipe": piped,
+    "a pipe": pipe,
     "a link": linked,
-    "an endless device": endless,
+    "an endless device": device,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import device, pipe
 
 from bsmamba2.audio.files import AudioError, AudioReader
 from bsmamba2.data import Remixer, find_windows, salient_windows
@@ -291,16 +292,6 @@ def search(folder: Path, **options: Any) -> tuple[set[str], set[str]]:
     parts = search_dataset(folder, WINDOW, sample_rate=RATE, **options)
     training, validation = ({track.name for stem in part for track, _ in stem} for part in parts)
     return training, validation
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
 
 
 def flac(path: Path, length: int) -> None:
