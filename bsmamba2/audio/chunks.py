@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .source import CUT, DamagedError, FileBytes, Part
+from .source import CUT, FILE_START, DamagedError, FileBytes, Part
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,9 @@ _W64 = _Family(24, 40, "<16s", "<Q", 8, b"data")  # its sizes count the head of 
 _FAMILIES = {
     b"RIFF": _WAV, b"RF64": _WAV, b"BW64": _WAV, b"RIFX": _RIFX, b"FORM": _AIFF, b"caff": _CAF, b"riff": _W64
 }  # fmt: skip
+_ADPCM = (2, 0x11, 0x31)
+"""Formats of WAV (MS and IMA ADPCM, GSM 6.10) in blocks of equal length, of which the last may be filled up."""
+
 _KINDS = (b"WAVE", b"AIFF", b"AIFC", b"wave", b"\0\1\0\0")
 _CHUNK_ID = re.compile(rb"[A-Za-z\xa9_][ -~]{3}")
 
@@ -53,26 +55,22 @@ def is_chunked(data: FileBytes, start: int) -> bool:
     return magic == b".snd" or (family is not None and data.at(start + family.kind, 4) in _KINDS)
 
 
-def chunked_parts(data: FileBytes, start: int) -> Iterator[Part]:
-    """Recordings in a file of chunks.
+def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
+    """The recording at `start`, and where it ends.
 
     Raises:
         DamagedError: when sound is missing, or follows where no chunk claims it.
     """
-    while is_chunked(data, start):
-        part, start = _au_part(data, start) if data.at(start, 4) == b".snd" else _chunked_part(data, start)
-        yield part
-
-
-def _chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
-    """The recording at `start`, and where it ends."""
     magic = data.at(start, 4)
+    if magic == b".snd":
+        return _au_part(data, start)
     family = _FAMILIES[magic]
     patches = {start: b"RF64"} if magic == b"BW64" else {}
-    has_sound, wide, pos = False, 0, start + family.first
+    has_sound, has_size, wide, block, samples, pos = False, True, 0, 0, 0, start + family.first
+    stop = data.size  # of what libsndfile is given
     while pos + family.head <= data.size:
         id, size = _chunk(data, pos, family)
-        if has_sound and id in _FAMILIES:  # another file follows
+        if has_sound and FILE_START.match(data.at(pos, 64)):  # another file follows
             break
         if not _CHUNK_ID.match(id):
             if has_sound:
@@ -82,9 +80,14 @@ def _chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
         size_at, format = body - struct.calcsize(family.size), family.size
         if id == b"ds64":  # sizes of 64 bits: of the file, and of the sound
             wide = body + 8
-        if id == b"LIST":  # libsndfile gives up where its contents are padded to four bytes
+        elif id == b"LIST":  # libsndfile gives up where its contents are padded to four bytes
             patches[pos] = b"JUNK"
-        if id == family.sound:
+        elif id == b"fmt ":
+            format_tag, block = data.unpack("<H16xH", body)
+            block *= size >= 20 and format_tag in _ADPCM
+        elif id == b"fact":
+            (samples,) = data.unpack(family.size, body)
+        elif id == family.sound:
             if has_sound:
                 raise DamagedError("holds a second chunk of sound, of which players play the first; export it again")
             has_sound = True
@@ -92,7 +95,7 @@ def _chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
                 size_at, format = wide, "<Q"
                 (size,) = data.unpack(format, wide)
             form = start + 8 + data.unpack(family.size, start + 4)[0] if family.first == 12 else 0
-            kept = _sound_bytes(data, body, size, family, form)
+            kept, has_size = _sound_bytes(data, body, size, family, form)
             if kept != size:
                 stored = kept + family.head * (family is _W64)
                 patches[size_at] = struct.pack(format, min(stored, (1 << 8 * struct.calcsize(format)) - 1))
@@ -100,13 +103,25 @@ def _chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
                 pos = data.size
                 break
             size = kept
-        pos, padded = _next(body, size, family), body + size + -size % 4
-        is_chunk = [bool(_CHUNK_ID.match(data.at(place, 4))) for place in (pos, padded)]
-        if family.align == 2 and not has_sound and is_chunk == [False, True]:  # padded to four bytes, not to two
-            patches[size_at] = struct.pack(format, padded - body)
-            pos = padded
+        size = max(0, size)
+        pos = _next(body, size, family)
+        if has_sound and FILE_START.match(data.at(body + size, 64)):
+            pos = body + size
+            continue
+        # Some writers pad to four bytes, others not at all.
+        other = next((place for place in (body + size + -size % 4, body + size) if _is_chunk(data, place)), pos)
+        if family.align == 2 and other != pos and not _is_chunk(data, pos):
+            if other == body + size:
+                stop = other if has_sound else stop
+            elif not has_sound:
+                patches[size_at] = struct.pack(format, other - body)
+            pos = other
     end = min(pos, data.size) if has_sound else data.size
-    return _patched(start, end, patches), end
+    return _patched(start, min(end, stop), patches, has_size, samples, block), end
+
+
+def _is_chunk(data: FileBytes, pos: int) -> bool:
+    return bool(_CHUNK_ID.match(data.at(pos, 4)))
 
 
 def _chunk(data: FileBytes, pos: int, family: _Family) -> tuple[bytes, int]:
@@ -120,8 +135,8 @@ def _next(body: int, size: int, family: _Family) -> int:
     return end + (-size if family is _W64 else -end) % family.align
 
 
-def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form: int) -> int:
-    """Bytes of sound from `body` on, where its chunk claims some number, and the whole file claims to end at `form`.
+def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form: int) -> tuple[int, bool]:
+    """Bytes of sound from `body` on, and whether their chunk claims them; the whole file claims to end at `form`.
 
     Programs that write into a pipe leave 0 or a size just below or at 2^31, 2^32 or 2^64 behind (SoX: 0x7f000000).
     """
@@ -130,16 +145,16 @@ def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form
         pos = body
         while pos + family.head <= data.size and _CHUNK_ID.match(data.at(pos, 4)):
             pos = _next(pos + family.head, max(0, _chunk(data, pos, family)[1]), family)
-        return 0 if pos >= data.size else there  # nothing but chunks: there is no sound
+        return (0 if pos >= data.size else there), False  # nothing but chunks: there is no sound
     if 0 < claimed <= there:
         wrapped = family.align == 2 and there >= 1 << 32 and (there - claimed) % (1 << 32) == 0
-        return there if wrapped else claimed  # a count of 32 bits that started over
+        return there if wrapped else claimed, True  # a count of 32 bits that started over
     over = claimed - there
     unwritten = (claimed + 0x10000) % (1 << 31) <= 0x10000 or abs(claimed - 0x7F000000) <= 64
-    # A size that counts the head. Where the size of the whole file is right, nothing is missing.
-    counts_head = over in (8, body - 8, body) or (over <= max(44, body) and 0 < form <= data.size + 1)
-    if unwritten or counts_head or over == 1:  # 1: the padding
-        return there
+    # A size that counts the head, or a byte of padding. Where the size of the whole file is right, nothing is missing.
+    counts_head = over in (8, body - 8, body) or (over <= max(44, body) and 0 < form <= data.size)
+    if unwritten or counts_head or (over == 1 and claimed % 2 == 1):
+        return there, not unwritten
     raise DamagedError(CUT)
 
 
@@ -149,18 +164,19 @@ def _check_rest(data: FileBytes, end: int) -> None:
         raise DamagedError(f"holds {data.size - end:,} bytes behind the sound that its head counts; export it again")
 
 
-def _patched(start: int, end: int, patches: dict[int, bytes]) -> Part:
+def _patched(start: int, end: int, patches: dict[int, bytes], has_end: bool, samples: int = 0, block: int = 0) -> Part:
     """A part for libsndfile, with different bytes at some places of the file."""
     pieces: list[bytes | range] = []
-    for place in sorted(patches):
+    for place in sorted(place for place in patches if place < end):
         pieces += [range(start, place), patches[place]]
         start = place + len(patches[place])
-    return Part((*pieces, range(start, end)), "libsndfile")
+    return Part((*pieces, range(start, end)), "libsndfile", samples=samples, block=block, has_end=has_end)
 
 
 def _au_part(data: FileBytes, start: int) -> tuple[Part, int]:
     body, size = data.unpack(">II", start + 4)
-    kept = _sound_bytes(data, start + body, size or 0xFFFFFFFF, _AIFF, 0)
+    kept, has_size = _sound_bytes(data, start + body, size or 0xFFFFFFFF, _AIFF, 0)
     end = start + body + kept
-    _check_rest(data, end)
-    return _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))}), data.size
+    if not FILE_START.match(data.at(end, 64)):
+        _check_rest(data, end)
+    return _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))}, has_size), end

@@ -10,103 +10,112 @@ Sources: RFC 9639 (FLAC), ISO 14496-12 (MP4), RFC 9559 (Matroska).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
 
-from .chunks import chunked_parts, is_chunked
-from .mpeg_frames import first_frame, frame_parts
-from .ogg import ogg_parts
+from .chunks import chunked_part, is_chunked
+from .mpeg_frames import first_frame, frame_part, junk_bytes
+from .ogg import ogg_part
 from .source import CUT, DamagedError, FileBytes, Part
-
-_EBML = b"\x1a\x45\xdf\xa3"
-_ASF = b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"
-
 
 MOST_PARTS = 1000
 """Recordings in one file: each is opened, so that a small file of very many would take long."""
 
+_EBML = b"\x1a\x45\xdf\xa3"
+_ASF = b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"moof", b"mfra", b"sidx", b"uuid")
 
-def find_parts(raw: io.FileIO) -> list[Part]:
-    """Recordings in a file, in order, by its contents and never by its name.
+
+def find_parts(raw: io.FileIO) -> tuple[list[Part], int]:
+    """Recordings in a file, in order, by its contents and never by its name; and how many bytes of junk follow them.
 
     Raises:
         DamagedError: for a file that is cut or damaged, or holds more than `MOST_PARTS` recordings.
     """
-    parts = list(islice(_parts(FileBytes(raw)), MOST_PARTS + 1))
-    if len(parts) > MOST_PARTS:
-        raise DamagedError(f"holds more than {MOST_PARTS:,} recordings end to end; split it")
-    return parts
-
-
-def _parts(data: FileBytes) -> Iterable[Part]:
+    data, parts = FileBytes(raw), list[Part]()
     start = data.skip_tags(0) if data.at(0, 3) in (b"ID3", b"APE") else 0
-    head = data.at(start, 8)
+    if not is_chunked(data, start):
+        data.cut_off_tags()
+    while start < data.size or not parts:
+        if parts and (junk := junk_bytes(data, start, sum(part.seconds for part in parts))):
+            return parts, junk
+        if len(parts) == MOST_PARTS:
+            raise DamagedError(f"holds more than {MOST_PARTS:,} recordings end to end; split it")
+        part, end = _find_part(data, start)
+        parts.append(part)
+        start = data.skip_tags(end)
+    return parts, 0
+
+
+def _find_part(data: FileBytes, start: int) -> tuple[Part, int]:
+    """The recording at `start`, and where it ends."""
+    head = data.at(start, 12)
     if is_chunked(data, start):
-        return chunked_parts(data, start)
+        return chunked_part(data, start)
     if head.startswith(b"OggS"):
-        return ogg_parts(data, start)
-    if head.startswith(b"fLaC"):
-        places = [start, *data.find(b"fLaC\0\0\0\x22", start + 4), data.size]
-        return (_flac_part(data, *ends) for ends in pairwise(places))
-    if head[4:] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
-        return _mp4_parts(data, start)
-    if head.startswith(_EBML):
-        return _matroska_parts(data, start)
-    if head.startswith(_ASF):
-        return [_asf_part(data, start)]
-    if head.startswith(b"RIFF") and data.size + 1 < start + 8 + data.unpack("<I", start + 4)[0] < 0xFFFFFFFF:
-        raise DamagedError(CUT)  # an AVI
-    if not head.startswith((b"RIFF", b"\0\0\1")):  # AVI and MPEG, whose frames lie in packets
+        return ogg_part(data, start)
+    if head[4:8] in _MP4_BOXES:
+        end = _mp4_end(data, start)
+        return Part((range(start, end),), "mp4"), end
+    if head.startswith(_EBML) and (end := _matroska_end(data, start)):
+        return Part((range(start, end),), "matroska"), end
+    if head.startswith((b"RIFF", _ASF)) and (end := _boxes_end(data, start)):
+        return Part((range(start, end),)), end
+    if not head.startswith((b"RIFF", b"fLaC", b"\0\0\1")):  # AVI and MPEG have frames within packets
         first = first_frame(data, data.skip_tags(start))
         if first is not None:
-            return frame_parts(data, first)
-    return [Part((range(data.size),))]
+            return frame_part(data, first)
+    end = data.size if head.startswith(b"wvpk") else data.next_file(start + 4)  # whose blocks begin like a file
+    seconds = 0.0
+    if head.startswith(b"fLaC"):
+        (fields,) = data.unpack(">Q", start + 18)  # rate, channels, bits, and samples: 0 where they are not known
+        seconds = (fields & (1 << 36) - 1) / max(1, fields >> 44)
+    format = {b"fLaC": "flac", _EBML: "matroska"}.get(head[:4], "")
+    return Part((range(start, end),), format, seconds, has_end=seconds > 0, walked=False), end
 
 
-def _flac_part(data: FileBytes, start: int, end: int) -> Part:
-    (fields,) = data.unpack(">Q", start + 18)  # rate, channels, bits, and samples: 0 where they are not known
-    return Part((range(start, end),), "flac", (fields & (1 << 36) - 1) / max(1, fields >> 44))
-
-
-def _mp4_parts(data: FileBytes, start: int) -> Iterator[Part]:
-    """One part for each file of a chain; boxes must end within the file."""
-    pos, has_index = start, False
-    while pos + 8 <= data.size and data.skip_tags(pos) < data.size:
+def _mp4_end(data: FileBytes, start: int) -> int:
+    """Where boxes end: at the end of the file, at the head of another file, or before bytes that are no box."""
+    pos, kinds = start, set[bytes]()
+    while pos + 8 <= data.size:
         size, kind = data.unpack(">I4s", pos)
         if size == 1:
             (size,) = data.unpack(">Q", pos + 8)
-        if kind == b"ftyp" and has_index:  # another file follows, whose offsets begin there
-            yield Part((range(start, pos),), "mp4")
-            start, has_index = pos, False
-        has_index = has_index or kind == b"moov"
-        if size < 8 or not kind.isascii():  # to the end of the file, or no box
+        if kind == b"ftyp" and b"moov" in kinds:  # another file, whose offsets begin there
             break
+        if size == 0 and kind in _MP4_BOXES:  # to the end of the file
+            return data.size
+        is_cut = pos + size > data.size
+        if size < 8 or not kind.isascii() or (is_cut and kind not in _MP4_BOXES and {b"moov", b"mdat"} <= kinds):
+            break
+        if is_cut:
+            raise DamagedError(CUT)
+        kinds.add(kind)
         pos += size
-        if pos > data.size:
-            raise DamagedError(CUT)
-    yield Part((range(start, data.size),), "mp4")
+    return pos
 
 
-def _matroska_parts(data: FileBytes, start: int) -> Iterator[Part]:
-    follows = True
-    while follows:
-        pos = start
-        for _ in range(2):  # the head, and the segment
-            width = 9 - (data.at(pos + 4, 1) or b"\1")[0].bit_length()
-            unknown = (1 << 7 * width) - 1  # the size of a live stream
-            size = int.from_bytes(data.at(pos + 4, width), "big") & unknown
-            pos = data.size if size == unknown else pos + 4 + width + size
-        if pos > data.size:
-            raise DamagedError(CUT)
-        follows = data.at(pos, 4) == _EBML
-        yield Part((range(start, pos if follows else data.size),), "matroska")
-        start = pos
-
-
-def _asf_part(data: FileBytes, start: int) -> Part:
+def _matroska_end(data: FileBytes, start: int) -> int:
+    """Where head and segment end; 0 for a segment of unknown size, of a live stream."""
     pos = start
-    while pos + 24 <= data.size and (size := data.unpack("<Q", pos + 16)[0]) >= 24:
-        pos += size
+    for _ in range(2):
+        width = 9 - (data.at(pos + 4, 1) or b"\1")[0].bit_length()
+        size = int.from_bytes(data.at(pos + 4, width), "big") & (unknown := (1 << 7 * width) - 1)
+        if size == unknown:
+            return 0
+        pos += 4 + width + size
     if pos > data.size:
         raise DamagedError(CUT)
-    return Part((range(start, data.size),), "asf")
+    return pos
+
+
+def _boxes_end(data: FileBytes, start: int) -> int:
+    """Where the lists of an AVI or the objects of a WMA file end; 0 where no size was written."""
+    pos, head = start, data.at(start, 4)
+    id_size, format, counted = (4, "<I", 0) if head == b"RIFF" else (16, "<Q", 24)
+    while pos + 24 <= data.size and (counted or data.at(pos, 4) + data.at(pos + 8, 3) == b"RIFFAVI"):
+        (size,) = data.unpack(format, pos + id_size)
+        if size <= counted or size == 0xFFFFFFFF:
+            break
+        pos += size if counted else 8 + size + size % 2
+    if pos > data.size + (not counted):
+        raise DamagedError(CUT)
+    return min(pos, data.size) if pos > start else 0

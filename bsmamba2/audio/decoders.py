@@ -39,6 +39,8 @@ VORBIS_SPEAKERS = {
 }
 """Number of channels → their speakers in Vorbis and Opus, in their order (RFC 7845, 5.1.1.2)."""
 
+_LOSSLESS = ("pcm", "adpcm", "flac", "alac", "tta", "wavpack")
+
 
 def reason(error: Exception) -> str:
     """What an error says, without the file's name, which stands in front of it already."""
@@ -74,7 +76,8 @@ class LibsndfileDecoder:
         self._file = soundfile.SoundFile(Splice(raw, part.pieces))
         self.rate: int = self._file.samplerate
         self.channels: int = self._file.channels
-        self.frames: int = self._file.frames
+        self.frames: int = part.length(self._file.frames)
+        self.has_end, self.rest = part.has_end, range(0)
         _check_length(self.frames, self.rate, part.seconds)
         names = VORBIS_SPEAKERS.get(self.channels, "").split() if part.vorbis else _speakers(raw, part)
         self.layout, self._order = _wav_order(names)
@@ -86,20 +89,26 @@ class LibsndfileDecoder:
             try:
                 block = self._file.read(_block_size(self.channels), dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
-                raise _undecodable(samples, self.rate, error) from error
+                raise _undecodable(samples, self.rate, reason(error)) from error
             if not len(block):
                 _check_length(samples, self.rate, self.frames / self.rate)
+            block = block[: self.frames - samples]
             samples += len(block)
             yield np.ascontiguousarray(block.T[self._order] if self._order else block.T)
 
 
 class FFmpegDecoder:
-    """Decoder of all that FFmpeg reads; it decodes the recording once to count its samples and to find damage early."""
+    """Decoder of all that FFmpeg reads; it decodes the recording once to count its samples and to find damage early.
+
+    Attributes:
+        has_end: whether the file shows where its sound ends.
+        rest: places behind the last packet that FFmpeg found, where another recording may lie.
+    """
 
     def __init__(self, raw: io.FileIO, part: Part) -> None:
         self._raw, self._part = raw, part
-        self._stated = 0.0  # seconds, by the container
         self.rate = self.channels = self.frames = 0
+        self.rest = range(0)
         for frame in self._decode():
             if not self.frames:
                 self.rate, self.channels = frame.rate, frame.layout.nb_channels
@@ -110,45 +119,56 @@ class FFmpegDecoder:
                     "split it there, or convert it"
                 )
             self.frames += _length(frame)
-        _check_length(self.frames, self.rate, part.seconds)
-        # Some durations are rounded, or count an encoder's delay.
-        _check_length(self.frames + self.rate / 10, self.rate, self._stated)
-        stated = self._stated * self.rate
-        # The edit list of an MP4 may end in the last frame or two. Its duration may be rounded, to 1/600 s at worst.
-        if stated and part.decoder == "mp4" and self.rate / 600 < self.frames - stated < 4096:
-            self.frames = round(stated)
+        self.frames = part.length(self.frames)
+        _check_length(self.frames + self.rate * part.trimmed, self.rate, part.seconds)
+        stated = 0.0 if part.seconds else _stated_duration(raw, part)
+        # Durations may be rounded to 1/600 s; those of lossy sound may count an encoder's delay.
+        tolerance = 1 / 600 if self._codec.startswith(_LOSSLESS) else 0.1
+        _check_length(self.frames + self.rate * tolerance, self.rate, stated)
+        # The edit list of an MP4 may end in the last frame or two.
+        if stated and part.decoder == "mp4" and self.rate / 600 < self.frames - stated * self.rate < 4096:
+            self.frames = round(stated * self.rate)
+        self.has_end = part.has_end or stated > 0
 
     def _decode(self) -> Iterator[av.AudioFrame]:
-        format, expected = self._part.decoder, 0
-        with _open(Splice(self._raw, self._part.pieces), format) as container:
-            stream = container.streams.best("audio")
-            if stream is None:
-                raise av.InvalidDataError(0, "no sound in it")
-            for other in container.streams:
-                if other is not stream:
-                    other.discard = Discard.all
-            if not self._part.seconds:
-                self._stated = _stated_duration(container, stream)
-            if format == "flac":
-                stream.codec_context.options = {"err_detect": "crccheck+explode"}
-            samples = 0
-            for packet in container.demux(stream):
-                try:
-                    frames = packet.decode()
-                except av.FFmpegError as error:
-                    if not samples:
-                        raise
-                    raise _undecodable(samples, stream.rate, error) from error
-                for frame in frames:
-                    _keep(frame.layout)
-                    if format == "flac" and frame.pts is not None:  # frames of FLAC are numbered
-                        if expected < round(frame.pts * frame.time_base * frame.rate):
-                            raise _undecodable(samples, stream.rate, ValueError("frames are missing there"))
-                        expected = round(frame.pts * frame.time_base * frame.rate) + frame.samples
-                    samples += frame.samples
-                    yield frame
-            if not samples:
-                raise av.InvalidDataError(0, "no sound in it")
+        is_flac, samples, expected, end, last = self._part.decoder == "flac", 0, 0, 0, b""
+        try:
+            with _open(Splice(self._raw, self._part.pieces), self._part.decoder) as container:
+                stream = container.streams.best("audio")
+                if stream is None:
+                    raise av.InvalidDataError(0, "no sound in it")
+                self._codec = stream.codec_context.name
+                for other in container.streams if self._part.walked else ():
+                    other.discard = Discard.default if other is stream else Discard.all
+                if is_flac:
+                    stream.codec_context.options = {"err_detect": "crccheck+explode"}
+                for packet in container.demux():
+                    if packet.size and packet.pos is not None:
+                        end = max(end, packet.pos + packet.size)
+                    if packet.stream_index != stream.index:
+                        continue
+                    if packet.is_corrupt:
+                        raise _undecodable(samples, stream.rate, "a packet is not whole")
+                    last = bytes(packet) if is_flac and packet.size else last
+                    for frame in packet.decode():
+                        _keep(frame.layout)
+                        start = round(frame.pts * frame.time_base * frame.rate) if frame.pts is not None else 0
+                        if frame.is_corrupt or (is_flac and start > expected):  # frames of FLAC are numbered
+                            raise _undecodable(samples, stream.rate, "a frame is missing or not whole")
+                        expected = start + frame.samples
+                        samples += frame.samples
+                        yield frame
+        except av.FFmpegError as error:
+            if samples:
+                raise _undecodable(samples, stream.rate, reason(error)) from error
+            if not isinstance(error, av.EOFError):
+                raise
+        if not samples:
+            raise DamagedError(f"holds no samples; {AGAIN}, or give another song")
+        if not self._part.walked:
+            (piece,) = self._part.pieces
+            assert isinstance(piece, range)
+            self.rest = piece[end - (len(last) - _flac_size(last) if is_flac else 0) :]
 
     def blocks(self) -> Iterator[np.ndarray]:
         """(c, up to `BLOCK`) float32."""
@@ -163,10 +183,13 @@ class FFmpegDecoder:
             if pending_samples >= size or samples == self.frames:
                 yield from np.split(np.concatenate(pending, axis=1), range(size, pending_samples, size), axis=1)
                 pending, pending_samples = [], 0
+        _check_length(samples, self.rate, self.frames / self.rate)
 
 
 def _open(source: io.RawIOBase, format: str) -> Any:
-    return av.open(source, format=format or None, io_open=_open_nothing, metadata_errors="ignore")
+    # Without a parser, packets of an MP4 keep the durations that its index states.
+    options = {"fflags": "noparse"} if format == "mp4" else {}
+    return av.open(source, format=format or None, options=options, io_open=_open_nothing, metadata_errors="ignore")
 
 
 def _open_nothing(url: str, *_: object) -> NoReturn:
@@ -174,13 +197,27 @@ def _open_nothing(url: str, *_: object) -> NoReturn:
     raise PermissionError(f"{url}: named by another file")
 
 
-def _stated_duration(container: Any, stream: Any) -> float:
-    """Duration in seconds that a container states, 0 where FFmpeg only guesses it from the file's size."""
-    if container.format.name in ("aac", "ac3", "eac3", "dts", "mp3", "mpegts", "mpeg"):
+def _stated_duration(raw: io.FileIO, part: Part) -> float:
+    """Seconds that a container states, 0 for none; FFmpeg is not told the size, from which it would guess them."""
+    try:
+        with _open(Splice(raw, part.pieces, endless=True), part.decoder) as container:
+            stream = container.streams.best("audio")
+            if stream.duration and stream.duration < 1 << 62:
+                return float(stream.duration * stream.time_base)
+            return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+    except (av.FFmpegError, OSError):
         return 0.0
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+
+
+def _flac_size(packet: bytes) -> int:
+    """Bytes of the FLAC frame that begins a packet, by its CRC-16: the last packet holds all that follows."""
+    crc = end = 0
+    for i, byte in enumerate(packet[: 1 << 20], start=1):  # more than a frame has
+        crc ^= byte << 8
+        for _ in range(8):
+            crc = crc << 1 ^ (0x18005 if crc & 0x8000 else 0)
+        end = end or i * (crc == 0)
+    return i if packet and crc == 0 else end
 
 
 def _speakers(raw: io.FileIO, part: Part) -> list[str]:
@@ -238,8 +275,8 @@ def _float32(frame: av.AudioFrame) -> np.ndarray:
     return (array * scale).astype("float32")
 
 
-def _undecodable(samples: float, rate: int, cause: Exception) -> DamagedError:
-    return DamagedError(f"is damaged or cut short after {samples / rate:.1f} s ({reason(cause)}); {AGAIN}")
+def _undecodable(samples: float, rate: int, cause: str) -> DamagedError:
+    return DamagedError(f"is damaged or cut short after {samples / rate:.1f} s ({cause}); {AGAIN}")
 
 
 def _check_length(samples: float, rate: int, claimed: float) -> None:

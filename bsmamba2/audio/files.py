@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from torch import Tensor
 from .containers import find_parts
 from .decoders import BLOCK as BLOCK
 from .decoders import FFmpegDecoder, LibsndfileDecoder, open_decoder, reason
-from .source import DamagedError
+from .mpeg_frames import MOST_JUNK, first_frame
+from .source import FILE_START, DamagedError, FileBytes, open_regular
 
 SUFFIXES = (
     *(".wav", ".wave", ".rf64", ".bw64", ".bwf", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".flac"),
@@ -33,20 +35,27 @@ SUFFIXES = (
 )
 """Suffixes of the files that a folder is searched for, in any case."""
 
-_MAGIC = re.compile(
-    rb"RIF[FX]....WAVE|RF64|BW64|FORM....AIF|caff|riff|\.snd|fLaC|OggS|ID3|\xff[\xe2-\xe7\xf1-\xfd]"
-    rb"|....ftyp(?!avif|heic|heix|mif1|crx)|\x1a\x45\xdf\xa3|\x30\x26\xb2\x75",
-    re.DOTALL,
-)
+_SOUND = re.compile(rb"ID3|\xff[\xe2-\xe7\xf1-\xfd]")
+"""First bytes of sound that begins without a container's: a tag, or a frame."""
+
+_PICTURES = (b"avif", b"heic", b"heix", b"mif1", b"crx ")
+"""Kinds of MP4 files without sound."""
 
 RATES = (1_000, 768_000)
 """Lowest and highest sample rate that is accepted, in hertz: beyond them the header of a file is wrong."""
+
+LEAST_REST = 4096
+"""Bytes behind the last packet of sound that an index or the padding of a container may take."""
 
 _FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
 
 
 class AudioError(ValueError):
     """A file that cannot be used: the message names it, gives the reason, and the fix."""
+
+
+class AudioWarning(UserWarning):
+    """A file that is read, although some of it is left out or may be missing: the message names it and says which."""
 
 
 class AudioReader:
@@ -63,6 +72,10 @@ class AudioReader:
     Args:
         path: the file.
 
+    Warns:
+        AudioWarning: when nothing shows where the sound ends, so that a cut file is not recognised, or when bytes
+            that are no sound are left out.
+
     Raises:
         AudioError: for a file that is missing, not a regular file, not audio, cut, damaged or empty, has a rate
             outside `RATES`, or changes its rate or channels.
@@ -71,9 +84,9 @@ class AudioReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            if self.path.exists() and not self.path.is_file():
-                raise AudioError(f"{self.path}: is no regular file; {_FORMATS}")
-            self._raw = self.path.open("rb", buffering=0)
+            self._raw = open_regular(self.path)
+        except DamagedError as error:
+            raise AudioError(f"{self.path}: {error}; {_FORMATS}") from error
         except FileNotFoundError as error:
             raise AudioError(f"{self.path}: does not exist; {_FORMATS}") from error
         except OSError as error:
@@ -89,15 +102,27 @@ class AudioReader:
             raise AudioError(f"{self.path}: is empty, 0 bytes; {_FORMATS}")
         self._decoders: list[LibsndfileDecoder | FFmpegDecoder] = []
         try:
-            for part in find_parts(self._raw):
-                self._decoders.append(open_decoder(self._raw, part))
-                self._check_header(self._decoders[-1])
+            parts, junk = find_parts(self._raw)
+            for part in parts:
+                decoder = open_decoder(self._raw, part)
+                self._decoders.append(decoder)
+                self._check_header(decoder)
+                if decoder.rest and first_frame(FileBytes(self._raw), decoder.rest.start, MOST_JUNK):
+                    raise DamagedError(f"holds another recording from byte {decoder.rest.start:,} on; split it")
+                junk += len(decoder.rest) if len(decoder.rest) > LEAST_REST else 0
         except DamagedError as error:
             raise AudioError(f"{self.path}: {error}") from error
         except (soundfile.LibsndfileError, av.FFmpegError, OSError) as error:
             raise AudioError(f"{self.path}: cannot be read as audio ({reason(error)}); {_FORMATS}") from error
         self.rate, self.channels, self.layout = _format(self._decoders[0])
         self.frames = sum(decoder.frames for decoder in self._decoders)
+        if junk:
+            self._warn(f"{junk:,} bytes behind the sound are neither sound nor a tag, and are left out")
+        if not all(decoder.has_end for decoder in self._decoders):
+            self._warn("does not state its length; if its end was cut off, nothing shows it")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{self.path}: {message}", AudioWarning, stacklevel=4)
 
     def _check_header(self, decoder: LibsndfileDecoder | FFmpegDecoder) -> None:
         low, high = RATES
@@ -188,9 +213,8 @@ def find_audio_files(
 
 def _looks_like_audio(path: Path) -> bool:
     try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return bool(_MAGIC.match(file.read(16)))
-    except OSError:
+        with open_regular(path) as file:
+            head = file.read(64)
+            return bool(FILE_START.match(head) or _SOUND.match(head)) and head[8:12] not in _PICTURES
+    except (OSError, DamagedError):
         return False

@@ -1,20 +1,18 @@
-"""Frames of MP1, MP2 and MP3 files, and the frame before them in which encoders count them (Xing, Info).
+"""Frames of MP1, MP2, MP3 and AAC files, and the frame before them in which MP3 encoders count them (Xing, Info).
 
 A file that ends within a frame, or holds fewer frames than it counts, is cut. More frames than it counts are read all.
-Bytes between frames that are neither a tag nor zeros are damage.
 
-Sources: ISO 11172-3 and 13818-3; the Xing and LAME tags as LAME writes them.
+Sources: ISO 11172-3 and 13818-3; ISO 14496-3 (ADTS); the Xing and LAME tags as LAME writes them.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .source import AGAIN, CUT, DamagedError, FileBytes, Part
+from .source import AGAIN, CUT, FILE_START, DamagedError, FileBytes, Part
 
 _KBPS = {  # by MPEG 1 (or 2 and 2.5) and layer
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -24,34 +22,49 @@ _KBPS = {  # by MPEG 1 (or 2 and 2.5) and layer
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-
+_AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
+_AAC = 4
+"""Its number as a layer: in ADTS the two bits are 0."""
 
 MOST_TAGS = 1000
-"""Tags between the frames of one recording; a file with more is not an MP3 file."""
+"""Tags or zeros between the frames of one recording; a file with more is not an MP3 file."""
+
+MOST_JUNK = 1 << 16
+"""Bytes at the end of a file that are left out with a message; more may be a damaged part of the sound."""
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame by its header: bytes, samples, place of the tag, and what must be the same in the whole file."""
+    """A frame by its header: bytes, samples, place of the tag, and what is the same in the whole recording."""
 
     size: int
     samples: int
     tag: int
-    kind: tuple[int, int, int, bool]  # version, layer, rate, mono
+    kind: tuple[int, int, int, int]  # version, layer, rate, mono (of AAC: channels)
 
     @property
     def rate(self) -> int:
         return self.kind[2]
 
 
-@lru_cache(1 << 12)
 def _frame(head: bytes) -> _Frame | None:
-    """The frame that begins with these four bytes, if one does."""
-    if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
+    """The frame that begins with these seven bytes, if one does."""
+    if len(head) < 7 or head[0] != 0xFF or head[1] < 0xE0:
         return None
+    if head[1] & 0xF6 != 0xF0:
+        return _layer_frame(head[:4])
+    rate_index, size = head[2] >> 2 & 15, int.from_bytes(head[3:6], "big") >> 5 & 0x1FFF
+    if rate_index >= len(_AAC_RATES) or size < 9:
+        return None
+    channels = (head[2] & 1) << 2 | head[3] >> 6
+    return _Frame(size, 1024 * (1 + (head[6] & 3)), size, (head[1] >> 3 & 1, _AAC, _AAC_RATES[rate_index], channels))
+
+
+@lru_cache(1 << 12)
+def _layer_frame(head: bytes) -> _Frame | None:
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
     bit_rate, rate_index, padding = head[2] >> 4, head[2] >> 2 & 3, head[2] >> 1 & 1
-    if version == 1 or layer == 4 or bit_rate in (0, 15) or rate_index == 3:
+    if version == 1 or layer == _AAC or bit_rate in (0, 15) or rate_index == 3:
         return None
     mpeg1, mono = version == 3, head[3] >> 6 == 3
     rate = (44_100, 48_000, 32_000)[rate_index] >> {3: 0, 2: 1, 0: 2}[version]
@@ -62,52 +75,61 @@ def _frame(head: bytes) -> _Frame | None:
     return _Frame(size, samples, 4 + side_info, (version, layer, rate, mono))
 
 
-def first_frame(data: FileBytes, start: int) -> int | None:
-    """Place of the first frame, with two more of its kind behind it, in the first 4 KB; None when there is none."""
-    for match in re.finditer(rb"\xff[\xe0-\xff]", data.at(start, 4096)):
-        pos = start + match.start()
-        first = frame = _frame(data.at(pos, 4))
-        for _ in range(2):
-            if frame is not None and pos < data.size:
-                pos = data.skip_tags(pos + frame.size)
-                frame = _frame(data.at(pos, 4)) if pos < data.size else first
-                frame = frame if frame and first and frame.kind == first.kind else None
-        if frame is not None:
-            return start + match.start()
+def first_frame(data: FileBytes, start: int, within: int = 4096) -> int | None:
+    """Place of the first frame, with two more of its kind behind it or the end, in some bytes; None for no frame."""
+    for match in re.finditer(rb"\xff[\xe0-\xff]", data.at(start, within)):
+        place = pos = start + match.start()
+        first = _frame(data.at(pos, 7))
+        for _ in range(3):
+            frame = _frame(data.at(pos, 7)) if pos < data.size else first
+            if frame is None or first is None or frame.kind != first.kind or pos + frame.size > data.size > pos:
+                break
+            pos = data.skip_tags(pos + frame.size)
+        else:
+            return place
     return None
 
 
-def frame_parts(data: FileBytes, pos: int) -> Iterator[Part]:
-    """Recordings in a file whose first frame is at `pos`: each frame that counts others begins one.
+def junk_bytes(data: FileBytes, pos: int, seconds: float = 0.0) -> int:
+    """How many bytes from `pos` to the end of the file are neither sound nor another file.
 
     Raises:
-        DamagedError: when frames are missing or cut, or something other than tags is between them.
+        DamagedError: when they may be a damaged part of the sound: they are many, or frames follow them.
     """
-    first = _frame(data.at(pos, 4))
+    if FILE_START.match(data.at(pos, 64)) or first_frame(data, pos) == pos:
+        return 0
+    if data.size - pos > MOST_JUNK or first_frame(data, pos, MOST_JUNK) is not None:
+        where = f"after {seconds:.1f} s" if seconds else f"at byte {pos:,}"
+        raise DamagedError(f"is damaged or cut short {where}: neither a frame nor a tag follows; {AGAIN}")
+    return data.size - pos
+
+
+def frame_part(data: FileBytes, pos: int) -> tuple[Part, int]:
+    """The recording whose first frame is at `pos`, and where it ends: each frame that counts others begins another.
+
+    Raises:
+        DamagedError: when frames are missing or cut.
+    """
+    frame = first = _frame(data.at(pos, 7))
     assert first is not None
-    tag, ranges = b"", list[range]()
-    frames = before = 0
+    tag, ranges, frames, tags = b"", list[range](), 0, 0
     while pos < data.size:
-        frame = _frame(data.at(pos, 4))
-        seconds = (before + frames) * first.samples / first.rate
-        if frame is None:
-            after = data.skip_tags(pos)
-            is_junk = after == pos or (after < data.size and _frame(data.at(after, 4)) is None)
-            if is_junk or len(ranges) > MOST_TAGS:
-                raise DamagedError(
-                    f"is damaged or cut short after {seconds:.1f} s: neither a frame nor a tag follows; {AGAIN}"
-                )
-            pos = after
+        frame = _frame(data.at(pos, 7))
+        after = pos if frame else data.skip_tags(pos)
+        if after > pos and (after == data.size or _frame(data.at(after, 7))):
+            pos, tags = after, tags + 1
+            if tags > MOST_TAGS:
+                raise DamagedError(f"holds more than {MOST_TAGS:,} gaps with neither a frame nor a tag; {AGAIN}")
             continue
-        if frame.kind != first.kind:
-            raise DamagedError(f"changes its rate or channels after {seconds:.1f} s; split it there, or convert it")
+        if frame is None or frame.kind != first.kind:
+            break
         end = pos + frame.size
         if end > data.size:
             raise DamagedError(CUT)
         if data.at(pos + frame.tag, 4) in (b"Xing", b"Info") or data.at(pos + 36, 4) == b"VBRI":
-            if frames:
-                yield _part(ranges, tag, frames, first)
-            tag, ranges, before, frames = data.at(pos, frame.size), [], before + frames, 0
+            if tag or frames:
+                break
+            tag = data.at(pos, frame.size)
         else:
             if ranges and ranges[-1].stop == pos:
                 ranges[-1] = range(ranges[-1].start, end)
@@ -115,24 +137,28 @@ def frame_parts(data: FileBytes, pos: int) -> Iterator[Part]:
                 ranges.append(range(pos, end))
             frames += 1
         pos = end
-    yield _part(ranges, tag, frames, first)
+    if frame is None:
+        junk_bytes(data, pos, frames * first.samples / first.rate)
+    return _part(ranges, tag, frames, first), pos
 
 
 def _part(ranges: list[range], tag: bytes, frames: int, first: _Frame) -> Part:
     """One recording: its tag is kept where it counts the frames right, so that delay and padding are trimmed."""
-    samples = frames * first.samples
+    seconds, has_end = frames * first.samples / first.rate, False
+    if first.kind[1] == _AAC:  # whose decoder may leave out the first frames
+        return Part(tuple(ranges), "aac", seconds, 2 * first.samples / first.rate, has_end=False)
     if tag[36:40] == b"VBRI":  # a count of Fraunhofer's encoder, which decoders leave out
+        has_end = True
         if frames < int.from_bytes(tag[50:54], "big") - 1:
             raise DamagedError(CUT)
-        tag = b""
-    if tag:
+    elif tag:
         flags, counted, size = struct.unpack(">3xBII", tag[first.tag + 4 : first.tag + 16].ljust(12, b"\0"))
         counted, there = counted * (flags & 1), len(tag) + sum(map(len, ranges))
         if frames < counted - 1 or (frames == counted - 1 and flags & 2 and size > there):  # some count the tag, too
             raise DamagedError(CUT)
+        has_end = counted > 0
         if frames == counted:
             if flags & 2:
                 tag = tag[: first.tag + 12] + struct.pack(">I", there) + tag[first.tag + 16 :]
-            trimmed = 2 * 4095 + first.samples
-            return Part((tag, *ranges), "mp3", max(0, samples - trimmed) / first.rate)
-    return Part(tuple(ranges), "mp3", samples / first.rate)
+            return Part((tag, *ranges), "mp3", seconds, (2 * 4095 + first.samples) / first.rate)
+    return Part(tuple(ranges), "mp3", seconds, has_end=has_end)

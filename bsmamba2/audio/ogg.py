@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .source import AGAIN, CUT, DamagedError, FileBytes, Part
+from .source import AGAIN, CUT, FILE_START, DamagedError, FileBytes, Part
 
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -54,8 +53,8 @@ class _Stream:
         return self.rate > 0 or self.head.startswith((b"Speex   ", b"fLaC", b"PCM     "))
 
 
-def ogg_parts(data: FileBytes, pos: int) -> Iterator[Part]:
-    """Recordings in an Ogg file, one for each link of its chain.
+def ogg_part(data: FileBytes, pos: int) -> tuple[Part, int]:
+    """The recording at `pos`, one link of a chain, and where it ends.
 
     Raises:
         DamagedError: when it is cut, a page is missing, or a checksum is wrong.
@@ -64,7 +63,7 @@ def ogg_parts(data: FileBytes, pos: int) -> Iterator[Part]:
     while pos < data.size:
         head = data.at(pos, 27)
         if not head.startswith(b"OggS"[: len(head)]):
-            if data.skip_tags(pos) == data.size:
+            if data.skip_tags(pos) == data.size or FILE_START.match(data.at(pos, 64)):
                 break
             raise DamagedError(f"is damaged: no page begins at byte {pos:,}; {AGAIN}")
         lacing = data.at(pos + 27, head[26]) if len(head) == 27 else b""
@@ -78,8 +77,7 @@ def ogg_parts(data: FileBytes, pos: int) -> Iterator[Part]:
             raise DamagedError(f"is damaged: the page at byte {pos:,} fails its checksum; {AGAIN}")
         if flags & 2:  # begins a stream
             if begun:
-                yield _part(data, link, pos, streams)
-                link, streams, begun = pos, {}, False
+                break
             streams[serial] = _Stream(page[body : body + 64], number)
         else:
             begun = True
@@ -94,7 +92,7 @@ def ogg_parts(data: FileBytes, pos: int) -> Iterator[Part]:
         stream.number = (number + 1) & 0xFFFFFFFF
         stream.page, stream.flags, stream.is_open = range(pos, pos + size), flags, lacing[-1:] == b"\xff"
         pos += size
-    yield _part(data, link, pos, streams)
+    return _part(data, link, pos, streams), pos
 
 
 def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) -> Part:
@@ -115,7 +113,8 @@ def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) ->
     pre_skip = int.from_bytes(stream.head[10:12], "little") if stream.is_opus else 0
     seconds = (stream.last - stream.start - pre_skip) / stream.rate if stream.rate else 0.0
     is_vorbis = len(streams) == 1 and stream.head.startswith(b"\x01vorbis")  # beside a picture it is FFmpeg's
-    return Part(pieces, "libsndfile" if is_vorbis else "ogg", seconds, is_vorbis)
+    has_end = bool(stream.flags & 4)
+    return Part(pieces, "libsndfile" if is_vorbis else "ogg", seconds, vorbis=is_vorbis, has_end=has_end)
 
 
 def _opus_samples(body: bytes, lacing: bytes) -> int:

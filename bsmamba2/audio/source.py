@@ -5,15 +5,25 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 AGAIN = "get the whole file again"
 CUT = f"is cut short: its end is missing; {AGAIN}"
+
+FILE_START = re.compile(
+    rb"RIF[FX]....(?:WAVE|AVI )|(?:RF|BW)64....WAVE|riff\x2e\x91\xcf\x11|FORM....(?:AIF[FC]|8SVX|16SV)|caff\0[\x01\x02]"
+    rb"|\.snd\0\0|fLaC\0\0\0\x22|OggS\0\x02|\0\0\0[\x08-\x80]ftyp|\x1a\x45\xdf\xa3[\x01-\xa3]"
+    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|TTA1[\x01-\x03]\0|FLV\x01|MAC [\x80-\xff][\x0c-\x0f]|#!AMR"
+    rb"|Creative Voice File\x1a|wvpk....[\x02-\x10]\x04",
+    re.DOTALL,
+)
+"""First bytes of files, those kinds that begin with enough of them not to be found in sound by chance."""
 
 
 class DamagedError(Exception):
@@ -28,20 +38,48 @@ class Part:
         pieces: its bytes: ranges of the file, and bytes that stand in for others.
         decoder: `libsndfile`, or FFmpeg's name of the format, or "" where FFmpeg finds the format itself.
         seconds: sound that its pages or frames claim, 0 where they claim nothing.
+        trimmed: how much of it decoders may leave out, in seconds: an encoder's delay and padding.
+        samples: its length in samples, where its container counts them; 0 where it does not.
+        block: samples in a block, where the last block may be filled up, and writers may add one more.
         vorbis: whether it is Vorbis, whose channels have an order of their own.
+        has_end: whether the file shows where the sound ends: by a size, a count, or a mark.
+        walked: whether the container was followed to its end, so that nothing else is among the pieces.
     """
 
     pieces: tuple[bytes | range, ...]
     decoder: str = ""
     seconds: float = 0.0
+    trimmed: float = 0.0
+    samples: int = 0
+    block: int = 0
     vorbis: bool = False
+    has_end: bool = True
+    walked: bool = True
+
+    def length(self, decoded: int) -> int:
+        """Samples that count of those decoded, which may fill up the last block."""
+        return self.samples if decoded - 2 * self.block < self.samples < decoded else decoded
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Open a file to read, unbuffered; at once, even if it became a pipe that nobody writes to.
+
+    Raises:
+        DamagedError: when it is not a regular file.
+        OSError: when it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedError("is not a regular file")
+    return io.FileIO(descriptor)
 
 
 class Splice(io.RawIOBase):
-    """File object that reads the pieces of a `Part` one after the other."""
+    """File object that reads the pieces of a `Part` one after the other; with `endless`, it does not tell its size."""
 
-    def __init__(self, raw: io.FileIO, pieces: Sequence[bytes | range]) -> None:
-        self._raw, self._pieces, self._position = raw, pieces, 0
+    def __init__(self, raw: io.FileIO, pieces: Sequence[bytes | range], *, endless: bool = False) -> None:
+        self._raw, self._pieces, self._endless, self._position = raw, pieces, endless, 0
         self._starts = list(accumulate(map(len, pieces), initial=0))
 
     def readable(self) -> bool:
@@ -57,7 +95,9 @@ class Splice(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set the position, and return it."""
+        """Set the position, and return it; −1, FFmpeg's sign of failure, for the end of an endless file."""
+        if whence == os.SEEK_END and self._endless:
+            return -1
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
         self._position = max(0, base + offset)
         return self._position
@@ -89,6 +129,9 @@ class FileBytes:
 
     def at(self, start: int, count: int) -> bytes:
         """`count` bytes from `start` on, or as many as there are."""
+        count = min(count, self.size - start)
+        if start < 0 or count <= 0:
+            return b""
         offset = start - self._start
         if offset < 0 or offset + count > len(self._block):
             self._raw.seek(start)
@@ -100,11 +143,12 @@ class FileBytes:
         size = struct.calcsize(format)
         return struct.unpack(format, self.at(start, size).ljust(size, b"\0"))
 
-    def find(self, pattern: bytes, start: int) -> Iterator[int]:
-        """Places of some bytes from `start` on."""
+    def next_file(self, start: int) -> int:
+        """Place from `start` on where another file begins, or the end of this one."""
         for block in range(start, self.size, 1 << 20):
-            found = self.at(block, (1 << 20) + len(pattern) - 1)
-            yield from (block + match.start() for match in re.finditer(re.escape(pattern), found))
+            if found := FILE_START.search(self.at(block, (1 << 20) + 63)):
+                return block + found.start()
+        return self.size
 
     def skip_tags(self, start: int) -> int:
         """First place from `start` on with neither a tag (ID3, APE, Lyrics3) nor zeros."""
@@ -117,12 +161,32 @@ class FileBytes:
                 size, flags = struct.unpack("<I4xI", head[12:24])
                 start += 32 + size * (flags >> 29 & 1)
             elif head.startswith(b"TAG"):
-                start += 128
+                start += 227 if head.startswith(b"TAG+") else 128
             elif head.startswith(b"LYRICSBEGIN") and (end := re.search(rb"LYRICS(200|END)", self.at(start, 1 << 20))):
                 start += end.end()
             elif head.startswith(b"\0"):
                 block = self.at(start, 512)
-                start += len(block) - len(block.lstrip(b"\0"))
+                zeros = len(block) - len(block.lstrip(b"\0"))
+                if self.at(start + zeros + 1, 4) == b"ftyp":  # three of them begin an MP4 file
+                    return start + max(0, zeros - 3)
+                start += zeros
             else:
                 break
         return min(start, self.size)
+
+    def cut_off_tags(self) -> None:
+        """Take the tags at the end of the file (APE, ID3v1, Lyrics3) off its size, whether or not a head names them."""
+        while True:
+            footer, length = self.at(self.size - 32, 32), 0
+            if footer.startswith(b"APETAGEX"):
+                size, flags = struct.unpack("<I4xI", footer[12:24])
+                length = size + 32 * (flags >> 31)
+            elif self.at(self.size - 128, 3) == b"TAG":
+                length = 355 if self.at(self.size - 355, 4) == b"TAG+" else 128
+            elif footer.endswith((b"LYRICS200", b"LYRICSEND")):
+                block = self.at(max(0, self.size - (1 << 20)), 1 << 20)
+                begin = block.rfind(b"LYRICSBEGIN")
+                length = len(block) - begin if begin >= 0 else 0
+            if not 0 < length < self.size:
+                break
+            self.size -= length

@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,6 +331,10 @@ def _prepare(paths: Iterable[Path], overwrite: bool) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove the hidden files of writers that were killed, and results that lack the others of their song."""
+    for path in folder.glob(".bsmamba2-*.new"):  # renamed to .part within microseconds, once it is locked
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > 60 and not path.is_symlink():
+                path.unlink()
     songs: dict[str, list[Path]] = {}
     for path in folder.glob(".bsmamba2-*.part"):
         if path.is_file() and not path.is_symlink():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ import torch
 from audio_files import encode_tone, wave, with_bytes
 
 from bsmamba2.audio.decoders import SPEAKERS, VORBIS_SPEAKERS
-from bsmamba2.audio.files import BLOCK, AudioError, AudioReader, find_audio_files
+from bsmamba2.audio.files import BLOCK, AudioError, AudioReader, AudioWarning, find_audio_files
 
 RATE = 48_000
 LAYOUTS = {3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
@@ -153,3 +154,81 @@ def test_a_file_that_is_renamed_while_nothing_is_in_it(tmp_path: Path) -> None:
             path = with_bytes(tmp_path / "song.mp3", magic + bytes(size))
             with pytest.raises(AudioError, match=r"song\.mp3: .*;"):
                 read_all(path)
+
+
+@pytest.mark.parametrize("codec", ["libmp3lame", "aac", "libopus", "flac", "alac"])
+def test_the_end_of_an_mp4_is_exact_whatever_is_in_it(tmp_path: Path, codec: str) -> None:
+    """Its edit list is rounded to 1 ms, its index is not."""
+    rate = 48_000 if codec == "libopus" else 44_100
+    audio = torch.from_numpy(encode_tone(tmp_path / "a.mp4", codec, rate, format="mp4"))
+    _, found = read_all(tmp_path / "a.mp4")
+    assert found.shape == audio.shape
+    assert (found - audio)[:, 1000:90_000].square().mean() < 5e-4  # the noise in the tone, of 4e-4, is not kept
+
+
+UNSTATED = {"VOC": "PCM_16", "IRCAM": "PCM_16", "AVR": "PCM_16", "PVF": "PCM_16", "SVX": "PCM_16", "PAF": "PCM_16"}
+STREAMS = {"a.ac3": "ac3", "a.mpg": "mp2", "a.ts": "mp2", "a.sox": "pcm_s32le"}
+
+
+@pytest.mark.parametrize("kind", [*UNSTATED, *STREAMS])
+def test_a_cut_file_is_refused_or_a_message_says_that_it_cannot_be_known(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind.rpartition('.')[2]}"
+    if kind in UNSTATED:
+        noise = np.random.default_rng(0).normal(0, 0.1, (9001, 1))
+        soundfile.write(path, noise, 8000, format=kind, subtype=UNSTATED[kind])
+    else:
+        options = {"sample_fmt": "s32"} if kind == "a.sox" else {}
+        with av.open(path, "w") as container:
+            stream = container.add_stream(STREAMS[kind], rate=48_000, layout="stereo", options=options)
+            codec_format = stream.codec_context.codec.audio_formats[0].name
+            silence = av.AudioFrame(codec_format, "stereo", 48_000)
+            for plane in silence.planes:
+                plane.update(bytes(plane.buffer_size))
+            silence.rate, silence.pts = 48_000, 0
+            fifo = av.AudioFifo()
+            fifo.write(silence)
+            while (frame := fifo.read(stream.codec_context.frame_size or 4096)) is not None:
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    message = "does not state its length; if its end was cut off, nothing shows it"
+    with pytest.warns(AudioWarning, match=message):
+        whole = read_all(path)[1].shape[1]
+    content = path.read_bytes()
+    for share in (0.3, 0.6, 0.95):
+        with_bytes(path, content[: int(len(content) * share)])
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            try:
+                assert 0 < read_all(path)[1].shape[1] < whole
+            except AudioError as error:
+                assert ";" in str(error)  # noqa: PT017
+            else:
+                assert [message in str(found.message) for found in messages] == [True]
+
+
+def test_files_of_no_samples_say_so(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", np.zeros((900, 2)), 48_000)
+    head = bytearray((tmp_path / "a.flac").read_bytes()[:42])
+    head[4] |= 0x80  # the last block of metadata
+    head[21:26] = bytes([head[21] & 0xF0, 0, 0, 0, 0])
+    soundfile.write(tmp_path / "a.opus", np.zeros((0, 2)), 48_000, format="OGG", subtype="OPUS")
+    for path in (with_bytes(tmp_path / "a.flac", bytes(head)), tmp_path / "a.opus"):
+        with pytest.raises(AudioError, match=r"holds no samples; get the whole file again, or give another song"):
+            read_all(path)
+
+
+def test_a_cut_wavpack_file_is_named_as_cut(tmp_path: Path) -> None:
+    with av.open(tmp_path / "a.wv", "w") as container:
+        stream = container.add_stream("wavpack", rate=8000, layout="mono", format="s16p")
+        for _ in range(4):
+            noise = np.random.default_rng(0).integers(-3000, 3000, (1, 4000)).astype("int16")
+            frame = av.AudioFrame.from_ndarray(noise, format="s16p", layout="mono")
+            frame.rate = 8000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    content = (tmp_path / "a.wv").read_bytes()
+    assert read_all(tmp_path / "a.wv")[1].shape == (1, 16_000)
+    for share in (0.4, 0.7, 0.95):
+        with_bytes(tmp_path / "a.wv", content[: int(len(content) * share)])
+        with pytest.raises(AudioError, match=r"is damaged or cut short after \d\.\d s|holds no samples; get the whole"):
+            read_all(tmp_path / "a.wv")

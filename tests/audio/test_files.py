@@ -13,6 +13,8 @@ from audio_files import cut, encode_tone, poke, wave, with_bytes
 
 from bsmamba2.audio.files import BLOCK, AudioError, AudioReader, read
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* does not state its length")
+
 
 def uncounted_mp3(path: Path, seconds: float, rate: int, channels: int, level: float) -> bytes:
     """Noise as an MP3 of one bit rate without the frame that tells how many follow."""

@@ -233,3 +233,13 @@ def test_a_file_system_that_cannot_flush_is_no_error(
     else:
         put(tmp_path, 0.5)
         assert values(tmp_path) == dict.fromkeys(BOTH, 0.5)
+
+
+def test_what_a_writer_left_that_was_killed_at_once_is_removed(tmp_path: Path) -> None:
+    old, young = tmp_path / ".bsmamba2-a-b.new", tmp_path / ".bsmamba2-c-d.new"
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    sweep(tmp_path)
+    assert not old.exists()
+    assert young.exists()  # a writer that is alive may be about to rename it

@@ -204,7 +204,7 @@ BAD = {
     "2,000,000,000 Hz": (lambda p: poke(wave(p / "bad.wav"), 24, b"\0\x94\x35\x77"), "2,000,000,000 Hz"),
     "0 channels": (lambda p: poke(wave(p / "bad.wav"), 22, b"\0\0"), "cannot be read as audio"),
     "empty folder": (lambda p: folder(p / "bad"), "holds no WAV"),
-    "pipe": (lambda p: pipe(p / "bad.wav"), "no regular file"),
+    "pipe": (lambda p: pipe(p / "bad.wav"), "not a regular file"),
     "output exists": (lambda p: taken(p / "bad.wav"), "exists; give another folder with -o, or --overwrite"),
     "a folder in the output's place": (lambda p: in_the_way(p / "bad.wav"), "exists; give another folder"),
     "a name too long for its results": (lambda p: wave(p / "b.wav").rename(p / f"bad{'x' * 247}.wav"), "too long"),
