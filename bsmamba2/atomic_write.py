@@ -1,4 +1,4 @@
-"""Atomic writes: a reader finds the old file or the new one, never a part of one."""
+"""Atomic writes: a reader finds the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview |
 
     Args:
         path: the file, replaced when it exists; its folder must exist. The target of a link is replaced, not the link.
-        payload: bytes, or text, which is written as UTF-8; of a name in another encoding, bytes become escapes.
+        payload: bytes, or text, written as UTF-8; bytes of names in other encodings become escapes.
 
     Raises:
-        OSError: when it cannot be written, a full disk for one; it names `path`, and an older file is unchanged.
+        OSError: when it cannot be written, on a full disk for example; it names `path`, and an older file is unchanged.
     """
     path = Path(os.path.realpath(path))
     payload = payload.encode(errors="backslashreplace") if isinstance(payload, str) else payload
@@ -37,7 +37,7 @@ def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview |
 
 
 def fsync(file: IO[bytes]) -> None:
-    """Flush a file to the disk, where its file system can: some on a network cannot."""
+    """Flush a file to the disk, if its file system supports that."""
     try:
         os.fsync(file.fileno())
     except OSError as error:

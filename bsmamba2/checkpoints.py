@@ -50,7 +50,7 @@ FORMAT_VERSION = 2
 HASH_KEY = "bsmamba2.sha256"
 
 BUNDLED_CHECKPOINT = Path(__file__).parent / "weights" / "small.safetensors"
-"""The checkpoint inside the package: what the commands take when none is named."""
+"""The checkpoint inside the package, the commands' default."""
 
 
 class CheckpointError(ValueError):
@@ -63,12 +63,12 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        layout: which of the three layouts it has.
-        weights: `ema` when they are the moving averages of a Lightning file, else `raw`: as stored.
+        layout: one of the three layouts.
+        weights: `ema` for moving averages, else `raw`.
         config: as stored, as given, or inferred (see `read_checkpoint`).
-        state: name → tensor, exactly the names of `BSMamba2(config).state_dict()`.
+        state: name → tensor, with exactly the names of `BSMamba2(config).state_dict()`.
         metadata: further entries that `save_checkpoint` was given.
-        notes: lines about the file that its user should see: which weights were taken, and what was assumed.
+        notes: lines for the user: the weights that were loaded, and the settings that were assumed.
     """
 
     path: Path
@@ -95,8 +95,8 @@ def load_checkpoint(
 ) -> BSMamba2:
     """Load a model from a file of any layout, in evaluation mode, on the CPU, in float32.
 
-    `read_checkpoint` has the same arguments and errors, and also returns which weights were taken. `scan` is a
-    function as `ssd.chunked`, or "recurrent", "matrix" or "chunked": weights do not depend on it.
+    Arguments and errors are those of `read_checkpoint`. `scan` is a function such as `ssd.chunked`, or "recurrent",
+    "matrix" or "chunked".
     """
     return read_checkpoint(path, weights=weights, config=config).model(scan=scan)
 
@@ -107,32 +107,31 @@ def read_checkpoint(
     weights: Weights = "auto",
     config: ModelConfig | str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint of any layout; the content decides which, never the file's name.
+    """Read a checkpoint of any layout, which is recognised by its content, not by its name.
 
-    A published file carries no configuration. Widths, depth, bands and the number of stems then follow from
-    the tensors. The rest comes from a YAML file of the training toolbox (`config.read_config`) in the same folder,
-    if one fits, or is assumed: 44,100 Hz; hop 441 (n_fft / 4 where that is too long); a window of n_fft; two
-    channels, or one if only then n_fft = 2·(bins - 1) is a power of two; the stem is `vocals` if there is one, else
-    they are `stem_0`, `stem_1`, …. `Checkpoint.notes` says which.
+    A published file has no configuration. Widths, depth, bands and the number of stems are then inferred from the
+    tensors. The rest comes from a YAML file of the training toolbox (`config.read_config`) in the same folder, if one
+    fits, or is assumed: 44,100 Hz; hop 441 (n_fft / 4 if that is too long); a window of n_fft; two channels, or one if
+    only then n_fft = 2·(bins - 1) is a power of two; stem `vocals`, or `stem_0`, `stem_1`, … for several.
 
-    A Lightning file of the authors' code has the raw weights in `state_dict` and their moving averages, in
-    the order of the parameters, under `optimizer_states` in a list `ema` (read from code, not seen in their
-    file). Their training validates the averages; their `evaluate.py` and `inference.py` use the raw weights.
+    A Lightning file of the authors' code has the raw weights in `state_dict` and their moving averages, in the order
+    of the parameters, under `optimizer_states` in a list `ema` (read from code, not seen in their file). Their training
+    validates the averages; their `evaluate.py` and `inference.py` use the raw weights.
 
     Args:
         path: the file.
-        weights: of a file that has both, `ema` or `raw`; `auto` takes the averages when they are there.
-        config: the architecture, when the file has none or the assumptions do not fit; or the path of a YAML or
-            JSON file with some of its fields.
+        weights: `ema` or `raw`, in a file that has both; `auto` prefers the averages.
+        config: the architecture, if the file has none or the assumptions do not fit; or a YAML or JSON file with some
+            of its fields.
 
     Returns:
-        The checkpoint. Weights of any floating type become float32, each in memory of its own.
+        The checkpoint. Weights of any floating type become float32 and share no memory.
 
     Raises:
-        CheckpointError: when the file is no checkpoint, is cut short or damaged, is of another model, lacks what
-            `weights` asks for, or has tensors that are missing, unexpected, of another shape, not floating-point or
-            not finite.
-        FileNotFoundError: when there is no such file.
+        CheckpointError: when the file is not a checkpoint, is truncated or damaged, is of a different model, lacks the
+            requested `weights`, or has tensors that are missing, unexpected, misshapen, not floating-point or not
+            finite.
+        FileNotFoundError: when the file does not exist.
     """
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights={weights!r} must be 'auto', 'ema' or 'raw'")
@@ -170,7 +169,7 @@ def read_checkpoint(
         tensors = dict(zip(tensors, averages, strict=True))
         if fault := misfit(tensors, expected, "EMA "):
             raise CheckpointError(f"{path} {fault}")
-        choice = "the file has no others" if found.only_averages else "weights='raw' (--weights raw) takes the raw ones"
+        choice = "the file has no others" if found.only_averages else "weights='raw' (--weights raw) loads the raw ones"
         theirs = ", which the authors' own evaluation uses" if found.lightning and not found.only_averages else ""
         notes.append(f"EMA weights (moving averages) are loaded; {choice}{theirs}")
     tensors = from_published(tensors) if published else tensors
@@ -188,20 +187,20 @@ def save_checkpoint(
     layout: Layout = "bsmamba2",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Save a model atomically: whatever fails, an older file at `path` stays as it was.
+    """Save a model atomically: after a failure, an older file at `path` is unchanged.
 
     Args:
-        model: its weights are stored in the type that they have.
-        path: replaced when it exists; its folder must exist.
-        layout: `bsmamba2`, or `published` or `lightning`, which carry the weights alone (`lightning` only its
-            `state_dict`, all that the authors' evaluation and inference read).
-        metadata: further strings to keep in a `bsmamba2` file (`read_checkpoint(path).metadata`).
+        model: its weights keep their type.
+        path: replaced if it exists; its folder must exist.
+        layout: `bsmamba2`; or `published` or `lightning`, which store only the weights (`lightning` only `state_dict`,
+            all that the authors' evaluation and inference read).
+        metadata: further strings for a `bsmamba2` file (`read_checkpoint(path).metadata`).
 
     Raises:
-        CheckpointError: when a weight is not finite, or the model is not what its configuration describes
-            (another `sequence_layer`).
-        OSError: when the file cannot be written, a full disk for one; it names `path`.
-        ValueError: for an unknown layout, or metadata that cannot be kept.
+        CheckpointError: when a weight is not finite, or the model does not match its configuration (a custom
+            `sequence_layer`).
+        OSError: when the file cannot be written, on a full disk for example; it names `path`.
+        ValueError: for an unknown layout, or metadata that cannot be stored.
     """
     if layout not in ("bsmamba2", "published", "lightning"):
         raise ValueError(f"layout={layout!r} must be 'bsmamba2', 'published' or 'lightning'")
@@ -212,9 +211,7 @@ def save_checkpoint(
         if key == "format" or key.startswith("bsmamba2.") or not isinstance(value, str):
             raise ValueError(f"metadata {key!r}: {value!r} must be a string under a name of your own")
     state = own_copies(model.state_dict())
-    if fault := misfit(state, expected_shapes(model.config)):
-        raise CheckpointError(f"the model to save {fault}")
-    if fault := not_finite(state):
+    if fault := misfit(state, expected_shapes(model.config)) or not_finite(state):
         raise CheckpointError(f"the model to save: {fault}")
     if layout == "bsmamba2":
         ours = {"bsmamba2.format": str(FORMAT_VERSION), "bsmamba2.config": model.config.to_json()}
@@ -230,16 +227,10 @@ def save_checkpoint(
 
 
 def bundled_checkpoint() -> Path:
-    """Path of the checkpoint bundled with the package.
-
-    Raises:
-        CheckpointError: when this copy of the package has none.
-    """
+    """Path of the checkpoint bundled with the package; CheckpointError when this copy has none."""
     if not BUNDLED_CHECKPOINT.is_file():
-        raise CheckpointError(
-            f"no checkpoint comes with this copy of bsmamba2 ({BUNDLED_CHECKPOINT} is missing): name one with "
-            f"--checkpoint, or run `make train` and name book/results/first_run/checkpoint.safetensors"
-        )
+        fix = "name one with --checkpoint, or run `make train` and name book/results/first_run/checkpoint.safetensors"
+        raise CheckpointError(f"this copy of bsmamba2 has no checkpoint ({BUNDLED_CHECKPOINT} is missing): {fix}")
     return BUNDLED_CHECKPOINT
 
 
@@ -283,16 +274,15 @@ def _serialize(state: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skip random initialisation: weights stay uninitialised memory until a file's take their place.
+    """Skip random initialisation: weights stay uninitialised memory until a checkpoint's replace them.
 
     The paper's model then takes 0.05 s and no memory. (`torch.device("meta")` would import the compiler.)
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if getattr(func, "__name__", "") in ("uniform_", "kaiming_uniform_"):
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _empty_model(config: ModelConfig, scan: ssd.Scan | str = ssd.chunked) -> BSMamba2:

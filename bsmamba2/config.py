@@ -2,15 +2,16 @@
 
 Axis letters used throughout the module, and in `book/notation.md`:
 
-    b  batch        c  audio channel      f  frequency bin     t  frame
-    k  band         d  feature            h  head              p  head width
-    n  state        s  stem
+    b  batch             c  audio channel    f  frequency bin    t  frame
+    k  band              d  feature          h  head             p  channel of a head
+    n  state column      q  frame of a chunk l  chunk            stem (written out)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,26 +72,17 @@ class ModelConfig:
                 object.__setattr__(self, field.name, tuple(value))
             elif not is_positive_int(value) and not (field.name == "win_length" and value is None):
                 raise ValueError(f"{field.name}={short_repr(value)} must be a positive whole number")
-        if not all(is_positive_int(width) for width in self.freqs_per_bands):
-            shown = short_repr(self.freqs_per_bands)
-            raise ValueError(f"freqs_per_bands={shown} must be positive whole numbers of bins")
-        if sum(self.freqs_per_bands) != self.bins:
-            raise ValueError(
-                f"freqs_per_bands cover {sum(self.freqs_per_bands)} bins, but n_fft={self.n_fft} gives {self.bins}: "
-                f"make their sum n_fft // 2 + 1"
-            )
+        if not all(map(is_positive_int, self.freqs_per_bands)):
+            raise ValueError(f"freqs_per_bands={short_repr(self.freqs_per_bands)} must be positive numbers of bins")
+        if (covered := sum(self.freqs_per_bands)) != self.bins:
+            fault = f"freqs_per_bands cover {covered} bins, but n_fft={self.n_fft} gives {self.bins}"
+            raise ValueError(f"{fault}: make their sum n_fft // 2 + 1")
+        shown = short_repr(self.stems)
         for stem in self.stems:  # they become names of files
-            if (
-                not isinstance(stem, str)
-                or not 0 < len(stem) <= 100
-                or not stem.isprintable()
-                or set(stem) & set("/\\")
-            ):
-                raise ValueError(
-                    f"stems={short_repr(self.stems)} must be names of 1 to 100 printable characters, without / and \\"
-                )
+            if not isinstance(stem, str) or not re.fullmatch(r"[^/\\]{1,100}", stem) or not stem.isprintable():
+                raise ValueError(f"stems={shown} must be names of 1 to 100 printable characters, without / and \\")
         if len({stem.casefold() for stem in self.stems}) != len(self.stems):
-            raise ValueError(f"stems={short_repr(self.stems)} names a stem twice")
+            raise ValueError(f"stems={shown} names a stem twice")
         if self.win_length == self.n_fft:
             object.__setattr__(self, "win_length", None)  # so that equal configurations compare equal
         window = self.win_length or self.n_fft
@@ -100,10 +92,7 @@ class ModelConfig:
                 f"hop_length={self.hop_length} at most half the window, or the inverse STFT cannot rebuild the signal"
             )
         if self.inner % self.headdim:
-            raise ValueError(
-                f"expand * dim = {self.inner} is not a multiple of headdim={self.headdim}: "
-                f"heads must fill the inner width exactly"
-            )
+            raise ValueError(f"expand * dim = {self.inner} is not a multiple of headdim={self.headdim}")
         values = self.sample_rate * len(self.freqs_per_bands) * (2 * self.inner + 2 * self.d_state + self.heads)
         if values > MOST_VALUES_PER_SECOND * self.hop_length:
             raise ValueError(
@@ -159,11 +148,11 @@ class ModelConfig:
 def read_config(path: Path) -> dict[str, Any]:
     """Fields of a `ModelConfig` from a YAML or JSON file, for checkpoints that store none; absent fields stay absent.
 
-    The file has our own field names, or the layout of ZFTurbo's Music-Source-Separation-Training: sections `audio`,
-    `model` and `training`, whose model has a hop of 512 and a window of 2,048 in 2,048 where the file gives none.
+    The file has our own field names, or the sections `audio`, `model` and `training` of ZFTurbo's
+    Music-Source-Separation-Training; its hop is 512 and its window 2,048 in 2,048 unless the file gives others.
 
     Raises:
-        ValueError: for a file that cannot be read, or holds something else; it names the file.
+        ValueError: for a file that cannot be read, is of a different model or holds something else; it names the file.
     """
     values = read_parameters(path)
     model, audio, training = (values.get(section) or {} for section in ("model", "audio", "training"))
@@ -174,9 +163,11 @@ def read_config(path: Path) -> dict[str, Any]:
         return values
     if not all(isinstance(section, dict) for section in (model, audio, training)):
         raise ValueError(f"{path}: the sections audio, model and training must hold names and values")
-    n_fft = model.get("stft_n_fft", 2048)
-    fields = {"n_fft": n_fft, "hop_length": model.get("stft_hop_length", 512)}
-    fields["win_length"] = model.get("stft_win_length", 2048)
+    ours = "dim|depth|stereo|num_stems|freqs_per_bands|stft_(n_fft|hop_length|win_length)"
+    if not model or (model.get("module_type") != "mamba2" and not all(re.fullmatch(ours, str(x)) for x in model)):
+        raise ValueError(f"{path}: its section model is not of BSMamba2: module_type must be mamba2")
+    defaults = {"n_fft": 2048, "hop_length": 512, "win_length": 2048}
+    fields = {name: model.get(f"stft_{name}", default) for name, default in defaults.items()}
     for name, value in (("freqs_per_bands", model.get("freqs_per_bands")), ("sample_rate", audio.get("sample_rate"))):
         if value is not None:
             fields[name] = value

@@ -98,7 +98,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe_known_file(path: str | os.PathLike[str]) -> str | None:
-    """Identify a published file by its SHA-256, or None; hashed only when its size is that of a known one."""
+    """Identify a published file by its SHA-256, or None; it is hashed only if its size is known."""
     path = Path(path)
     for digest, (size, name) in KNOWN_FILES.items():
         if path.stat().st_size == size:
@@ -123,7 +123,7 @@ def is_model_name(name: str) -> bool:
 
 
 def unsupported_variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The name of a relative of BSMamba2 that tensors belong to, or None."""
+    """The name of the related model that tensors belong to, or None."""
     names = "\n".join(shapes)
     variant = next((variant for pattern, variant in _VARIANTS if re.search(pattern, names)), None)
     if variant == ROFORMER:
@@ -163,16 +163,15 @@ def expected_shapes(config: ModelConfig, *, published: bool = False) -> dict[str
 def infer_config(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any] | None = None) -> ModelConfig:
     """Infer the configuration from tensor shapes; `read_checkpoint` lists the assumptions.
 
-    Each tensor votes for the sizes that its shape shows, and an index counts when it has more than half as
-    many tensors as the fullest one: a tensor that is missing, left over or misshapen is outvoted, so that
-    it can be named instead of being believed.
+    Each tensor votes for the sizes that its shape shows, and an index counts when it has more than half as many tensors
+    as the most frequent one. A missing, additional or misshapen tensor is outvoted, so that it can be reported.
 
     Args:
-        shapes: name → shape; names of either layout count, others are passed over.
-        fields: fields of the configuration that are known, as from `config.read_config`.
+        shapes: name → shape; names of either layout count, others are ignored.
+        fields: known fields of the configuration, as from `config.read_config`.
 
     Raises:
-        ValueError: when they do not make a configuration.
+        ValueError: when the shapes do not make a configuration.
     """
     given = dict(fields or {})
     votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -230,23 +229,23 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any
 def choose_config(
     path: Path, shapes: Mapping[str, tuple[int, ...]], stored: str | None, given: Path | None
 ) -> tuple[ModelConfig, list[str]]:
-    """The configuration of a checkpoint: as stored, else from a YAML file or inferred.
+    """The configuration of a checkpoint: as stored, else inferred, with fields from a YAML file.
 
     Args:
         path: the checkpoint, for YAML files in its folder.
         shapes: name → shape of its tensors.
         stored: its own configuration as JSON, or None.
-        given: a file with fields that replace others, or None.
+        given: a file whose fields take precedence, or None.
 
     Returns:
-        The configuration, and lines that say where it is from.
+        The configuration, and notes on its origin.
     """
     fields = read_config(given) if given else {}
     if stored is not None:
         return replace(ModelConfig.from_mapping(json.loads(stored)), **fields), []
     config = None
     files = [file for file in sorted(path.parent.iterdir()) if file.suffix.lower() in (".yaml", ".yml")]
-    for file in [] if given else [file for file in files if file.stem == path.stem] or files[:10]:
+    for file in [] if given else [file for file in files if file.stem == path.stem] or files[:100]:
         try:
             fitting = read_config(file)
             candidate = infer_config(shapes, fitting)
@@ -260,9 +259,9 @@ def choose_config(
     notes = [f"{', '.join(fields)} from {given}"] if fields else []
     assumed: dict[str, object] = {"hop_length": config.hop_length, "win_length": config.win_length or config.n_fft}
     assumed |= {"sample_rate": config.sample_rate, "stems": ",".join(config.stems)}
-    texts = [f"{name}={value}" for name, value in assumed.items() if name not in fields]
+    texts = [f"{name}={value!s:.100}" for name, value in assumed.items() if name not in fields]
     if texts:
-        notes.append(f"{', '.join(texts)} assumed, since the tensors do not tell; --config FILE sets others")
+        notes.append(f"{', '.join(texts)} assumed, because the tensors do not show it; --config FILE sets others")
     return config, notes
 
 

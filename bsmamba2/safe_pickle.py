@@ -78,10 +78,8 @@ def _load_zip(file: BinaryIO) -> Any:
         root = name.removesuffix("data.pkl")
         if f"{root}constants.pkl" in entries:
             raise _Refused("is a TorchScript archive: save the model's state_dict() with torch.save")
-        if (
-            f"{root}byteorder" in entries
-            and _read_entry(archive, entries[f"{root}byteorder"]) != sys.byteorder.encode()
-        ):
+        order = entries.get(f"{root}byteorder")
+        if order and _read_entry(archive, order) != sys.byteorder.encode():
             raise _Refused("was saved on a machine of the opposite byte order: convert it there to safetensors")
 
         def read_storage(key: str, _: int) -> Tensor:
@@ -91,7 +89,7 @@ def _load_zip(file: BinaryIO) -> Any:
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The bytes of an entry, whose CRC-32 zipfile checks at their end; never more than its head states."""
+    """The bytes of an entry, with their CRC-32 checked; never more than its header states."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise _Refused("is compressed as torch.save never does: save it again with torch.save")
     with archive.open(entry) as part:
@@ -101,25 +99,24 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 def _load_legacy(file: BinaryIO) -> Any:
     """Pickles of a magic number, a version, the machine, the object and the storage keys, followed by the storages."""
     file.seek(0)
-    content = io.BytesIO(file.read())  # of a bounded length: reading 2^40 bytes from a file would make room for them
-    storages: dict[str, Tensor] = {}
+    content = io.BytesIO(file.read())  # of a bounded length: reading 2^40 bytes from a file would allocate them
     free = len(content.getbuffer())
 
-    def reserve(key: str, nbytes: int) -> Tensor:  # the tensors are views, filled below
+    def reserve(_: str, nbytes: int) -> Tensor:  # the tensors are views, filled below
         nonlocal free
-        if key in storages:
-            return storages[key]
         free -= nbytes
         if nbytes < 0 or free < 0:
             raise EOFError("the file ends before its tensors do")
-        return storages.setdefault(key, torch.zeros(nbytes, dtype=torch.uint8))
+        return torch.zeros(nbytes, dtype=torch.uint8)
 
-    magic, *_, found, keys = (_Machine(content, reserve).run() for _ in range(5))
+    machines = [_Machine(content, reserve) for _ in range(5)]
+    magic, *_, found, keys = (machine.run() for machine in machines)
     if magic != LEGACY_MAGIC:
         raise _Refused("is truncated or damaged, or not from torch.save: save a state dict with torch.save")
     for key in keys:
         content.seek(8, io.SEEK_CUR)  # the number of elements, as in the pickle
-        storages[key].copy_(_as_tensor(content.read(len(storages[key]))))
+        storage = machines[3].storages[key]
+        storage.copy_(_as_tensor(content.read(len(storage))))
     return found
 
 
@@ -127,15 +124,18 @@ def _as_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> object:
-    """A view of a storage, which must not be larger than that (strides of 0), nor leave it (as_strided checks)."""
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> object:
+    """A view of a storage: not larger than it (strides of 0), and within it (as_strided checks)."""
     if type(size) is not tuple or type(stride) is not tuple:
         return Skipped("a tensor without a size")
     flat = storage.content.view(storage.dtype)
     lengths = (offset, *size, *stride) if len(size) + len(stride) <= 128 else ("too many",)
     if not all(type(length) is int and 0 <= length < 1 << 48 for length in lengths) or math.prod(size) > flat.numel():
         return Skipped("a tensor larger than its storage")
-    return flat.as_strided(size, stride, offset)
+    tensor = flat.as_strided(size, stride, offset)
+    bits = rest[2] if len(rest) > 2 and type(rest[2]) is dict else {}  # after requires_grad and hooks
+    tensor = tensor.conj() if bits.get("conj") else tensor  # a view, as `x.conj()` and `x.imag` are
+    return torch._neg_view(tensor) if bits.get("neg") else tensor
 
 
 def _rebuild_from_type(function: Any, _: object, arguments: Any, *__: object) -> object:
@@ -146,8 +146,8 @@ def _rebuild_from_type(function: Any, _: object, arguments: Any, *__: object) ->
 _FUNCTIONS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): lambda storage, offset, size, stride, grad, hooks, dtype, *_: (
-        _rebuild_tensor(_Storage(storage.content, dtype), offset, size, stride)
+    ("torch._utils", "_rebuild_tensor_v3"): lambda storage, offset, size, stride, grad, hooks, dtype, *bits: (
+        _rebuild_tensor(_Storage(storage.content, dtype), offset, size, stride, grad, hooks, *bits)
     ),
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
@@ -165,7 +165,7 @@ _STORAGES = {
 
 
 def _find_global(module: object, name: object) -> object:
-    """A function that rebuilds, a data type, or a placeholder: nothing is imported, and nothing else looked up."""
+    """A function that rebuilds, a data type, or a placeholder; nothing is imported or looked up elsewhere."""
     if not isinstance(module, str) or not isinstance(name, str):
         return Skipped("a global without a name")
     if (module, name) in _FUNCTIONS:
@@ -178,10 +178,9 @@ def _find_global(module: object, name: object) -> object:
 
 
 class _Machine:
-    """The stack machine of pickles, in which classes, calls and hashed containers do nothing.
+    """Pickle's stack machine, in which classes, calls and sets do nothing; `pickletools` decodes the opcodes.
 
-    `pickletools` decodes the opcodes. Python's own unpickler would have to lose its calls, its memo indices of 2^31
-    (which take 32 GB in the C version) and of keys that are nested tuples (whose hash takes exponential time).
+    Python's own would run calls, allocate 32 GB for a memo index of 2^31, and hash nested tuples in exponential time.
     """
 
     def __init__(self, content: BinaryIO, read_storage: Callable[[str, int], Tensor]) -> None:
@@ -223,7 +222,7 @@ class _Machine:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
             case "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_DICT":
-                stack.append({"LIST": list, "TUPLE": tuple, "DICT": dict}[opcode.name[6:]]())
+                stack.append({"LIST": [], "TUPLE": (), "DICT": {}}[opcode.name[6:]])
             case "EMPTY_SET":
                 stack.append(Skipped("a set"))
             case "LIST" | "TUPLE":

@@ -11,7 +11,6 @@ The command line makes its flags from the same fields; `read_parameters` reads v
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import reprlib
@@ -46,32 +45,32 @@ def read_parameters(path: Path) -> dict[str, Any]:
     """Names and values from a JSON or YAML file.
 
     Raises:
-        ValueError: when it cannot be read, or holds something else.
+        ValueError: when it cannot be read, or holds something else; it names the file.
     """
     path = expand_user(path)
-    kind, parse = ("YAML", _parse_yaml) if path.suffix.lower() in (".yaml", ".yml") else ("JSON", json.loads)
+    kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
     try:
         if path.exists() and not path.is_file():
             raise ValueError("is a folder or a device, not a file")
         with path.open(encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ValueError(f"must have at most {LONGEST:,} characters")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     try:
-        values = parse(text) if len(text) <= LONGEST else None
-    except ImportError as error:
-        raise ValueError(f"{path}: YAML requires PyYAML: pip install pyyaml, or write the same as JSON") from error
+        values = _parse_yaml(text) if kind == "YAML" else json.loads(text)
     except Exception as error:  # parsers raise a dozen kinds
         reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: no {kind}: {type(error).__name__}: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"{path} must hold names and values, as `steps: 400`, in at most {LONGEST:,} characters")
+        raise ValueError(f"{path} must hold names and values, as `steps: 400`")
     return values
 
 
 def _parse_yaml(text: str) -> Any:
     """YAML without aliases, a few of which can stand for billions of values, or deep nesting; tuples are lists."""
-    yaml: Any = importlib.import_module("yaml")
+    import yaml  # here, so that a GPU machine without it can run the GPU check
 
     class Loader(yaml.SafeLoader):
         def fetch_alias(self) -> None:

@@ -71,11 +71,8 @@ def find_weights(content: Any) -> FoundWeights:
         return FoundWeights(raw, averages, lightning)
     if ema:
         return FoundWeights(ema, list(ema.values()), lightning, only_averages=True)
-    for _, entries in _dicts(content, False, set()):  # of another model: the caller says which
-        tensors = {
-            name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)
-        }
-        if tensors:
+    for _, entries in _dicts(content, False, set()):  # of a different model, which the caller names
+        if tensors := {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Tensor)}:
             return FoundWeights(tensors, [], lightning)
     name, value = next(iter(entries.items()), ("", None))
     name = PREFIX.sub("", name, count=1) if isinstance(name, str) else name
@@ -120,40 +117,34 @@ def _lightning_ema(optimizer_states: object) -> list[Tensor]:
 
 
 def misfit(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], kind: str = "") -> str | None:
-    """A text that names missing, unexpected, misshapen and not floating-point tensors, or None."""
+    """A message that names missing, unexpected, misshapen and not floating-point tensors, or None."""
     faults = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [f"{name:.100}" for name in state if name not in expected],
         "of the wrong shape": [
-            f"{name}: {tuple(state[name].shape)}, expected {shape}"
+            f"{name}: {short_repr(tuple(state[name].shape))}, expected {shape}"
             for name, shape in expected.items()
             if name in state and state[name].shape != shape
         ],
         "not plain floating-point": [
             f"{name:.100}: {tensor.dtype}, {tensor.layout}, {tensor.device}"
             for name, tensor in state.items()
-            if not tensor.is_floating_point()
-            or "float4" in str(tensor.dtype)
-            or tensor.layout != torch.strided
-            or tensor.is_meta
+            if not tensor.is_floating_point() or "float4" in str(tensor.dtype)
+            or tensor.layout != torch.strided or tensor.is_meta
         ],
-    }
+    }  # fmt: skip
     reasons = [
-        f"{len(names)} {kind}tensors {fault}: {'; '.join(names[:4])}"
-        + (f"; and {len(names) - 4} more" if len(names) > 4 else "")
-        for fault, names in faults.items()
-        if names
-    ]
+        f"{len(n)} {kind}tensors {fault}: {'; '.join(n[:4] + [f'and {len(n) - 4} more'] * (len(n) > 4))}"
+        for fault, n in faults.items() if n
+    ]  # fmt: skip
     advice = "Use a whole file of this model, or give the config= that it was made with"
     return f"does not fit a BSMamba2 with {len(expected)} tensors. {'. '.join(reasons)}. {advice}" if reasons else None
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """A text that names the first tensor with NaN or infinite values, or None."""
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            return f"{name} has NaN or infinite values: take an earlier checkpoint"
-    return None
+    """A message that names the first tensor with NaN or infinite values, or None."""
+    bad = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
+    return None if bad is None else f"{bad} has NaN or infinite values: use an earlier checkpoint"
 
 
 def own_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -95,6 +95,10 @@ def test_the_toolboxs_file_and_our_own_fields_are_read(tmp_path: Path) -> None:
         ("- 3", "must hold names and values"),
         ("model: !!python/object/apply:os.system [ls]", "no YAML: .*could not determine a constructor"),
         ("model: &a [1]\naudio: *a", "an alias"),
+        ("model: {dim: 64, stft_n_fft: 64, module_type: transformer, heads: 8}", "module_type must be mamba2"),
+        ("model: {sr: 44100, win: 20, feature_dim: 256, layer: 6}", "section model is not of BSMamba2"),
+        ("audio: {sample_rate: 48000}\nkwargs: {n_sqm_modules: 8}", "section model is not of BSMamba2"),
+        (f"{'x' * 900}: 3", "'x{30,40}[.]{3}x{30,40}' is no field"),
         ("[" * 100_000, "too deep|no YAML"),
     ],
 )

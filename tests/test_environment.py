@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +115,19 @@ def check_classifiers(project: dict[str, Any]) -> list[str]:
     expected = [f"3.{minor}" for minor in range(8, 30) if f"3.{minor}.0" in allowed]
     found = [match[1] for line in project["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", line))]
     return [] if found == expected else [f"classifiers name Python {found}, requires-python means {expected}"]
+
+
+def test_a_plain_installation_has_every_package_that_the_commands_import() -> None:
+    named = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    for path in (ROOT / "bsmamba2").rglob("*.py"):
+        if "teaching" in path.parts:  # for notebooks: the extra `book`
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [str(node.module)]
+            packages = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
+            assert {package.replace("yaml", "pyyaml") for package in packages} <= named, path
 
 
 def test_environment_file_says_what_pyproject_says() -> None:

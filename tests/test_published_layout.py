@@ -215,6 +215,8 @@ def test_the_toolboxs_yaml_next_to_the_file_gives_hop_window_and_stems(model, tm
     )
     (tmp_path / "of_another_model.yaml").write_text("model: {stft_n_fft: 4096}")
     (tmp_path / "unrelated.yml").write_text("steps: 3")
+    (tmp_path / "a.yaml").write_text("audio: {sample_rate: 48000}\nmodel: {sr: 44100, win: 20, feature_dim: 256}")
+    (tmp_path / "b.yaml").write_text("model: {dim: 16, stft_n_fft: 32, stft_hop_length: 2, num_bands: 60}")
     assert read_checkpoint(tmp_path / "m.ckpt").config.hop_length == 8
     (tmp_path / "Config.YML").write_text(text + "training: {instruments: [drums, bass]}")
     loaded = read_checkpoint(tmp_path / "m.ckpt")

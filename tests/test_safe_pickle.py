@@ -298,3 +298,24 @@ def test_many_tensors_of_the_legacy_format_load_in_linear_time(tmp_path: Path) -
     torch.save(many, tmp_path / "many.pt", _use_new_zipfile_serialization=False)
     found = load_pickle(tmp_path / "many.pt")
     assert all(torch.equal(found[name], tensor) for name, tensor in many.items())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_conjugated_and_negated_views_keep_their_values(legacy: bool, tmp_path: Path) -> None:
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    views = {
+        "plain": x, "conj": x.conj(), "both": torch._neg_view(x.conj()), "part": x.conj()[1:, ::2],
+        "parameter": torch.nn.Parameter(x.conj()), "neg": torch.randn(5, dtype=torch.complex64).conj().imag,
+    }  # fmt: skip
+    torch.save(views, tmp_path / "m", _use_new_zipfile_serialization=not legacy)
+    loaded = load_pickle(tmp_path / "m")
+    for name, view in views.items():
+        assert torch.equal(loaded[name].resolve_conj().resolve_neg(), view.detach().resolve_conj().resolve_neg()), name
+    assert not torch.equal(loaded["conj"], loaded["plain"])
+
+
+def test_a_weight_that_is_a_negated_view_loads_with_its_values(published: dict[str, Tensor], tmp_path: Path) -> None:
+    name = next(iter(published))
+    negated = torch._neg_view(published[name])
+    torch.save(published | {name: negated}, tmp_path / "m")
+    assert_equal(to_published(load_checkpoint(tmp_path / "m").state_dict()), published | {name: -published[name]})

@@ -1,4 +1,4 @@
-"""Console output of the commands: messages on standard error, progress bars, errors in one line; and their signals."""
+"""Console output of the commands: results, messages on standard error, progress bars, one-line errors; and signals."""
 
 from __future__ import annotations
 
@@ -18,24 +18,33 @@ from ..audio.files import AudioError
 from ..kernels import is_out_of_memory
 from ..separate import Progress
 
+_output_lost = 0
+
 
 def log(*messages: object) -> None:
-    """Print each message on a line of its own, on standard error; where that is closed, nowhere."""
+    """Print each message on its own line on standard error, unless that is closed."""
     for message in messages:
         with suppress(OSError, ValueError):
             print(escape(message), file=sys.stderr)
 
 
-def print_line(*results: object) -> None:
-    """Print each result on a line of its own, at once; the command goes on where nobody reads them any more."""
+def print_line(*results: object) -> int:
+    """Print each result on its own line and flush; when standard output cannot be written, the command continues.
+
+    Returns:
+        1 when a line was lost since `main` started, on a full disk for example; 0 otherwise, and for a closed pipe.
+    """
+    global _output_lost
     try:
         for result in results:
             print(escape(result))
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what waits in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for the content of its buffer
         if not isinstance(error, BrokenPipeError):
             log(f"standard output: {reason(error)}")
+            _output_lost = 1
+    return _output_lost
 
 
 def escape(message: object) -> str:
@@ -45,7 +54,7 @@ def escape(message: object) -> str:
 
 
 def describe_error(error: Exception, subject: Path) -> str:
-    """Error message with its subject in front, unless it names a file already."""
+    """Error message that starts with its subject; an `AudioError` already names its file."""
     if isinstance(error, AudioError):
         return str(error)
     if isinstance(error, MemoryError):
@@ -70,9 +79,9 @@ def reraise_oom() -> Iterator[None]:
 
 @contextmanager
 def signals_as_interrupts(restore: bool) -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, unless they are ignored (nohup).
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, unless they are ignored (nohup).
 
-    A second signal within three seconds is ignored, so that the cleaning up after the first comes to its end.
+    A second signal within three seconds is ignored, so that the clean-up after the first can finish.
     """
     last = -3.0
 
@@ -96,7 +105,7 @@ def signals_as_interrupts(restore: bool) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """Progress bar on a terminal, none elsewhere: yields a function of the samples done and those of the whole."""
+    """Progress bar on a terminal only: yields a function of the samples done now and the total."""
     with tqdm(desc=escape(label), unit="sample", unit_scale=True, disable=None, leave=False) as bar:
 
         def update(done: int, total: int) -> None:
@@ -107,11 +116,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
 
 
 def make_output(folder: Path) -> None:
-    """Make the output folder, unless it exists.
-
-    Raises:
-        ValueError: when that is not possible.
-    """
+    """Make the output folder, unless it exists; ValueError when that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

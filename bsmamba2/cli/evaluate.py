@@ -22,9 +22,9 @@ from .console import describe_error, escape, log, make_output, print_line, rerai
 from .model_arguments import add_model_arguments, load_model
 
 DESCRIPTION = """\
-Separate every track, compare each stem of the model with the track's, and write evaluation.json, rows.csv,
-by_segment.png and by_occupancy.png. A run that was stopped is resumed: tracks that are done are not done again,
-unless the checkpoint, the protocol or the track has changed."""
+Separate every track, compare each stem with the track's own, and write evaluation.json, rows.csv, by_segment.png and
+by_occupancy.png. The same command resumes a stopped run; finished tracks are repeated only when the checkpoint, the
+protocol or the track has changed."""
 
 EPILOG = "protocols:\n" + "\n".join(
     f"  {protocol.name}: {protocol.segment:g} s segments, overlap {protocol.overlap:g}, "
@@ -37,18 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `bsmamba2 evaluate`."""
     parser.add_argument(
         "folder", nargs="?", type=Path, metavar="FOLDER",
-        help="tracks as in MUSDB18-HQ: test/<track>/{mixture,vocals,drums,bass,other}.wav; "
-        "synthesised songs and the real excerpt when left out",
+        help="tracks laid out as in MUSDB18-HQ: test/<track>/{mixture,vocals,drums,bass,other}.wav; "
+        "default: synthesised songs and the real excerpt",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="evaluation protocol (paper)")
     parser.add_argument(
         "--segments", type=parse_segments, default=SEGMENTS, metavar="S,S,...",
-        help="segment lengths in seconds, besides the protocol's own (1,2,4,8,16); none: ''",
+        help="segment lengths in seconds, in addition to the protocol's (1,2,4,8,16); none: ''",
     )  # fmt: skip
-    parser.add_argument("--songs", type=int, default=12, metavar="N", help="synthesised songs (12)")
-    parser.add_argument("--seconds", type=float, default=16.0, metavar="S", help="length of each (16)")
-    parser.add_argument("--seed", type=int, default=2_000_000, help="of the synthesised songs (2000000)")
+    parser.add_argument("--songs", type=int, default=12, metavar="N", help="number of synthesised songs (12)")
+    parser.add_argument("--seconds", type=float, default=16.0, metavar="S", help="length of such a song (16)")
+    parser.add_argument("--seed", type=int, default=2_000_000, help="seed of the synthesised songs (2000000)")
     add_model_arguments(parser)
 
 
@@ -56,7 +56,7 @@ def parse_segments(text: str) -> tuple[float, ...]:
     """Parse segment lengths: `1,2.5` → (1.0, 2.5)."""
     values = tuple(float(part) for part in text.split(",") if part.strip())
     if not all(0 < value <= 3600 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, with commas between")
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, separated by commas")
     return values
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     failures: list[Failure] = []
     total = len({protocol.segment, *args.segments}) * len(tracks.tracks) * len(model.config.stems)
     try:
-        # A file may give other models with another --config or other --weights: their rows are not the same.
+        # One file gives different models with different --config or --weights.
         identity = f"{sha256} {args.weights} {model.config.to_json()}" if args.checkpoint else sha256
         results = evaluation.run(
             model, identity, tracks, protocol, output,
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_tracks(args: argparse.Namespace) -> EvalSet:
-    """Default evaluation set: synthesised songs that no training run of the book uses, and the real excerpt."""
+    """Default evaluation set: synthesised songs that the book's training runs do not use, and the real excerpt."""
     if args.songs < 1:
         raise ValueError(f"--songs {args.songs}: must be at least 1")
     songs = synthesise_songs(args.songs, seed=args.seed, seconds=args.seconds)
@@ -123,7 +123,7 @@ def default_tracks(args: argparse.Namespace) -> EvalSet:
 
 
 def save_plots(report: Evaluation, output: Path) -> list[Path]:
-    """Save two plots for each stem, if matplotlib is installed; returns their paths."""
+    """Save two plots per stem, if matplotlib is installed; returns their paths."""
     try:
         from ..teaching import plotting
     except ImportError as error:
@@ -147,7 +147,7 @@ def save_plots(report: Evaluation, output: Path) -> list[Path]:
 
 
 def format_value(value: object) -> str:
-    """Format a cell: a number with two decimals, a dash for NaN and None, words as they are."""
+    """Format a cell: numbers with two decimals, a dash for NaN and None, text unchanged."""
     if value is None or value != value:
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else escape(value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import expand_user
-from . import backends, cost, evaluate, separate, train
+from . import backends, console, cost, evaluate, separate, train
 from .console import escape, log, print_line, signals_as_interrupts
 
 COMMANDS = {
@@ -23,8 +23,17 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose `--help` reports a standard output that cannot be written."""
+
+    def print_help(self, file: Any = None) -> None:
+        if print_line(*self.format_help().splitlines()):
+            self.exit(1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    console._output_lost = 0
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed, or there is no console: a file that is opened next must not get its number
@@ -32,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show stops no command
     warnings.formatwarning = lambda message, *_, **__: f"{escape(message)}\n"
-    parser = argparse.ArgumentParser(prog="bsmamba2", description="BSMamba2, a vocal separator.")
+    parser = _Parser(prog="bsmamba2", description="BSMamba2, a vocal separator.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(
@@ -46,14 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     with signals_as_interrupts(restore=arguments is not None):
         try:
             code = COMMANDS[args.command][0].run(args)
-            print_line()  # what is not written yet
+            lost = print_line()  # writes the rest of the buffer too
+            return code or lost
         except KeyboardInterrupt:
             log("stopped")
             return 130
         except BrokenPipeError:
             print_line()
             return 141
-    return code
 
 
 def _expand(value: Any) -> Any:

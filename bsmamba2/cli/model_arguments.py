@@ -1,4 +1,4 @@
-"""Model arguments of `separate` and `evaluate`: which checkpoint, on which device, with which backend."""
+"""Model arguments of `separate` and `evaluate`: checkpoint, device, backend."""
 
 from __future__ import annotations
 
@@ -16,48 +16,46 @@ from .console import log
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the model and how it computes."""
+    """Add the options that choose the model, its device and its backend."""
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
-        help="in this project's or a published layout; the bundled one when left out",
+        help="checkpoint in this project's or a published layout; default: the bundled one",
     )  # fmt: skip
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
         help="YAML or JSON file with the hop, window, stems or bands of a checkpoint that does not store them: fields "
-        "of ModelConfig, or the training toolbox's own file (default: one next to the checkpoint, if it fits)",
+        "of ModelConfig, or the training toolbox's own file; default: a YAML file next to the checkpoint, if one fits",
     )  # fmt: skip
     parser.add_argument(
         "--weights", choices=("auto", "ema", "raw"), default="auto",
-        help="of a checkpoint that has both: ema, the moving averages (auto takes them when they are there), or raw",
+        help="weights of a checkpoint that has both: raw, or ema, the moving averages (auto: ema if present)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto (default): cuda, else cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; default: cuda, else cpu")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="auto",
-        help="kernels: auto (default): the fastest that runs here; plain: the book's own code; see bsmamba2 backends",
+        help="kernels; auto (default): the fastest that runs here; plain: the book's code; see bsmamba2 backends",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32",
-        help="what the model computes in (float32); its spectrograms and masks stay in float32",
+        help="type of the model's activations (float32); spectrograms and masks stay in float32",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="segments computed at once (1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="segments per batch (1)")
 
 
 def load_model(args: argparse.Namespace) -> BSMamba2:
-    """Load the model onto its device and install the kernels; `args.device` becomes the device that auto stands for.
-
-    Devices other than the CPU: not run on a GPU.
+    """Load the model onto its device and install the kernels; replaces "auto" in `args.device`. Not run on a GPU.
 
     Raises:
         ValueError: for a checkpoint or device that cannot be used.
         OSError: for a checkpoint that does not exist.
-        BackendError: for a backend asked for by name that cannot run here.
+        BackendError: for a named backend that cannot run here.
     """
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
-    except Exception as error:  # torch has an error type of its own for each way in which a device can be missing
+    except Exception as error:  # torch raises a different type for each kind of missing device
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--device {args.device}: {reason}; use --device cpu") from error
     path = args.checkpoint or checkpoints.bundled_checkpoint()
@@ -71,8 +69,7 @@ def load_model(args: argparse.Namespace) -> BSMamba2:
     if slow := slow_dtype_warning(device, dtype):
         log(f"--dtype {args.dtype}: {slow}")
     checkpoint = checkpoints.read_checkpoint(path, weights=args.weights, config=args.config)
-    for note in checkpoint.notes:
-        log(note)
+    log(*checkpoint.notes)
     model = checkpoint.model().to(device)
     acceleration = accelerate(model, args.backend, dtype=dtype)
     if acceleration.build_seconds is not None:

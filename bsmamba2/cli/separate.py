@@ -17,22 +17,22 @@ from .console import describe_error, log, make_output, print_line, progress_bar,
 from .model_arguments import add_model_arguments, load_model
 
 DESCRIPTION = """\
-Write NAME.vocals and NAME.instrumental (the mixture less the vocals) for every song, at its own rate, length and
+Write NAME.vocals and NAME.instrumental (the mixture minus the vocals) for every song, at its own rate, length and
 number of channels. Memory use does not grow with the length of a song; rates from 1,000 to 768,000 Hz are accepted.
 
-Channels: a mono song is copied to the model's two channels, and the mean of the result written. Of more than two
-channels, a left and a right one (front, back, side, ...) are separated as one stereo song, the others (centre, LFE,
-...) each as a mono song. In a file that does not name its speakers, each two after each other (1 and 2, 3 and 4, ...)
-are one stereo song, an odd last one is a mono song. Nothing is mixed down; the results name the same speakers."""
+Channels: a mono song is copied to both channels of the model, and the mean of the outputs is written. Of more than two
+channels, a left and a right one (front, back, side, ...) are separated as one stereo song, each other (centre, LFE,
+...) as a mono song. In a file that does not name its speakers, each two after each other (1 and 2, 3 and 4, ...) are
+one stereo song, and an odd last channel is a mono song. Nothing is mixed down; the results have the same speakers."""
 
 EPILOG = """\
-Levels: the stems of loud music may exceed full scale. The format wav holds them (32-bit float). With any other
-format all results of such a song are made quieter by the same factor, and a message gives it: integers never clip, and
-ogg and mp3 only by what their encoders add.
+Levels: the stems of loud music may exceed full scale. The format wav (32-bit float) stores them as they are. In any
+other format all results of such a song are scaled down by the same factor, which a message gives, so that integers
+never clip, and ogg and mp3 only by what their encoders add.
 
-Folders are searched for audio files, with the folders below them; the results are laid out in the same way, of several
-folders each in a folder of its own name. A song that cannot be separated gets one line with the reason and the fix;
-the others are still done, and the exit code is 1."""
+Folders are searched recursively for audio files, and the results keep their layout; with several folders, each has a
+folder of its own name. A song that cannot be separated gets one line with the reason and the fix; the others are still
+separated, and the exit code is 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,21 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--overlap", type=float, default=0.5, metavar="SHARE",
-        help="share that segments overlap, 0 to below 1 (0.5); 0 puts them end to end, as in the paper",
+        help="fraction by which segments overlap, from 0 to below 1 (0.5); 0: end to end, as in the paper",
     )  # fmt: skip
     mode.add_argument(
         "--look-ahead", type=float, metavar="SECONDS",
-        help="instead of overlapping, carry the state on from segment to segment, each of which sees this much ahead",
+        help="carry over the state from segment to segment instead of overlapping; each sees this much ahead",
     )  # fmt: skip
     parser.add_argument(
         "--shifts", type=int, default=1, metavar="N",
-        help="average N passes that begin at different samples (1), as Demucs does; takes N times as long. With 2, the "
+        help="average N passes that start at different samples (1), as Demucs does; takes N times as long. With 2, the "
         "bundled checkpoint gains 0.16 dB uSDR",
     )  # fmt: skip
     parser.add_argument(
         "--tta", action="store_true",
-        help="average with the channels swapped and with the polarity inverted; takes three times as long. The bundled "
-        "checkpoint loses 0.27 dB uSDR by it",
+        help="also average over swapped channels and inverted polarity; takes three times as long. The bundled "
+        "checkpoint loses 0.27 dB uSDR",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=FORMATS, default="wav",
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, BackendError) as error:
         log(error)
         return 2
-    songs = expand_wildcards(args.songs) if os.name == "nt" else args.songs  # cmd.exe leaves that to the programs
+    songs = expand_wildcards(args.songs) if os.name == "nt" else args.songs  # cmd.exe does not
     jobs, failed = find_songs(songs, args.output)
     written: dict[str, tuple[Path, Path]] = {}  # by name without case: a result and its song
     for song, base in jobs.items():
@@ -83,9 +83,8 @@ def run(args: argparse.Namespace) -> int:
             for path in result_paths(model.config, base, args.format).values():
                 result, other = written.get(_fold(path), (path, song))
                 if other != song and path.exists() and path.samefile(result):
-                    raise AudioError(
-                        f"{song}: its results would replace those of {other}; give it another folder with -o"
-                    )
+                    fault = f"its results would replace those of {other}; give it another folder with -o"
+                    raise AudioError(f"{song}: {fault}")
             with reraise_oom(), progress_bar(f"{song.name} on {args.device}") as progress:
                 separated = separate_file(
                     model, song, base, segment=args.segment, overlap=args.overlap, look_ahead=args.look_ahead,
@@ -105,12 +104,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fold(path: Path) -> str:
-    """Name without case and Unicode form: two files of one such name are one file on some file systems."""
+    """Name without case and Unicode form, which some file systems ignore."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", str(path)).casefold())
 
 
 def expand_wildcards(given: list[Path]) -> list[Path]:
-    """Expand `*`, `?` and `[...]` in names that do not exist; a pattern that fits nothing stays."""
+    """Expand `*`, `?` and `[...]` in names that do not exist; a pattern without a match is kept."""
     songs = []
     for path in given:
         found = [] if path.exists() else sorted(glob.glob(str(path)))  # noqa: PTH207  (of any folder)
@@ -119,10 +118,10 @@ def expand_wildcards(given: list[Path]) -> list[Path]:
 
 
 def find_songs(given: list[Path], output: Path) -> tuple[dict[Path, Path], int]:
-    """Songs to separate, folders searched: each with the base name of its results; and how many could not be listed.
+    """Songs to separate, each with the base name of its results, and the number of arguments that could not be listed.
 
-    A song that is named twice, or named and found, comes once. Results lie within the output folder, and none is
-    hidden.
+    Folders are searched. A song named twice, or named and found, is separated once. Results are in the output folder,
+    and none is hidden.
     """
     jobs: dict[Path, tuple[Path, Path]] = {}  # by absolute name
     failed = 0
@@ -150,6 +149,6 @@ def find_songs(given: list[Path], output: Path) -> tuple[dict[Path, Path], int]:
 
 
 def _visible(name: str) -> str:
-    """A name of a song or folder that neither hides its results nor leads out of their folder."""
+    """The name of a song or folder without leading dots, which would hide its results or leave their folder."""
     shown = name.lstrip(".")
     return "_" * (len(name) - len(shown)) + shown

@@ -17,8 +17,8 @@ from ..training.job import JobConfig
 from .console import log, print_line, reraise_oom
 
 DESCRIPTION = """\
-Train a model on synthesised songs, or on a folder of stems (--data). The run is stored in --output-dir: after Ctrl-C, a
-crash or a power cut, the same command resumes it."""
+Train a model on synthesised songs, or on a folder of stems (--data); fine-tune a checkpoint with --init. The run is
+stored in --output-dir: after Ctrl-C, a crash or a power cut, the same command resumes it."""
 EPILOG = "Many GPUs: torchrun --standalone --nproc-per-node 2 -m bsmamba2 train ..."
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train to the end; 0 when it is reached, 1 when the run stopped before, 2 for wrong parameters."""
+    """Train to the end; returns 0, 1 when the run stopped before, 2 for wrong parameters."""
     given = {name: value for name, value in vars(args).items() if name not in ("params", "command")}
     try:
         parameters = read_parameters(args.params) if "params" in args else {}

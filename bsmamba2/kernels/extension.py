@@ -1,7 +1,7 @@
-"""The C++ extension behind `cpu`: built on this machine for this machine, kept on disk, verified before it is loaded.
+"""The C++ extension behind `cpu`: built on this machine for this machine, cached on disk, verified before loading.
 
-A library is loaded only from a folder that no other user can write, and only if it is whole: its last 32 bytes are the
-SHA-256 of the others. Where no folder can be used, it is built for one process. Book: "The fused kernel".
+A library is loaded only from a folder that no other user can write, and only if it is complete: its last 32 bytes are
+the SHA-256 of the others. Without a usable folder it is built for one process. Book: "Appendix: the CPU kernel".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -36,20 +37,20 @@ FIX_FOLDER = "name a folder that can be written in TORCH_EXTENSIONS_DIR"
 BUILD_TIMEOUT = 600  # seconds
 
 build_seconds: float | None = None
-"""How long the extension took to build in this process; none when it was not built, or found on disk."""
+"""Seconds that the build took in this process; None without a build."""
 kept_in: Path | None = None
-"""The folder that keeps it for the next process; none before it is loaded, and when it was built for this one only."""
+"""The cache folder of the loaded extension; None before it is loaded, and when it was built for this process only."""
 
 
 @functools.cache
 def load_extension() -> Any:
-    """Load the operators of `cpp/mixer.cpp`, built first if this machine has not built them before.
+    """Load the operators of `cpp/mixer.cpp`, built first unless they are cached.
 
     Raises:
-        BackendError: without a compiler, where it fails, or on another system than Linux.
+        BackendError: without a compiler, when it fails, or on a system other than Linux.
 
     Warns:
-        RuntimeWarning: when the folder for it cannot be used, and it is built for this process only.
+        RuntimeWarning: when the cache folder cannot be used, so that the build serves this process only.
     """
     if sys.platform != "linux":
         raise BackendError(f"it is built on Linux only so far, not on {sys.platform}", "Linux")
@@ -74,7 +75,7 @@ def load_extension() -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder that keeps the extension: `bsmamba2` in TORCH_EXTENSIONS_DIR, or in the user's cache.
+    """The cache folder: `bsmamba2` in TORCH_EXTENSIONS_DIR, or in the user's cache.
 
     Raises:
         FileNotFoundError: for a user without a home folder.
@@ -89,11 +90,10 @@ def cache_folder() -> Path:
 
 
 def _command() -> tuple[list[str], str]:
-    """The compiler's command, and the library's name, a hash of all that the result depends on: a home may be shared by
-    machines whose processors differ."""
+    """The compiler's command, and the library's name: a hash of everything that determines the result, because machines
+    with different processors may share a home folder."""
     root = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX") or "c++"
-    command = [compiler, *FLAGS, *(X86_FLAGS if platform.machine() == "x86_64" else ())]
+    command = [*_compiler(), *FLAGS, *(X86_FLAGS if platform.machine() == "x86_64" else ())]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     command += ["-isystem", str(root / "include")]
     sources = [path.read_bytes() for path in sorted(SOURCES.glob("*"))]
@@ -103,8 +103,17 @@ def _command() -> tuple[list[str], str]:
     return [*command, str(SOURCES / "mixer.cpp"), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"], f"bsmamba2-{key}.so"
 
 
+def _compiler() -> list[str]:
+    """CXX as a program, or as a command with arguments such as `ccache g++`, without a shell."""
+    chosen = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        return [chosen] if shutil.which(chosen) or Path(chosen).exists() else shlex.split(chosen)
+    except ValueError as error:
+        raise BackendError(f"CXX={chosen!r:.100} is not a command ({error})", FIX_COMPILER) from error
+
+
 def _make_private(folder: Path) -> None:
-    """Make a folder that only this user can write; libraries in one that others could write are removed."""
+    """Make a folder that only this user can write; remove libraries from a folder that others could write."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
@@ -118,7 +127,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library is there, written by this user or root only, and unchanged."""
+    """Whether a library exists, is unchanged, and only this user or root could write it."""
     try:
         status = library.lstat()
     except FileNotFoundError:
@@ -130,11 +139,11 @@ def _is_whole(library: Path) -> bool:
 
 
 def _build_if_missing(command: list[str], library: Path) -> None:
-    """Build a library that is not there or not whole; of several processes the first builds and the others wait."""
+    """Build a library that is missing or damaged; of several processes the first builds and the others wait."""
     if _is_whole(library):
         return
     with _locked(library.parent) as locked:
-        if locked:  # so whatever is half built belongs to a process that was killed
+        if locked:  # so unfinished builds belong to processes that were killed
             for leftover in library.parent.glob("build-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in library.parent.glob(".bsmamba2-*.tmp"):
@@ -146,7 +155,7 @@ def _build_if_missing(command: list[str], library: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """A folder locked against other builds, which end with the process; False where that cannot be had."""
+    """Lock a folder against other builds until the process ends; yields whether that worked."""
     import fcntl  # Windows has none
 
     descriptor, deadline, locked = os.open(folder, os.O_RDONLY), time.monotonic() + BUILD_TIMEOUT, False
@@ -165,32 +174,28 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _build(command: list[str], library: Path) -> None:
-    """Build under a temporary name, and put the library and its hash in place at once."""
+    """Build under a temporary name, then put the library with its hash in place atomically."""
     global build_seconds
     started, compiler = time.perf_counter(), command[0]
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
         made = Path(folder, library.name)
         environment = os.environ | {"TMPDIR": folder, "LC_ALL": "C"}
+        command = [*command, "-o", str(made)]
         try:
-            done = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, env=environment, timeout=BUILD_TIMEOUT
-            )
+            done = subprocess.run(command, capture_output=True, env=environment, timeout=BUILD_TIMEOUT)
         except subprocess.TimeoutExpired as error:
             raise BackendError(f"{compiler} takes more than {BUILD_TIMEOUT} s to build it", FIX_COMPILER) from error
-        except FileNotFoundError as error:
-            raise BackendError(f"there is no C++ compiler {compiler!r}", FIX_COMPILER) from error
         except OSError as error:
-            raise BackendError(
-                f"the C++ compiler {compiler!r} cannot be run ({error.strerror})", FIX_COMPILER
-            ) from error
+            reason = f"the C++ compiler {compiler!r} cannot be run ({error.strerror})"
+            missing = isinstance(error, FileNotFoundError)
+            raise BackendError(f"there is no C++ compiler {compiler!r}" if missing else reason, FIX_COMPILER) from error
         if done.returncode:
-            said = done.stderr.decode(errors="backslashreplace")
-            if "No space left on device" in said:
+            output = done.stderr.decode(errors="backslashreplace")
+            if "No space left on device" in output:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
-            line = next((line for line in said.splitlines() if "error" in line), said[:200]).strip()
-            raise BackendError(
-                f"{compiler} fails to build it ({line or f'exit code {done.returncode}'})", NEWER_COMPILER
-            )
+            line = next((line for line in output.splitlines() if "error" in line), output[:200]).strip()
+            reason = line or f"exit code {done.returncode}"
+            raise BackendError(f"{compiler} fails to build it ({reason})", NEWER_COMPILER)
         if not made.is_file() or not made.stat().st_size:
             raise BackendError(f"{compiler} reports no error, but makes no library", FIX_COMPILER)
         payload = made.read_bytes()

@@ -38,7 +38,7 @@ from .muon import muon_and_adamw
 from .run_dir import RunDir
 
 HELD_OUT = 1_000_000
-"""How far the seed of the synthesised songs for validation lies from that of the songs to learn from."""
+"""Added to `seed` for the synthesised songs for validation."""
 _RECORDED = ("preset", "seed", "segment", "batch", "optimiser", "coherent_mix_prob", "augment_prob")
 _RECORDED_OF_SONGS = ("songs", "seconds_per_song", "val_songs", "mix_variety", "soundfont_share", "clean_share")
 _WHOLE, _SECONDS = "[0, inf)", "(0, inf)"
@@ -52,13 +52,12 @@ def _first_run(name: str, default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(TrainConfig):
-    """Every parameter of a training run: those of `TrainConfig`, and those of the model, the data and the run.
+    """Every parameter of a training run: those of `TrainConfig`, the model, the data and the run.
 
-    The defaults are those of a first run on a CPU, not the published ones (`notebooks/params/train_paper.yaml`).
-    The published target is the vocals; with several `stems` the model gives each.
+    The defaults are for a first run on a CPU; the published values are in `notebooks/params/train_paper.yaml`.
 
     Raises:
-        ValueError: for a value of another type, or out of range; it names the parameter.
+        ValueError: for a value of the wrong type or out of range; it names the parameter.
     """
 
     steps: int = _first_run("steps", 400)
@@ -67,59 +66,60 @@ class JobConfig(TrainConfig):
     ema_decay: float = _first_run("ema_decay", 0.98)
     loss_hop: int = _first_run("loss_hop", 441)
 
-    preset: str = setting("small", f"size of the model: {', '.join(PRESETS)}; or init, that of the `init` file")
-    depth: int = setting(0, "dual-path layers; 0 is as many as the preset has")
-    dim: int = setting(0, "features per band and frame; 0 is as many as the preset has")
-    mask_expand: int = setting(0, "hidden width of the masks as a multiple of dim; 0 is that of the preset")
-    init: str = setting("", "checkpoint to begin with, ours or published, of the same size; else random weights")
-    data: str = setting("songs", "`songs`: synthesised ones; or a folder, MUSDB18-HQ for one")
-    stems: tuple[str, ...] = setting(("vocals",), "stems to separate, as published: vocals; or several names")
-    sources: tuple[str, ...] = setting(STEMS, "names of the files in a song's folder, whose sum is the mixture")
-    on_bad_file: str = setting("stop", "files that cannot be used: stop, or skip their songs", ("stop", "skip"))
-    songs: int = setting(160, "synthesised songs to learn from", within=COUNT)
-    seconds_per_song: float = setting(6.0, "length of each", within=_SECONDS)
-    val_songs: int = setting(12, "synthesised songs for validation, from other seeds", within=COUNT)
-    mix_variety: float = setting(0.0, "of the synthesised mixes: 0, clean, to 1, as recordings may be", within=SHARE)
-    soundfont: str = setting("", "file of a sound font, whose recorded instruments play in synthesised songs")
-    soundfont_share: float = setting(1.0, "share of these songs in which it plays", within=SHARE)
-    clean_share: float = setting(0.0, "share of the synthesised songs with neither variety nor font", within=SHARE)
-    coherent_mix_prob: float = setting(0.0, "share of examples from one song and place; published: none", within=SHARE)
-    augment_prob: float = setting(0.0, "share of examples that are augmented; published: none", within=SHARE)
+    preset: str = setting("small", f"size of the model: {', '.join(PRESETS)}; init: size of the `init` checkpoint")
+    depth: int = setting(0, "number of dual-path layers; 0: preset default")
+    dim: int = setting(0, "features per band and frame; 0: preset default")
+    mask_expand: int = setting(0, "hidden width of the mask estimators as a multiple of dim; 0: preset default")
+    init: str = setting("", "checkpoint to fine-tune, ours or published, of the same size; empty: random weights")
+    config: str = setting("", "YAML or JSON file with the hop, window or bands that the `init` file does not store")
+    data: str = setting("songs", "songs: synthesised songs; or a folder of songs, such as MUSDB18-HQ")
+    stems: tuple[str, ...] = setting(("vocals",), "stems to separate; published: vocals")
+    sources: tuple[str, ...] = setting(STEMS, "names of the files in a song's folder; their sum is the mixture")
+    on_bad_file: str = setting("stop", "for files that cannot be used: stop, or skip their songs", ("stop", "skip"))
+    songs: int = setting(160, "number of synthesised songs for training", within=COUNT)
+    seconds_per_song: float = setting(6.0, "length of a synthesised song, in seconds", within=_SECONDS)
+    val_songs: int = setting(12, "number of synthesised songs for validation, from different seeds", within=COUNT)
+    mix_variety: float = setting(0.0, "variety of the synthesised mixes, from 0 (clean) to 1", within=SHARE)
+    soundfont: str = setting("", "SoundFont file, whose recorded instruments play in synthesised songs")
+    soundfont_share: float = setting(1.0, "fraction of synthesised songs with SoundFont instruments", within=SHARE)
+    clean_share: float = setting(0.0, "fraction of synthesised songs without variety or SoundFont", within=SHARE)
+    coherent_mix_prob: float = setting(0.0, "fraction of examples from one excerpt of one song", within=SHARE)
+    augment_prob: float = setting(0.0, "fraction of examples that are augmented; published: 0", within=SHARE)
     segment: float = setting(1.0, "length of a training example, in seconds; published: 8", within=_SECONDS)
-    batch: int = setting(4, "examples in a batch of one process; published: 5", within=COUNT)
+    batch: int = setting(4, "examples per batch and process; published: 5", within=COUNT)
     optimiser: str = setting("adamw", "adamw, as published; or muon for the matrices", ("adamw", "muon"))
     backend: str = setting("auto", "kernels: auto, plain, cpu, triton", BACKENDS)
-    workers: int = setting(
-        0, "processes that read ahead; with 0 the examples differ from those with 1 or more", within=_WHOLE
-    )
-    seed: int = setting(0, "of the weights, the songs and the examples", within=_WHOLE)
+    workers: int = setting(0, "processes that load data; 0 gives different examples from 1 or more", within=_WHOLE)
+    seed: int = setting(0, "seed of the weights, the songs and the examples", within=_WHOLE)
     save_every: int = setting(100, "steps between states", within=COUNT)
     validate_every: int = setting(100, "steps between validations", within=COUNT)
-    validation_windows: int = setting(1200, "most stretches of song in a validation", within=COUNT)
-    tensorboard: bool = setting(False, "write curves for TensorBoard too")
+    validation_windows: int = setting(1200, "maximum number of excerpts in a validation", within=COUNT)
+    tensorboard: bool = setting(False, "also write curves for TensorBoard")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    output_dir: str = setting("runs/first", "folder of the run; a run that is there already is resumed")
+    output_dir: str = setting("runs/first", "folder of the run; an existing run is resumed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("init", "data", "soundfont", "output_dir"):
+        for name in ("init", "config", "data", "soundfont", "output_dir"):
             path = os.path.expanduser(getattr(self, name))  # noqa: PTH111  # Path's fails for an unknown user
             object.__setattr__(self, name, path)
+        if self.config and not self.init:
+            raise ValueError(f"config={self.config!r:.100} describes a checkpoint: name it, init=FILE")
         if self.data == "songs" and self.sources != STEMS:
             raise ValueError(f"sources={short_repr(self.sources)} are those of a folder; data='songs' has {STEMS}")
         if len(set(self.sources)) < len(self.sources):
             raise ValueError(f"sources={short_repr(self.sources)} names a file twice")
         if unknown := [stem for stem in self.stems if stem not in self.sources]:
-            known = ", ".join(self.sources)
+            known = f"{', '.join(self.sources):.200}"
             raise ValueError(f"stems={short_repr(self.stems)}: no {short_repr(unknown[0])}; `sources` has {known}")
         self.model_config  # noqa: B018  # checks its own
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> JobConfig:
-        """A job from names and values; ValueError for a name that is no parameter."""
+        """A job from names and values; ValueError for an unknown name."""
         unknown = [name for name in values if name not in cls.names()]
         if unknown:
-            listed = ", ".join(name if str(name).isidentifier() else short_repr(name) for name in unknown[:4])
+            listed = ", ".join(f"{name:.100}" if str(name).isidentifier() else short_repr(name) for name in unknown[:4])
             raise ValueError(f"unknown parameters {listed}; known: {', '.join(cls.names())}")
         return cls(**values)
 
@@ -137,21 +137,19 @@ class JobConfig(TrainConfig):
             return ModelConfig.preset(self.preset, **changed, stems=self.stems)
         if not self.init:
             raise ValueError("preset='init' is the size of a checkpoint: name it, init=FILE")
-        return dataclasses.replace(read_checkpoint(self.init).config, **changed, stems=self.stems)
+        stored = read_checkpoint(self.init, config=self.config or None).config
+        return dataclasses.replace(stored, **changed, stems=self.stems)
 
     @property
     def song_settings(self) -> dict[str, Any]:
-        """How its songs are synthesised: arguments of `synth.synthesise_songs` besides their number and seed.
-
-        The seed is `seed` for those to learn from, and `seed + HELD_OUT` for the others.
-        """
+        """Arguments of `synth.synthesise_songs`, except number and seed (`seed`; `seed + HELD_OUT` for validation)."""
         names = ("mix_variety", "soundfont", "soundfont_share", "clean_share")
         rate = self.model_config.sample_rate
         return {"seconds": self.seconds_per_song, "sample_rate": rate} | {name: getattr(self, name) for name in names}
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The numbers of the `stems` among the `sources`."""
+        """Indices of the `stems` in `sources`."""
         return tuple(map(self.sources.index, self.stems))
 
     @property
@@ -160,10 +158,10 @@ class JobConfig(TrainConfig):
         return round(self.segment * self.model_config.sample_rate)
 
     def windows(self, progress: Progress = lambda files: files) -> tuple[Windows, Windows]:
-        """The active windows to learn from, and those to validate with; the first process searches the files.
+        """The active windows for training and for validation; the first process searches the files.
 
         Raises:
-            DataError: for faults in a folder, all at once, with `on_bad_file="stop"`; with `skip` it is a warning.
+            DataError: for all faults in a folder together, with `on_bad_file="stop"`; with `skip` they are a warning.
         """
         if self.data == "songs":
             training = shared_songs(self.songs, seed=self.seed, **self.song_settings)
@@ -178,7 +176,7 @@ class JobConfig(TrainConfig):
         return broadcast_object(found)
 
     def batches(self, training: Windows) -> Remixer | Loader:
-        """The supply of examples: one stream of random numbers, or by number for workers and several processes."""
+        """The data loader: examples from one random stream; by index with workers or several processes."""
         remixer = AugmentedRemixer(
             training, self.samples, self.batch, targets=self.targets, seed=self.seed,
             coherent_mix_prob=self.coherent_mix_prob, augment_prob=self.augment_prob,
@@ -186,13 +184,11 @@ class JobConfig(TrainConfig):
         return remixer if not self.workers and world_size() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> RunDir:
-        """A new model in a run of its own, in `output_dir`; or the run that is there, resumed.
-
-        The first process prints one line to standard error: which kernels the model runs with.
+        """Start a run in `output_dir`, or resume the run there; the first process logs the kernels on standard error.
 
         Raises:
-            ValueError: when `init` is no checkpoint, or of another size; `FileNotFoundError` when it is not there.
-                A run that has begun goes on without it, except with `preset: init`.
+            ValueError: when `init` is not a checkpoint or of a different size; `FileNotFoundError` when it is missing.
+                A started run resumes without it, except with `preset: init`.
             BackendError: when `backend` cannot run here.
 
         Warns:
@@ -218,7 +214,7 @@ class JobConfig(TrainConfig):
         if not self.init:
             settings["init"] = ""
         elif Path(self.init).exists() or not any(folder.glob("state-*.pt")):
-            settings["init"] = _load_weights(model, Path(self.init))
+            settings["init"] = _load_weights(model, Path(self.init), self.config)
         model.to(place)
         acceleration = accelerate(model, self.backend, dtype=dtype)
         if rank() == 0:
@@ -232,15 +228,16 @@ class JobConfig(TrainConfig):
         )  # fmt: skip
 
 
-def _load_weights(model: BSMamba2, path: Path) -> str:
-    """Give a model the weights of a checkpoint of its size; returns the file's SHA-256."""
-    checkpoint = read_checkpoint(path)
+def _load_weights(model: BSMamba2, path: Path, config: str) -> str:
+    """Load the weights of a checkpoint of the same size; returns the file's SHA-256."""
+    checkpoint = read_checkpoint(path, config=config or None)
     theirs, ours = dataclasses.asdict(checkpoint.config), dataclasses.asdict(model.config)
     if len(theirs["stems"]) == len(ours["stems"]):
         theirs["stems"] = ours["stems"]  # other targets may be learned
     if theirs != ours:
-        differ = "; ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name])
-        raise ValueError(f"init={str(path)!r} is of another size: {differ}. Take preset=init and as many stems")
+        changed = [name for name in ours if theirs[name] != ours[name]]
+        differ = "; ".join(f"{name} {short_repr(theirs[name])}, not {short_repr(ours[name])}" for name in changed)
+        raise ValueError(f"init={str(path)!r} is of another size: {differ}. Use preset=init and as many stems")
     model.load_state_dict(checkpoint.state)
     if rank() == 0:
         sys.stderr.writelines(f"init: {note}\n" for note in checkpoint.notes)

@@ -7,10 +7,9 @@
     steps.jsonl           a line for every step
     lock                  held by the process that trains here
 
-Every file is written atomically: it is the old one or the new one. A run that is killed and started again loads its
-newest state whose checksums are right, drops the log's lines after it, and continues with the same batches: on a CPU it
-ends with the same bits as a run that was not interrupted. Under `torchrun` only the first process writes. Files of
-other names are left alone.
+Every file is written atomically. A run that was killed and is started again loads the newest state with correct
+checksums, drops later lines of the log, and continues with the same batches: on a CPU it ends with the same bits as an
+uninterrupted run. Under `torchrun` only the first process writes. Files of other names are left unchanged.
 
 Book: "Scaling up".
 """
@@ -55,32 +54,31 @@ _STATE = re.compile(r"state-(\d{8}|[1-9]\d{8,17})\.pt")
 
 
 class RunError(ValueError):
-    """A run that cannot begin or go on; the message says why, and what to do."""
+    """A run that cannot start or resume; the message gives the reason and the fix."""
 
 
 class RunDir:
-    """Training run in a folder: a trainer with states, a log and checkpoints; resumes from the newest state at once.
+    """Training run in a folder: a trainer with states, a log and checkpoints; resumes from the newest state.
 
     Args:
-        folder: of this run and no other; made if absent.
-        trainer: just made. To resume, its model and configuration must be those of the run; `compile` may change, and
-            `steps` too, where the schedule is no cosine.
-        settings: whatever else must not change, the data's parameters for example: names, and values for JSON.
-        validate: scores the averaged model, uSDR in dB or anything else that grows when it gets better; or a mapping of
-            such scores, of which `usdr` decides which model is best.
+        folder: used by this run only; made if absent.
+        trainer: a new one. To resume, its model and configuration must be the run's; `compile` may change, and so may
+            `steps` unless the schedule is a cosine.
+        settings: further settings that must not change, as names and values for JSON.
+        validate: scores the averaged model, in dB for example (higher is better); or returns a mapping of scores, of
+            which `usdr` chooses the best model.
         save_every: steps between two states.
         validate_every: steps between two validations.
-        tensorboard: write curves to `tensorboard/` in the folder as well.
-        checkpoints: write `last.safetensors` and `best.safetensors`. A model with another `sequence_layer` cannot have
-            them: no checkpoint says what that is.
+        tensorboard: also write curves to `tensorboard/` in the folder.
+        checkpoints: write `last.safetensors` and `best.safetensors`; they cannot store a custom `sequence_layer`.
 
     Attributes:
-        best: the best score so far and its step, or none.
+        best: the best score so far and its step, or None.
         writer: whether this process writes.
 
     Raises:
-        RunError: when the folder's run was started with other settings, or none of its states can be read, or
-            `tensorboard` is asked for and not installed.
+        RunError: when the folder's run was started with different settings, none of its states can be read, or
+            `tensorboard` is requested and not installed.
     """
 
     def __init__(
@@ -112,12 +110,19 @@ class RunDir:
 
     @property
     def log(self) -> Path:
-        """One JSON object a line: step, loss, grad_norm, lr, seconds, and usdr where it was validated."""
+        """One JSON object per line: step, loss, grad_norm, lr, seconds, and usdr after a validation."""
         return self.folder / "steps.jsonl"
 
     def history(self) -> list[dict[str, Any]]:
-        """The log's lines so far, those of earlier processes included."""
-        return _read_log(self.log)
+        """The log's lines so far, including those of earlier processes, except unfinished and damaged ones."""
+        lines: list[dict[str, Any]] = []
+        if self.log.exists():
+            for text in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and isinstance(line.get("step"), int):
+                        lines.append(line)
+        return lines
 
     def states(self) -> list[Path]:
         """The states on disk, the newest first."""
@@ -125,14 +130,14 @@ class RunDir:
         return sorted(paths, key=_step_of, reverse=True)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[Step]:
-        """Train to the end as `Trainer.run` does, keep the log, save and validate when it is time.
+        """Train to the end with `Trainer.run`; log every step, save and validate at their intervals.
 
         Raises:
-            RunError: when another process trains in the folder, or has trained there since this run was made.
-            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP: the step is finished, a state saved, and the run can be
-                resumed. A second Ctrl-C stops at once.
-            FloatingPointError, OSError, RuntimeError, MemoryError: as `Trainer.run`, the file system and a device
-                short of memory raise them, with a note that names the last good state.
+            RunError: when another process trains in the folder, or has done so since this run was made.
+            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the step is finished and a state is saved. A second
+                Ctrl-C stops at once.
+            FloatingPointError, OSError, RuntimeError, MemoryError: from `Trainer.run`, the file system or the device,
+                with a note that names the last good state.
         """
         started = time.monotonic()
         with self._exclusive(), _graceful_interrupt() as stop, self._log_to_append() as write:
@@ -155,10 +160,10 @@ class RunDir:
                 raise
 
     def save(self) -> Path:
-        """Write a state and `last.safetensors` now; drop all but the newest two states.
+        """Write a state and `last.safetensors`, then remove all but the newest two states.
 
         Raises:
-            OSError: when they cannot be written, a full disk for one; the older ones are still there.
+            OSError: when they cannot be written, on a full disk for example; the older states are kept.
         """
         path = self.folder / f"state-{self.trainer.step:08d}.pt"
         random_numbers = all_gather_object(_random_state(self.trainer.device))
@@ -171,7 +176,7 @@ class RunDir:
             for damaged in self.damaged:  # they would take the place of good ones
                 if damaged != path:
                     damaged.unlink(missing_ok=True)
-            self.damaged = []
+            self.damaged.clear()
             for old in self.states()[STATES_KEPT:]:
                 old.unlink()
         return path
@@ -205,7 +210,7 @@ class RunDir:
         if changed:
             more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
             started = f"the run was started with {'; '.join(changed[:4])}{more}"
-            raise RunError(f"{self.folder}: {started}: ask for the same, or another folder")
+            raise RunError(f"{self.folder}: {started}: ask for the same, or use a different folder")
         self.settings = {**before, **self.settings}
         try:
             _check_optimisers(state["optimisers"], self.trainer)
@@ -233,11 +238,11 @@ class RunDir:
         return None
 
     def _check_files(self) -> None:
-        """Raise RunError for a file of the run that is a link, a pipe or a device: it is neither read nor written."""
+        """Raise RunError for a file of the run that is a link, a pipe or a device, before it is read or written."""
         names = ("lock", self.log.name, "last.safetensors", "best.safetensors")
         for path in [*(self.folder / name for name in names), *self.states()]:
             if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-                raise RunError(f"{path}: is a link or not a regular file: move it away, or take another folder")
+                raise RunError(f"{path}: is a link or not a regular file: move it away, or use a different folder")
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -252,7 +257,7 @@ class RunDir:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:  # others come from file systems without locks
                 if error.errno in (errno.EACCES, errno.EAGAIN):
-                    advice = "stop that one, or take another folder"
+                    advice = "stop it, or use a different folder"
                     raise RunError(f"{self.folder}: another process trains in it: {advice}") from error
             newest = max((_step_of(path) for path in self.states() if path not in self.damaged), default=0)
             if newest > self.trainer.step:
@@ -268,7 +273,7 @@ class RunDir:
         if not self.writer:
             yield lambda line: None
             return
-        lines = [line for line in _read_log(self.log) if line["step"] <= self.trainer.step]
+        lines = [line for line in self.history() if line["step"] <= self.trainer.step]
         write_atomically(self.log, "".join(json.dumps(line) + "\n" for line in lines))
         with self.log.open("ab", buffering=0) as file:  # with a buffer, closing it would fail once more
 
@@ -290,20 +295,8 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("state-"))
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, but for one that a killed process left unfinished, or that was damaged."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    lines.append(line)
-    return lines
-
-
 def _load(path: Path) -> dict[str, Any]:
-    """A state from its file; nothing in it is executed. Raises an exception of any kind for other contents."""
+    """A state from its file, without executing anything; exceptions of any kind for other contents."""
     state = load_pickle(path)
     if not isinstance(state, dict):
         raise ValueError(f"holds a {type(state).__name__}")
@@ -336,7 +329,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         if isinstance(old, dict) and isinstance(new, dict):
             lines += _differences({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new})
         elif old != new:
-            lines.append(f"{name}={short_repr(old)}, now {short_repr(new)}")
+            lines.append(f"{name:.100}={short_repr(old)}, now {short_repr(new)}")
     return lines
 
 
@@ -357,7 +350,7 @@ def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
 
 @contextmanager
 def _graceful_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set instead of an exception; the second Ctrl-C raises one as ever."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set instead of raising; a second Ctrl-C raises KeyboardInterrupt."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
         yield asked
@@ -382,5 +375,5 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RunError("tensorboard=True takes the tensorboard package: pip install tensorboard") from error
+        raise RunError("tensorboard=True requires the tensorboard package: pip install tensorboard") from error
     return SummaryWriter(str(folder), purge_step=step + 1)

@@ -5,7 +5,7 @@ processor time, 1 GB more memory than the module's own, and files of 200 MB. An 
 
     the command ends in time, by itself, with exit code 0, 1 or 2 and no traceback;
     after a failure, one short line on standard error names the input;
-    no other program was started, no connection opened, no file written outside the attack's folder;
+    no other program was started, no connection opened, and nothing outside the attack's folder changed;
     the attack's own condition holds (a song comes out whole or not at all, for example).
 
 Attacks are drawn from a seed, so that a failure can be repeated. Linux only: it needs fork and resource limits.
@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,9 @@ class Attack:
         check: returns the fault of an outcome, "" for none.
         setup: called in the attack's process before the command.
         seconds: limit of processor time.
+        rival: arguments of a second command, which runs at the same time.
+        program: a program that the command may start.
+        command: what is run, if not `bsmamba2`.
     """
 
     arguments: list[str]
@@ -54,6 +58,9 @@ class Attack:
     check: Callable[[Outcome], str] = lambda outcome: ""
     setup: Callable[[], None] = lambda: None
     seconds: int = SECONDS
+    rival: list[str] = field(default_factory=list)
+    program: str = ""
+    command: Callable[[list[str]], int] = run_command
 
 
 @dataclass
@@ -65,6 +72,7 @@ class Outcome:
     stdout: str
     stderr: str
     forbidden: list[str]
+    rival: Outcome | None = None
 
 
 @dataclass
@@ -92,29 +100,41 @@ def kind(title: str, count: int) -> Callable[[Callable[[np.random.Generator, Pat
 def fault_of(attack: Attack, folder: Path) -> str:
     """Run an attack in a child process; returns its fault, "" when it is survived."""
     neighbours = set(folder.parent.iterdir())
-    with tempfile.TemporaryDirectory() as logs:
-        child = os.fork()
-        if not child:
-            _run_child(attack, folder, Path(logs))
-        outcome = _wait(child, folder, Path(logs))
+    commands = [attack.arguments, attack.rival] if attack.rival else [attack.arguments]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for arguments in commands:
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if not (child := os.fork()):
+                _run_child(attack, arguments, folder, logs)
+            started.append((child, logs))
+        outcomes = [_wait(child, folder, logs) for child, logs in started]
+    outcomes[0].rival = outcomes[-1] if attack.rival else None
+    for outcome in outcomes:
+        if fault := _general_fault(attack, outcome):
+            return fault
+    if set(folder.parent.iterdir()) != neighbours:
+        return f"written outside its folder: {set(folder.parent.iterdir()) ^ neighbours}"
+    return attack.check(outcomes[0])
+
+
+def _general_fault(attack: Attack, outcome: Outcome) -> str:
     if outcome.code is None:
         return f"not ended after {WALL_SECONDS} s"
     if outcome.code < 0:
         return f"killed by {signal.Signals(-outcome.code).name}"
     if outcome.forbidden:
         return outcome.forbidden[0]
-    if set(folder.parent.iterdir()) != neighbours:
-        return f"written outside its folder: {set(folder.parent.iterdir()) ^ neighbours}"
     if "Traceback" in outcome.stderr or outcome.code not in (0, 1, 2):
         return f"exit code {outcome.code}: " + outcome.stderr.strip().splitlines()[-1][:300]
     if outcome.code and not any(name in outcome.stderr for name in attack.names):
         return f"the message names none of {attack.names}: {outcome.stderr[:300]!r}"
     if max(map(len, outcome.stderr.splitlines()), default=0) > 2000:
         return f"a line of {max(map(len, outcome.stderr.splitlines()))} characters"
-    return attack.check(outcome)
+    return ""
 
 
-def _run_child(attack: Attack, folder: Path, logs: Path) -> None:
+def _run_child(attack: Attack, arguments: list[str], folder: Path, logs: Path) -> None:
     """The child's side: limits, an audit of forbidden actions, the command; never returns."""
     code = 70
     try:
@@ -128,8 +148,8 @@ def _run_child(attack: Attack, folder: Path, logs: Path) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (attack.seconds, attack.seconds + 2))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
         attack.setup()
-        _audit(folder, logs)
-        code = run_command(attack.arguments)
+        _audit(folder, logs, attack.program)
+        code = attack.command(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -140,22 +160,57 @@ def _run_child(attack: Attack, folder: Path, logs: Path) -> None:
         os._exit(code)
 
 
-def _audit(folder: Path, logs: Path) -> None:
-    """Record every program started, connection opened, and file opened for writing elsewhere."""
+# Audit events that change files, and the positions of the paths among their arguments.
+CHANGES = {
+    "os.rename": (0, 1), "os.link": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "os.truncate": (0,),
+    "os.symlink": (1,), "os.chmod": (0,), "shutil.rmtree": (0,),
+}  # fmt: skip
+
+
+def _audit(folder: Path, logs: Path, program: str) -> None:
+    """Record every program started, connection opened, and change to files elsewhere."""
     report = os.open(logs / "forbidden", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    allowed = (str(folder), tempfile.gettempdir() + "/bsmamba2", "/dev/null", "/dev/shm")
-    home = str(Path("~/.cache").expanduser())
+    temporary = tuple(f"{tempfile.gettempdir()}/{name}" for name in ("bsmamba2", "torchinductor_"))
+    allowed = (str(folder), *temporary, str(Path("~/.cache").expanduser()), "/dev/null", "/dev/shm")
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def hook(event: str, args: tuple[object, ...]) -> None:
         if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "os.fork"):
-            os.write(report, f"{event} {args!r:.200}\n".encode())
-        elif event == "open" and isinstance(args[0], str | bytes) and isinstance(args[2], int) and args[2] & writing:
-            path = os.path.realpath(os.fsdecode(args[0]))
-            if not path.startswith((*allowed, home)):
-                os.write(report, f"opened for writing: {path}\n".encode(errors="backslashreplace"))
+            if not program or Path(str(args[0])).name != program:
+                os.write(report, f"{event} {args!r:.200}\n".encode())
+            return
+        paths = [args[number] for number in CHANGES.get(event, ())]
+        if event == "open" and isinstance(args[2], int) and args[2] & writing:
+            paths = [args[0]]
+        for path in paths:
+            if not isinstance(path, str | bytes | os.PathLike):
+                continue
+            named = Path(os.fsdecode(path))
+            if event != "open":  # of a link itself, not of its target
+                place = str(Path(os.path.realpath(named.parent), named.name))
+            else:
+                place = os.path.realpath(named)
+            if not place.startswith(allowed):
+                os.write(report, f"{event} outside its folder: {place}\n".encode(errors="backslashreplace"))
 
     sys.addaudithook(hook)
+
+
+def killed(arguments: list[str], folder: Path, change: int) -> None:
+    """Run a command in a folder, in a process that is killed just before its `change`-th change of a name."""
+    if not (child := os.fork()):
+        numbers = count(1)
+
+        def hook(event: str, _: tuple[object, ...]) -> None:
+            if event in ("os.rename", "os.link", "os.remove") and next(numbers) == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.chdir(folder)
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        sys.addaudithook(hook)
+        os._exit(run_command(arguments))
+    os.waitpid(child, 0)
 
 
 def _wait(child: int, folder: Path, logs: Path) -> Outcome:
@@ -183,6 +238,7 @@ def main() -> int:
     """Run all kinds; 0 when every attack was survived."""
     sys.path.insert(0, str(Path(__file__).parent))
     import kinds
+    import shared_folders  # noqa: F401  (its kinds)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the attacks (0)")

@@ -27,11 +27,11 @@ from bsmamba2.model import BSMamba2
 RATE, SAMPLES = 44_100, 66_150
 SONGS: dict[str, bytes] = {}  # suffix → a song of 1.5 s
 TINY = Path()  # a small checkpoint with random weights
-RUN = Path()  # folder of a training run of two steps, with a state after each
+RUN = Path()  # folder of a training run of three steps, with states after the last two
 TRAIN = ["train", "--preset", "small", "--dim", "16", "--depth", "1", "--songs", "1", "--val-songs", "1"]
 TRAIN += ["--seconds-per-song", "1.5", "--segment", "0.5", "--batch", "1", "--validation-windows", "1"]
 TRAIN += ["--device", "cpu", "--save-every", "1"]
-STEPS = ["--steps", "2"]
+STEPS = ["--steps", "3"]
 MARK = "a-program-ran"  # file that the programs in hostile input make
 
 
@@ -111,20 +111,20 @@ def pick(rng: np.random.Generator, options: list[str]) -> str:
 # --- audio files ----------------------------------------------------------------------------------------------
 
 
-@kind("Song cut short", 32)
+@kind("Song cut short", 24)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     suffix = pick(rng, sorted(SONGS))
     content = SONGS[suffix]
     return separate(write(folder / f"a.{suffix}", content[: int(len(content) * rng.uniform(0.02, 0.99))]), SAMPLES)
 
 
-@kind("Two songs in one file", 24)
+@kind("Two songs in one file", 12)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     suffix = pick(rng, ["ogg", "opus", "mp3", "flac"])
     return separate(write(folder / f"a.{suffix}", SONGS[suffix] * 2), 2 * SAMPLES)
 
 
-@kind("Bytes of a song changed", 32)
+@kind("Bytes of a song changed", 20)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     suffix = pick(rng, sorted(SONGS))
     content = bytearray(SONGS[suffix])
@@ -134,7 +134,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return separate(write(folder / f"a.{suffix}", bytes(content)), None if compressed else SAMPLES)
 
 
-@kind("Header of a song changed", 32)
+@kind("Header of a song changed", 20)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     suffix = pick(rng, sorted(SONGS))
     content = bytearray(SONGS[suffix])
@@ -142,14 +142,14 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return separate(write(folder / f"a.{suffix}", bytes(content)))
 
 
-@kind("Noise named as a song", 16)
+@kind("Noise named as a song", 10)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     suffix, start = pick(rng, sorted(SONGS)), int(rng.integers(0, 40))
     noise = rng.integers(256, size=int(10 ** rng.uniform(0, 6)), dtype=np.uint8).tobytes()
     return separate(write(folder / f"a.{suffix}", SONGS[suffix][:start] + noise))
 
 
-@kind("Headers of MP3 frames without sound", 3)
+@kind("Headers of MP3 frames without sound", 2)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     return separate(write(folder / "a.mp3", bytes.fromhex("fffb9064") * int(rng.integers(10_000, 1_000_000))))
 
@@ -174,7 +174,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return separate(path)
 
 
-@kind("Song with an unusual name", 16)
+@kind("Song with an unusual name", 12)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     names = ["..wav", ".wav", "a\nb.wav", "\x1b[31m.wav", "-o.wav", "a" * 240 + ".wav", "\udcff\udcfe.wav", "~.wav"]
     name = pick(rng, names)
@@ -204,7 +204,7 @@ def safetensors(header: dict[str, object], data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@kind("Small checkpoint of an absurd size", 12)
+@kind("Small checkpoint of an absurd size", 10)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     number = int(10 ** rng.uniform(3, 12))
     tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -265,7 +265,7 @@ def hostile_pickle(rng: np.random.Generator) -> object:
     return calls[int(rng.integers(len(calls)))]
 
 
-@kind("Checkpoint that runs a program", 12)
+@kind("Checkpoint that runs a program", 8)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     state = torch.load(TINY)
     place = pick(rng, ["beside", "within", "instead"])
@@ -277,7 +277,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return attack
 
 
-@kind("Bit of a checkpoint flipped", 12)
+@kind("Bit of a checkpoint flipped", 8)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     ours = rng.random() < 0.5  # an archive of torch has bytes that mean nothing
     content = bytearray((BUNDLED_CHECKPOINT if ours else TINY).read_bytes())
@@ -287,7 +287,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return attack
 
 
-@kind("Checkpoint cut short, or noise", 10)
+@kind("Checkpoint cut short, or noise", 8)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     content = BUNDLED_CHECKPOINT.read_bytes() if rng.random() < 0.5 else TINY.read_bytes()
     keep = int(len(content) * rng.uniform(0, 0.99))
@@ -298,7 +298,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
 # --- training -------------------------------------------------------------------------------------------------
 
 
-@kind("Hostile parameter file", 16)
+@kind("Hostile parameter file", 12)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     bombs = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
     texts = [
@@ -319,15 +319,30 @@ def attacked_run(folder: Path) -> tuple[Path, Path]:
     return folder / "run", max((folder / "run").glob("state-*.pt"))
 
 
+def ends_as_before(outcome: Outcome) -> str:
+    """Whether a run that ended has the weights of the run that nobody attacked, bit for bit."""
+    same = (
+        outcome.code
+        or (outcome.folder / "run/last.safetensors").read_bytes() == (RUN / "last.safetensors").read_bytes()
+    )
+    return "" if same else "the resumed run ended with other weights"
+
+
 @kind("Bit of a training state flipped", 8)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     run, state = attacked_run(folder)
+    if rng.random() < 0.7:  # the one before: the last step is done again
+        state.unlink()
+        (run / "last.safetensors").unlink()
+        state = run / "state-00000002.pt"
     content = bytearray(state.read_bytes())
     content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
-    return resume(run, write(state, bytes(content)).name)
+    attack = resume(run, write(state, bytes(content)).name)
+    attack.check = ends_as_before
+    return attack
 
 
-@kind("Training state that is something else", 8)
+@kind("Training state that is something else", 6)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     run, state = attacked_run(folder)
     contents = [None, 1, "x", [], {}, {"step": "x"}, {"model": {}}, torch.zeros(3), {"trainer": {"step": -1}}]
@@ -341,7 +356,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return attack
 
 
-@kind("Link, pipe or device in a run's folder", 10)
+@kind("Link, pipe or device in a run's folder", 8)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     run, state = attacked_run(folder)
     precious = write(folder / "precious", b"precious")
@@ -359,7 +374,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return attack
 
 
-@kind("Hostile stems in a training folder", 8)
+@kind("Hostile stems in a training folder", 6)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     for song in range(3):
         for stem in ("vocals", "drums", "bass", "other"):
@@ -385,7 +400,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
 # --- evaluation -----------------------------------------------------------------------------------------------
 
 
-@kind("Damaged evaluation results", 4)
+@kind("Damaged evaluation results", 3)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     arguments = ["evaluate", "--checkpoint", str(TINY), "--songs", "1", "--seconds", "1.5", "--segments", ""]
     arguments += ["-o", "scores"]

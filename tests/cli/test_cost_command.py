@@ -14,5 +14,9 @@ def test_the_command_answers(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for part in ("parameters", "GFLOP", "activations", "0.", "at the device's peaks"):
         assert part in said
+    for gpu in ("RTX 3090", "RTX 4090", "A100 40 GB", "A100 80 GB", "H100 80 GB"):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"{gpu}:")]
+        assert "fits: yes; a batch takes more than" in line
+        assert "not measured" in line
     assert main(["cost", "--preset", "small", "--seconds", "0.01"]) == 2
     assert "2048 samples" in capsys.readouterr().err

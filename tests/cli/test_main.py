@@ -147,10 +147,27 @@ def test_a_full_disk_behind_standard_output_is_one_line(
 ) -> None:
     with Path("/dev/full").open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert main(arguments) == 0
+        assert main(arguments) == 1
         monkeypatch.undo()
     assert capfd.readouterr().err == "standard output: No space left on device\n"
     assert found_in(tmp_path / "out") == RESULTS
+    assert main([*arguments, "--overwrite"]) == 0  # the next call begins without the fault
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("buffering", [-1, 1], ids=["block", "line"])
+@pytest.mark.parametrize("arguments", [["backends"], ["cost", "--preset", "small"], ["--help"], ["train", "--help"]])
+def test_every_command_fails_when_its_output_is_lost(
+    arguments: list[str], buffering: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w", buffering=buffering) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        try:
+            code: object = main(arguments)
+        except SystemExit as end:
+            code = end.code
+    assert code == 1
+    assert capfd.readouterr().err == "standard output: No space left on device\n"
 
 
 def test_a_tilde_is_the_home_folder(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,24 @@ def test_a_compiler_that_cannot_be_run(cache: Cache, mode: int, text: str, why: 
         cache.load()
 
 
+def test_the_compiler_may_be_a_command_with_arguments(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper, noted = cache.root / "a wrapper", cache.root / "noted"
+    wrapper.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{noted}"\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f" '{wrapper}'  {cache.compiler} -march=x '; touch {cache.root}/ran'")
+    library = cache.load()
+    assert noted.read_text().splitlines()[:3] == [str(cache.compiler), "-march=x", f"; touch {cache.root}/ran"]
+    assert not (cache.root / "ran").exists()  # no shell reads it
+    monkeypatch.setenv("CXX", str(wrapper.rename(cache.root / "with a space")))  # a program, not three words
+    cache.script("exit 3")
+    with pytest.raises(BackendError, match=r"with a space.* fails to build it"):
+        cache.load()
+    assert library.exists()
+    monkeypatch.setenv("CXX", "ccache 'g++")
+    with pytest.raises(BackendError, match=r"CXX=.*is not a command \(No closing quotation\)"):
+        cache.load()
+
+
 def test_a_full_disk_is_named_as_such(cache: Cache) -> None:
     cache.script("echo 'fatal error: error writing to a.s: No space left on device' >&2; exit 1")
     with (

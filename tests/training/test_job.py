@@ -112,6 +112,8 @@ def test_the_checkpoint_names_its_own_target(tmp_path: Path, monkeypatch: pytest
             "no 'drums'; `sources` has vocals, piano",
         ),
         ({"preset": "init"}, "name it, init=FILE"),
+        ({"config": "c.yaml"}, "config='c.yaml' describes a checkpoint: name it, init=FILE"),
+        ({"x" * 3000: 1}, "unknown parameters x{100};"),
         ({"steps": 10**400}, r"steps=10+\.\.\.0+ must be a whole number; this one is too large"),
         ({"lr": 10**400}, "lr=10+.* must be a number; this one is too large"),
         ({"seed": 16**9000}, "seed=int of very many digits must be"),
@@ -240,6 +242,30 @@ def test_a_published_file_is_fine_tuned_on_a_folder_and_saved_in_its_own_layout(
         assert torch.equal(again(mixture), tuned(mixture))
     more = ["--stems", "vocals", "bass", "drums", "--output-dir", str(tmp_path / "other")]
     assert main(["train", *arguments, *more]) == 2
+
+
+def test_hop_and_window_of_a_checkpoint_to_fine_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They come from the file that `config` names, else from a YAML file next to the checkpoint, else are assumed."""
+    tiny = ModelConfig(
+        dim=16, depth=1, freqs_per_bands=(20, 45), n_fft=128, hop_length=16, win_length=64, headdim=16, d_state=8
+    )
+    save_checkpoint(BSMamba2(tiny), tmp_path / "m.ckpt", layout="published")
+    job = {"preset": "init", "init": str(tmp_path / "m.ckpt")}
+    assert JobConfig.from_mapping(job).model_config == dataclasses.replace(tiny, hop_length=32, win_length=None)
+    sections = "model: {module_type: mamba2, stft_n_fft: 128, stft_hop_length: 16, stft_win_length: 64}"
+    (tmp_path / "of the toolbox.yaml").write_text(sections)
+    assert JobConfig.from_mapping(job).model_config == tiny
+    other = tmp_path / "elsewhere" / "other.json"
+    other.parent.mkdir()
+    other.write_text('{"hop_length": 24, "win_length": 48}')
+    arguments = ["--preset", "init", "--init", job["init"], "--config", str(other), "--loss-windows", "256", *SMALL]
+    assert main(["train", *arguments, "--segment", "0.06", "--output-dir", str(tmp_path / "run")]) == 0
+    assert f"init: {tmp_path / 'm.ckpt'}: hop_length, win_length from {other}" in capsys.readouterr().err.splitlines()
+    tuned = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert tuned.config == dataclasses.replace(tiny, hop_length=24, win_length=48)
+    other.write_text('{"hop": 24}')
+    assert main(["train", *arguments, "--output-dir", str(tmp_path / "new")]) == 2
+    assert "other.json: 'hop' is no field of a ModelConfig" in capsys.readouterr().err
 
 
 def test_the_committed_parameters_are_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
