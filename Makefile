@@ -53,7 +53,7 @@ BOOK := _build/html/index.html
 PAGES := $(wildcard _config.yml _toc.yml CONTRIBUTING.md book/*.md book/*.bib book/_ext/*.py book/_static/* book/data/* book/data/*/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lab train bench lint unit kernels attack chapters browser pages labs format clean
+.PHONY: help env book test lab train bench gpu lint unit kernels gpu-kernels attack chapters browser pages labs format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -66,6 +66,8 @@ help:
 	@echo 'make lint      style, types and workflows'
 	@echo 'make unit      the tests in tests/'
 	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
+	@echo 'make gpu-kernels  compile the fused kernels for six GPUs, without one: hours; continues where it stopped (Linux)'
+	@echo 'make gpu       check and time everything on an NVIDIA GPU, in at most eight minutes: gpu_check/'
 	@echo 'make attack    run the commands on hostile and damaged input (Linux)'
 	@echo 'make chapters  run the chapters and labs that have changed, and compare their tagged outputs'
 	@echo 'make browser   look at the built book and the labs in Chromium, as a reader would'
@@ -147,6 +149,7 @@ lint: $(ENV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tests/book/prose.py
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/zizmor --offline --no-progress --config .github/zizmor.yml .github/workflows
@@ -154,18 +157,31 @@ lint: $(ENV)
 unit: $(ENV)
 	$(BESIDE) --dist worksteal tests
 
-# In a process of their own: the interpreter's switches hold for all of it. Triton is there on Linux only.
+# In processes of their own: the interpreter's switches, and the stand-in for a CUDA driver, hold for all of one. Triton is there on Linux only.
 ifeq ($(shell uname -s),Linux)
 # Installed by the recipe: while a target of its own would be made, make starts the long tests in the place of these.
+define INSTALL_KERNELS
+@test $(KERNELS) -nt $(ENV) || { MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)' && \
+  touch $(KERNELS); }
+endef
+
 kernels: $(ENV)
-	@test $(KERNELS) -nt $(ENV) || { MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
-	  $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps '$(MAMBA_SSM)' && \
-	  touch $(KERNELS); }
+	$(INSTALL_KERNELS)
 	$(THREAD) $(BIN)/pytest tests/interpreter
+	$(THREAD) $(BIN)/pytest tests/gpu
+
+gpu-kernels: $(ENV)
+	$(INSTALL_KERNELS)
+	$(BIN)/python tests/gpu/triton_launches.py --write book/data/gpu_kernels.json
 else
-kernels:
+kernels gpu-kernels:
 	@echo 'Not run: the tests of the fused kernels need Triton, which comes with torch on Linux.'
 endif
+
+# Not part of the tests, because it needs a GPU; tests/experiments/test_gpu_check.py runs it on a CPU at toy size.
+gpu: $(ENV)
+	$(BIN)/python -m bsmamba2.experiments.gpu_check
 
 # On Linux, whose limits for processes it uses. The table in the book: tests/attack/attack.py --write.
 ifeq ($(shell uname -s),Linux)

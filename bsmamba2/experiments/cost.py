@@ -1,8 +1,9 @@
 """Cost of training: parameters, floating-point operations, memory, and the time of a step on a given device.
 
-Torch counts the operations (`FlopCounterMode`), on one sequence of each axis, and autograd's saved tensors, on tensors
-that have shapes and no data. The model is accelerated with the backend "chunked", which runs on a CPU without a
-compiler: the compiled kernels compute the same matrix products in chunks of other lengths, and save as much or less.
+Torch counts the operations (`FlopCounterMode`), on one sequence of each axis, and autograd's saved tensors, both on
+fake tensors, which have shapes and no data. The model is accelerated with the backend "chunked", which runs on a CPU
+without a compiler: the compiled kernels compute the same matrix products in chunks of other lengths, and save as much
+or less.
 Only matrix products count as operations, two for each multiplication and addition; transforms and element-wise work
 appear in the time, as memory traffic.
 
@@ -27,12 +28,37 @@ from ..config import ModelConfig
 from ..dual_path import DualPath
 from ..kernels import accelerate
 from ..kernels.chunked import chunked
+from ..kernels.triton import FULL_CHUNK, SHORT_CHUNK
 from ..losses import bsmamba2_loss
 from ..model import BSMamba2
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TRAINING_STATE = 20
 """Bytes that training keeps for each weight, in float32: weight, gradient, two moments, moving average."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of a GPU from its data sheet: matrix products in FLOP/s by type, bandwidth in bytes/s, memory in bytes.
+
+    bfloat16 products are dense, with sums in float32; float32 ones run without TF32, which is PyTorch's default.
+    """
+
+    bfloat16: float
+    float32: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "RTX 3090": Gpu(71e12, 35.6e12, 936e9, 24e9),
+    "RTX 4090": Gpu(165.2e12, 82.6e12, 1008e9, 24e9),
+    "A100 40 GB": Gpu(312e12, 19.5e12, 1555e9, 40e9),
+    "A100 80 GB": Gpu(312e12, 19.5e12, 2039e9, 80e9),
+    "H100 80 GB": Gpu(989.4e12, 67e12, 3350e9, 80e9),
+}
+"""NVIDIA's figures: white papers "Ampere GA102 GPU architecture" and "Ada GPU architecture", data sheets "A100 Tensor
+Core GPU" and "H100 Tensor Core GPU" (both SXM)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,7 @@ class Cost:
     step: float  #: operations of a step: forward, backward, and the recomputation by gradient checkpointing
     state: int  #: memory for weights, gradients, moments and moving average
     activations: float  #: memory for the tensors that the backward pass needs, at its highest
+    scratch: float  #: memory that mamba-ssm's scan takes on a GPU for a moment of its backward pass, for its states
     traffic: float  #: bytes that a step moves through memory, an estimate
 
     def seconds(self, flops: float, bandwidth: float) -> float:
@@ -56,6 +83,23 @@ class Cost:
         Matrix products at their peak, then everything else at the memory's peak: real devices reach neither.
         """
         return self.step / flops + self.traffic / bandwidth
+
+    @property
+    def memory(self) -> float:
+        """What a step takes on a GPU with mamba-ssm's scan: state, activations and scratch, in bytes."""
+        return self.state + self.activations + self.scratch
+
+    def lower_bound(self, flops: float, bandwidth: float) -> float:
+        """Time that a step must exceed on a device with these peaks: computed, not measured.
+
+        All products, or the activations written and read once, whichever takes longer; as if the rest took no time.
+        """
+        return max(self.step / flops, 2 * self.activations / bandwidth)
+
+    def fits(self, memory: float) -> str:
+        """Whether a step fits into so many bytes: yes, no, or perhaps, where the estimate's 10 % and 1 GB decide."""
+        least, most = 0.9 * self.memory, 1.1 * self.memory + 1e9  # PyTorch's context takes most of a gigabyte
+        return "yes" if most < memory else "no" if least > memory else "perhaps"
 
 
 def training_cost(
@@ -89,6 +133,7 @@ def training_cost(
         step=sum(forward.values()) + batch * backward_flops(config, frames) + recomputed,
         state=TRAINING_STATE * parameters,
         activations=activations,
+        scratch=batch * _scan_scratch(config, frames),
         # Saved tensors are written once and read twice, so are their gradients; recomputed ones once more.
         traffic=(6 + 3 * gradient_checkpointing) * everything + 2 * TRAINING_STATE * parameters,
     )
@@ -115,9 +160,10 @@ def backward_flops(config: ModelConfig, frames: int) -> float:
 @functools.cache
 def mixer_flops(config: ModelConfig, length: int, *, gradients: bool = True) -> tuple[float, float]:
     """Floating-point operations of a mixer's forward and backward pass for one sequence."""
-    mixer = cast(DualPath, _zero_model(config).layers[0]).time.forwards.mixer
-    x = torch.zeros(1, length, config.dim, requires_grad=gradients)
-    return _count(lambda: mixer(x), 1, gradients)
+    with FakeTensorMode():
+        mixer = cast(DualPath, _one_layer(config).layers[0]).time.forwards.mixer
+        x = torch.empty(1, length, config.dim, requires_grad=gradients)
+        return _count(lambda: mixer(x), 1, gradients)
 
 
 @functools.cache
@@ -125,24 +171,27 @@ def scan_flops(config: ModelConfig, length: int, *, gradients: bool = True) -> t
     """Floating-point operations of the scan's forward and backward pass for one sequence."""
     h, p, n = config.heads, config.headdim, config.d_state
     shapes = ((1, length, h, p), (1, length, h), (h,), (1, length, n), (1, length, n))  # x, dt, A, B, C
-    inputs = [torch.zeros(shape, requires_grad=gradients) for shape in shapes]
-    return _count(lambda: chunked(*inputs), 1, gradients)
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, requires_grad=gradients) for shape in shapes]
+        return _count(lambda: chunked(*inputs), 1, gradients)
 
 
 @functools.cache
 def _model_flops(config: ModelConfig, frames: int, gradients: bool) -> dict[str, tuple[float, float]]:
-    """Part → operations of its forward and its backward pass, counted on one sequence of zeros along each axis."""
-    bands, model = len(config.freqs_per_bands), _zero_model(config)
-    layer = cast(DualPath, model.layers[0])
-    frame = torch.zeros(1, config.channels, config.bins, 1, dtype=torch.complex64)
-    features = torch.zeros(1, 1, bands, config.dim, requires_grad=gradients)
-    sequence = torch.zeros(1, frames, config.dim, requires_grad=gradients)
-    return {
-        "band split": _count(lambda: model.band_split(frame), frames, gradients),
-        "time": _count(lambda: layer.time(sequence), bands * config.depth, gradients),
-        "band": _count(lambda: layer.band(features[0]), frames * config.depth, gradients),
-        "masks": _count(lambda: torch.stack([f(features) for f in model.mask_estimators]), frames, gradients),
-    }
+    """Part → operations of its forward and its backward pass, counted on one sequence along each axis."""
+    bands = len(config.freqs_per_bands)
+    with FakeTensorMode():
+        model = _one_layer(config)
+        layer = cast(DualPath, model.layers[0])
+        frame = torch.empty(1, config.channels, config.bins, 1, dtype=torch.complex64)
+        features = torch.empty(1, 1, bands, config.dim, requires_grad=gradients)
+        sequence = torch.empty(1, frames, config.dim, requires_grad=gradients)
+        return {
+            "band split": _count(lambda: model.band_split(frame), frames, gradients),
+            "time": _count(lambda: layer.time(sequence), bands * config.depth, gradients),
+            "band": _count(lambda: layer.band(features[0]), frames * config.depth, gradients),
+            "masks": _count(lambda: torch.stack([f(features) for f in model.mask_estimators]), frames, gradients),
+        }
 
 
 def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[float, float]:
@@ -155,15 +204,6 @@ def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[floa
     return float(times * forward.get_total_flops()), float(times * backward.get_total_flops())
 
 
-def _zero_model(config: ModelConfig) -> BSMamba2:
-    """`_one_layer` with all weights zero; random ones would take longer, and change the state of the generator."""
-    with torch.device("meta"):
-        model = _one_layer(config).to_empty(device="cpu")
-    for weight in model.parameters():
-        nn.init.zeros_(weight)
-    return model
-
-
 def _one_layer(config: ModelConfig) -> BSMamba2:
     """A model with one dual-path layer, since all layers cost the same."""
     model = BSMamba2(dataclasses.replace(config, depth=1))
@@ -172,6 +212,20 @@ def _one_layer(config: ModelConfig) -> BSMamba2:
 
 
 # --- memory -----------------------------------------------------------------------------------------------
+
+
+def _scan_scratch(config: ModelConfig, frames: int) -> float:
+    """Bytes of the states of all chunks in the backward pass of mamba-ssm's scan, for one example, on the larger axis.
+
+    At its peak it holds them and their gradients in float32, both in the type of x, and the gradient of the last state.
+    """
+    bands = len(config.freqs_per_bands)
+
+    def chunks(length: int) -> int:
+        return -(-length // (SHORT_CHUNK if length <= 2 * SHORT_CHUNK else FULL_CHUNK))
+
+    states = max(bands * chunks(frames), frames * chunks(bands))
+    return 16.0 * states * config.inner * config.d_state
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, s
     """Run a grid, `workers` runs at a time here, or on the Dask cluster with this scheduler's address.
 
     Yields each result as it arrives. The workers of a cluster need this package, and the folders at the same paths.
-    Dask over `tcp://` has no authentication: whoever reaches the port of a scheduler or a worker can run code there.
+    Dask over `tcp://` has no authentication: anyone who reaches the port of a scheduler or a worker can run code there.
     `--host 127.0.0.1` binds both to this machine; across machines use `tls://` with certificates.
 
     Raises:

@@ -2,8 +2,8 @@
 
 Begin with `accelerate(model)`: it chooses by device and self-test (`resolver.py`), and `restore(model)` undoes it.
 `chunked` and `blockwise` need PyTorch only; `cpu`, with `cpu_layers`, needs a C++ compiler once; `triton` needs a CUDA
-device and mamba-ssm (causal-conv1d optional). All compute the function of `bsmamba2.ssd` and `bsmamba2.mamba2`, which
-is what each self-test compares them with. Nothing here is imported by the core.
+device and mamba-ssm (causal-conv1d optional). All compute the function of `bsmamba2.ssd` and `bsmamba2.mamba2`, and
+each self-test compares them with it. Nothing here is imported by the core.
 """
 
 from .resolver import (

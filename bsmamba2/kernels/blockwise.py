@@ -4,7 +4,7 @@
     BlockwiseBlock    the bidirectional block, a few sequences at a time
 
 Each computes the same function as the plain class that it derives from, and has the same parameters; `accelerate`
-exchanges the classes of a model's modules. It is what runs on a CPU without the C++ kernel.
+exchanges the classes of a model's modules. It runs on a CPU without the C++ kernel.
 Book: "The fused kernel". Axis letters: see `bsmamba2.config`.
 """
 
@@ -30,8 +30,8 @@ BLOCK = 2**20
 def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, max_sequences: int | None = None) -> Tensor:
     """Apply a layer that reads each sequence by itself, on a CPU to a few sequences at a time.
 
-    What the layer computes in between then stays in the processor's cache, where the whole batch would go through
-    memory at every operation.
+    Intermediate results then stay in the processor's cache, where the whole batch would go through memory at every
+    operation.
 
     Args:
         layer: (b, length, d) → (b, length, d).
@@ -188,7 +188,7 @@ class BlockwiseMamba2(Mamba2):
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrices are multiplied with x: its own, or that of autocast, which leaves float64 alone."""
+    """The type in which matrices multiply x: its own, or that of autocast, which leaves float64 alone."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x.dtype

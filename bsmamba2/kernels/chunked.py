@@ -41,7 +41,7 @@ def chunked(
     return_state: bool = False,
     chunk: int | None = None,
 ) -> Any:
-    """The scan, chunk by chunk; `bsmamba2.ssd` has the shapes. Fastest when the frames lie outermost in memory.
+    """The scan, chunk by chunk; `bsmamba2.ssd` has the shapes. Fastest when frames are the outermost axis in memory.
 
     Any length works; a sequence of one chunk takes no state at all unless one is given or asked for. Float16 is
     computed in float32, because the decay factors pass the largest float16. Where an input requires a gradient,
@@ -145,7 +145,7 @@ def _chunk_by_chunk(
 
 
 def _split_by_decay(sums: Tensor, dt: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
-    """The levels of a chunk's rows: where dt·A summed up to a row lies between −k·SPAN and −(k + 1)·SPAN octaves.
+    """The levels of a chunk's rows: where dt·A summed up to a row is between −k·SPAN and −(k + 1)·SPAN octaves.
 
     Args:
         sums: of dt·A in octaves, falling, (q, b, h), float64.

@@ -7,7 +7,7 @@
 It takes float32 and bfloat16. The first two have gradients, for which only their inputs are kept. `extension` builds it
 on this machine with a C++ compiler, and keeps it for the next process.
 
-Book: "The fused kernel". Axis letters: see `bsmamba2.config`; w is the width of the convolution, h·p + 2n.
+Book: "Appendix: the CPU kernel". Axis letters: see `bsmamba2.config`; w is the width of the convolution, h·p + 2n.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layers that run the C++ kernel: the mixer, and the bidirectional block with neighbouring matrices multiplied.
 
-Each computes the same function as the plain class that it derives from, and has the same parameters. What the kernel
-does not take (another type, size or device), the blockwise form computes instead. Book: "The fused kernel".
+Each computes the same function as the plain class that it derives from, and has the same parameters. For types, sizes
+and devices that the kernel does not support, the blockwise form computes instead. Book: "Appendix: the CPU kernel".
 Axis letters: see `bsmamba2.config`.
 """
 

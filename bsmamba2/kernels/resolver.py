@@ -6,7 +6,7 @@
     triton    the mixer of `triton` with mamba-ssm's scan and causal-conv1d's convolution; a CUDA device
 
 `accelerate` exchanges the classes of a model's modules for subclasses that compute the same; weights, names and
-gradients stay, so copies and checkpoints do too. Book: "The fused kernel".
+gradients stay, so copies and checkpoints do too. Book: "Choosing a backend, and trusting it".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Self-tests: a kernel is used only if its outputs and gradients match the reference on this machine.
 
-That an import succeeded decides nothing. Book: "The fused kernel".
+That an import succeeded decides nothing. Book: "Choosing a backend, and trusting it".
 """
 
 from __future__ import annotations

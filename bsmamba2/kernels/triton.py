@@ -2,8 +2,9 @@
 
 Both packages are optional, each without the other, and imported when first needed. Where the tensor is decides, and
 whether the kernel gave the right numbers there, never that an import succeeded. Book: "The fused kernel". Source of the
-kernels' rules: the code of mamba-ssm 2.3.2.post1 and of causal-conv1d. The kernels themselves were run here under
-Triton's interpreter, not on a GPU. Axis letters: see `bsmamba2.config`; w is the width of a convolution.
+kernels' rules: the code of mamba-ssm 2.3.2.post1 and of causal-conv1d. The Triton kernels were run here under Triton's
+interpreter and compiled for GPUs (`tests/gpu`), not run on one. Axis letters: see `bsmamba2.config`; w is the width of
+a convolution.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT_CHUNK, FULL_CHUNK = 64, 256  # frames; the short one up to twice its length, bands for example
 MAX_BLOCKS = 65_535  # CUDA's limit for the grid axis on which the kernels put batch × chunks
 MAX_ELEMENTS = 2**31 - 1  # the kernels address with 32-bit integers
+OLDEST = (8, 0)  # compute capability; on the one before, Triton takes two minutes to compile one of a hundred binaries
 
 INSTALL_MAMBA = (
     "pip install einops packaging setuptools wheel && MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "
@@ -77,7 +79,7 @@ def scan(
         ValueError: for shapes that do not fit.
     """
     ssd.check(x, dt, A, B, C, D, initial_state)
-    raise_unsupported(_unsupported_reasons(x.device, x.dtype))
+    raise_unsupported(_unsupported_reasons(x.device, x.dtype) + _too_old(x.device))
     kernel = scan_kernel()
     b, t = x.shape[:2]
     chunk = SHORT_CHUNK if t <= 2 * SHORT_CHUNK else FULL_CHUNK
@@ -267,6 +269,15 @@ def _unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[Backe
     if dtype not in TYPES:
         said.append(BackendError(f"the kernel does not take {dtype}", "float32 or bfloat16, or backend='plain'"))
     return said
+
+
+def _too_old(device: torch.device) -> list[BackendError]:
+    """Why a GPU does not run the fused scan."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST:
+        return []
+    found, oldest = (".".join(map(str, of)) for of in (torch.cuda.get_device_capability(device), OLDEST))
+    why = f"{device} has compute capability {found}, the fused scan needs {oldest}"
+    return [BackendError(why, "a GPU of the RTX 30 series, an A100, or a later one; the chunked form runs meanwhile")]
 
 
 def missing_requirements(load: Callable[[], object]) -> list[BackendError]:

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from bsmamba2 import BSMamba2, ModelConfig
-from bsmamba2.experiments.cost import backward_flops, forward_flops, training_cost
+from bsmamba2.experiments.cost import GPUS, backward_flops, forward_flops, training_cost
 from bsmamba2.kernels import accelerate
+from bsmamba2.kernels.blockwise import BlockwiseMamba2
 from bsmamba2.losses import bsmamba2_loss
+from bsmamba2.train import TrainConfig, Trainer
 
 # Several chunks along time, wide enough that products and features are what counts, as in the presets.
 CONFIG = ModelConfig(
@@ -30,6 +35,7 @@ CONFIG = ModelConfig(
     expand=2,
 )
 SAMPLES = 12_000
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +114,50 @@ def test_memory_is_what_training_uses(
     assert estimated.activations == pytest.approx(memory.most, rel=0.10)
 
 
+class FusedScan(torch.autograd.Function):
+    """The tensors of a fused scan, none of its numbers: mamba-ssm's keeps its inputs and its output."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        y = torch.empty_like(inputs[0])
+        ctx.save_for_backward(*inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:-1])
+
+
+class NoTwoAreEqual(TorchDispatchMode):
+    """Answers `torch.istft`, which asks whether a sum of windows is zero; fake tensors do not know."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func is not torch.ops.aten.equal.default and func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "gradient_checkpointing"), [("float32", False), ("bfloat16", True)])
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_memory_is_what_torch_tracks(dtype: str, gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, batch = dataclasses.replace(CONFIG, depth=1, freqs_per_bands=(32, 32, 32, 33)), 2
+    monkeypatch.setattr(BlockwiseMamba2, "run_scan", lambda self, *inputs, **_: FusedScan.apply(*inputs))
+    estimated = training_cost(
+        config, batch=batch, seconds=1, dtype=dtype, gradient_checkpointing=gradient_checkpointing, loss_hop=441
+    )
+    with FakeTensorMode():
+        model = BSMamba2(config)
+        accelerate(model, "chunked")
+        settings = TrainConfig(steps=1, loss_hop=441, precision=dtype, gradient_checkpointing=gradient_checkpointing)
+        trainer = Trainer(model, settings)
+        signal = torch.empty(batch, 2, config.sample_rate)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker, NoTwoAreEqual():
+            trainer.backward([(signal, signal)])
+    peak = {str(kind).split(".")[-1]: size for kind, size in tracker.get_tracker_snapshot("peak")[CPU].items()}
+    # Gradients do not exist yet at the peak of the forward pass; like the weights they are part of the state.
+    assert estimated.activations == pytest.approx(peak["Total"] - peak["PARAM"] - peak["GRAD"], rel=0.10)
+
+
 def test_parameters_and_presets() -> None:
     paper = training_cost(
         ModelConfig.preset("paper"), batch=5, seconds=8, dtype="bfloat16", gradient_checkpointing=True
@@ -120,6 +170,30 @@ def test_parameters_and_presets() -> None:
     # Two devices: the one counts nothing but operations, the other nothing but memory.
     assert paper.seconds(1e14, 1e30) == pytest.approx(paper.step / 1e14)
     assert paper.seconds(1e30, 1e12) == pytest.approx(paper.traffic / 1e12)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lower_bound_and_fit(batch: int) -> None:
+    cost = training_cost(CONFIG, batch=batch, seconds=1)
+    assert cost.memory == cost.state + cost.activations + cost.scratch
+    # 26 chunks along time, two of each of 13 bands; 126 along bands, one of each frame.
+    assert cost.scratch == 16 * batch * 126 * CONFIG.inner * CONFIG.d_state
+    # Two devices: on the one only products take time, on the other only memory; and both at once take no longer.
+    assert cost.lower_bound(1e12, 1e30) == pytest.approx(cost.step / 1e12)
+    assert cost.lower_bound(1e30, 1e9) == pytest.approx(2 * cost.activations / 1e9)
+    assert cost.lower_bound(1e12, 1e9) < cost.seconds(1e12, 1e9)
+    room = cost.memory
+    assert [cost.fits(size) for size in (0.8 * room, room + 5e8, 1.2 * room + 1e9)] == ["no", "perhaps", "yes"]
+
+
+def test_peaks_are_those_of_torch_where_it_has_them() -> None:
+    info = pytest.importorskip("torch._inductor.analysis.device_info")
+    for name, known in (("A100 80 GB", "NVIDIA A100"), ("H100 80 GB", "NVIDIA H100")):
+        theirs, gpu = info.lookup_device_info(known), GPUS[name]
+        dense = theirs.tops[torch.bfloat16] / getattr(theirs, "tops_sparsity_factor", 1)
+        assert gpu.bfloat16 == pytest.approx(1e12 * dense, rel=0.01)
+        assert gpu.float32 == pytest.approx(1e12 * theirs.tops[torch.float32], rel=0.01)
+        assert (gpu.bandwidth, gpu.memory) == (1e9 * theirs.dram_bw_gbs, 1e9 * theirs.dram_gb)
 
 
 def test_bad_questions_are_refused() -> None:

@@ -2,7 +2,8 @@
 
 The switches below hold for the whole process, so these tests have one of their own (`make kernels`), and
 `pytest tests` leaves this folder alone. Under the interpreter each program of a grid runs as Python, one after
-the other. float32 only: bfloat16 is wrong there.
+the other. float32 only: bfloat16 is wrong there. With BSMAMBA2_KERNELS_ON=cuda they run on a GPU instead, as the GPU
+check does it (`bsmamba2.experiments.gpu_check`): not run yet.
 
 causal-conv1d is CUDA code without an interpreter. `mamba_split_conv1d_scan_combined` calls its functions, and
 gets the plain PyTorch below in their place: what is tested of the fused mixer is all but the convolution.
@@ -15,20 +16,36 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 if "triton" in sys.modules:
     raise RuntimeError(
         "triton is imported already: run these tests in a process of their own, pytest tests/interpreter"
     )
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if os.environ.get("BSMAMBA2_KERNELS_ON") == "cuda" else "1"
 os.environ["MAMBA_DETERMINISTIC"] = "1"  # else kernels are timed on a GPU to choose a block size
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
-torch.cuda.device = lambda index: contextlib.nullcontext()
-torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=1)
+ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
+if not ON_GPU:
+    torch.cuda.device = lambda index: contextlib.nullcontext()
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=1)
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, computed on `DEVICE` from tensors on the CPU; so are its results and their gradients."""
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        inputs = tree_map_only(Tensor, lambda part: part.to(DEVICE), (args, kwargs))
+        return tree_map_only(Tensor, lambda part: part.cpu(), function(*inputs[0], **inputs[1]))
+
+    return moved if ON_GPU else function
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""mamba-ssm's own kernels, run by Triton's interpreter, against ours in float64: outputs and all gradients."""
+"""mamba-ssm's own kernels, by Triton's interpreter or on a GPU, against ours in float64: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from interpreter import ops, triton  # isort: skip  (sets its switches before triton is imported)
+from interpreter import DEVICE, ON_GPU, on_device, ops, triton  # isort: skip  (sets its switches before triton is imported)
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from bsmamba2 import BSMamba2, load_checkpoint, save_checkpoint, ssd
 from bsmamba2.kernels import backends, resolve_backend
 from bsmamba2.mamba2 import Mamba2, RMSNorm
 
-BOUND = 1e-5
+BOUND = triton.TOLERANCE[torch.float32] if ON_GPU else 1e-5  # a GPU multiplies float32 in TF32
+scan = on_device(triton.scan)
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = BOUND) -> None:
@@ -52,7 +53,7 @@ def raw(
     bias = torch.linspace(-4, -2, dt.shape[-1])
     before = dt + torch.log(-torch.expm1(-dt)) - bias
     B, C = B[:, :, None], C[:, :, None]
-    return ops.mamba_chunk_scan_combined(
+    return on_device(ops.mamba_chunk_scan_combined)(
         x,
         before,
         A,
@@ -73,18 +74,18 @@ def raw(
     ids=["one frame", "less than a chunk", "a chunk", "two chunks", "two long chunks"],
 )
 def test_the_adapter_is_the_scan(t: int, h: int, b: int) -> None:
-    assert_same_scan(triton.scan, problem(t, h, b=b, p=8, n=16))
+    assert_same_scan(scan, problem(t, h, b=b, p=8, n=16))
 
 
 @pytest.mark.parametrize("dt", [1e-5, 10.0])
 @pytest.mark.parametrize("decay", [1e-3, 100.0])
 def test_small_and_large_steps_and_decays(dt: float, decay: float) -> None:
-    assert_same_scan(triton.scan, problem(80, 1, b=1, dt=dt, decay=decay))
+    assert_same_scan(scan, problem(80, 1, b=1, dt=dt, decay=decay))
 
 
 def test_a_large_batch_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "MAX_BLOCKS", 2)
-    assert_same_scan(triton.scan, problem(20, 1, b=5))
+    assert_same_scan(scan, problem(20, 1, b=5))
 
 
 def test_views_of_a_packed_projection_with_the_frames_outermost() -> None:
@@ -93,7 +94,7 @@ def test_views_of_a_packed_projection_with_the_frames_outermost() -> None:
     packed = torch.cat([x.flatten(2), B, C, dt], -1).float().transpose(0, 1).contiguous().transpose(0, 1)
     parts = packed.requires_grad_().split([8, 6, 6, 2], -1)
     assert not parts[0].is_contiguous()
-    found = triton.scan(parts[0].unflatten(-1, (2, 4)), parts[3], A, parts[1], parts[2], D, initial_state=start)
+    found = scan(parts[0].unflatten(-1, (2, 4)), parts[3], A, parts[1], parts[2], D, initial_state=start)
     assert relative(found.detach(), expected) < BOUND
     found.square().sum().backward()
     wide = packed.detach().double().requires_grad_()
@@ -104,7 +105,7 @@ def test_views_of_a_packed_projection_with_the_frames_outermost() -> None:
 
 def test_zeros_stay_zeros() -> None:
     inputs = [torch.zeros_like(part) if i in (0, 3, 4, 6) else part for i, part in enumerate(problem(20, b=1))]
-    found = everything(triton.scan, inputs, torch.float32)
+    found = everything(scan, inputs, torch.float32)
     assert all(part.isfinite().all() for part in found.values())
     assert not found["y"].any()
 
@@ -119,14 +120,14 @@ def test_a_bias_wrong_by_a_hundredth_is_noticed() -> None:
 
 
 def test_the_self_test_accepts_the_kernel() -> None:
-    cpu = torch.device("cpu")
-    assert triton.self_test_error(cpu, torch.float32) is None
-    rows = {row.name: row for row in backends(cpu)}
+    assert triton.self_test_error(DEVICE, torch.float32) is None
+    rows = {row.name: row for row in backends(DEVICE)}
     assert rows["triton"].usable
     assert rows["triton"].version.startswith("mamba-ssm ")
     assert not rows["causal-conv1d"].usable
-    assert resolve_backend(Mamba2(32), "auto")[0] != "triton"  # on a CPU, even though it runs
-    assert resolve_backend(Mamba2(32), "triton")[0] == "triton"
+    mixer = Mamba2(32).to(DEVICE)
+    assert (resolve_backend(mixer, "auto")[0] == "triton") == ON_GPU  # not on a CPU, even though it runs
+    assert resolve_backend(mixer, "triton")[0] == "triton"
 
 
 # --- the gated norm and the whole mixer -------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_gated_norm() -> None:
         return norm(x * functional.silu(z))
 
     def theirs(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        return ops.rmsnorm_fn(x, weight, None, z=z, eps=1e-5, norm_before_gate=False)
+        return on_device(ops.rmsnorm_fn)(x, weight, None, z=z, eps=1e-5, norm_before_gate=False)
 
     def results(norm: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         parts = [part.to(dtype, copy=True).requires_grad_() for part in (x, z, weight)]
@@ -179,7 +180,7 @@ def mixer_results(forward: Callable[[Tensor], Tensor], mixer: Mamba2, frames: in
 
 def fused_mixer(mixer: Mamba2, x: Tensor, *, wrong: float = 1.0) -> Tensor:
     """The mixer as one call of mamba-ssm, with our weights."""
-    return ops.mamba_split_conv1d_scan_combined(
+    return on_device(ops.mamba_split_conv1d_scan_combined)(
         mixer.in_proj(x),
         mixer.conv1d.weight[:, 0],
         mixer.conv1d.bias,
@@ -206,7 +207,7 @@ def test_the_fused_mixer_is_our_mixer(mixer: Mamba2) -> None:
 
 
 def test_our_mixer_with_the_fused_scan(mixer: Mamba2) -> None:
-    mixer.scan = triton.scan
+    mixer.scan = scan
     assert_close(mixer_results(mixer, mixer), in_float64(mixer))
 
 
@@ -221,5 +222,5 @@ def test_a_checkpoint_gives_the_same_under_the_fused_scan(tmp_path: Path) -> Non
     save_checkpoint(saved, tmp_path / "model.safetensors")
     audio = torch.randn(1, 2, 100)
     with torch.no_grad():
-        found = load_checkpoint(tmp_path / "model.safetensors", scan=triton.scan)(audio)
+        found = load_checkpoint(tmp_path / "model.safetensors", scan=scan)(audio)
         assert relative(found, saved(audio)) < BOUND

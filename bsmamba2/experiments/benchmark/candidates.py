@@ -16,23 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ... import ssd
-from ...audio import separate_stream
 from ...config import ModelConfig
 from ...data import Remixer
-from ...kernels import accelerate, backends, blockwise, cpu, triton
+from ...kernels import BackendError, accelerate, blockwise, cpu, resolve_backend, triton
 from ...kernels.chunked import chunked
+from ...kernels.self_test import raise_unsupported
 from ...losses import WINDOWS, bsmamba2_loss
 from ...mamba2 import Mamba2, causal_conv1d_silu
 from ...model import BSMamba2
+from ...spectrogram import stft
 from ...synth import STEMS, Song
-from ...training.datasets import FileTrack
-from ...training.loader import Loader
 from .. import cost
 from .settings import BACKWARD, BASELINE_CHUNKS, BASELINES, DTYPES, FORWARD, STREAM_MODES, Case, Settings
 
@@ -62,7 +60,7 @@ def candidates(settings: Settings, part: str) -> list[str]:
         "mixer": [*settings.backends, *mixers],
         "model": [*settings.backends, *roformer],
         "separation": [*STREAM_MODES, *roformer],
-        "loss": ["five windows", "three windows"],
+        "loss": ["five windows", "three windows", "five windows, torch.stft"],
         "loading": ["files, when asked", "files, two processes ahead", "memory"],
     }[part]
 
@@ -72,9 +70,13 @@ def unsupported_reason(case: Case, settings: Settings) -> str:
     package = case.candidate.partition(",")[0]
     if package in BASELINES and importlib.util.find_spec(package) is None:
         return f"not installed: {BASELINES[package][0]}"
-    for backend in backends(torch.device(settings.device), DTYPES[case.dtype]):
-        if backend.name == case.candidate and not backend.usable:
-            return f"{backend.reason}. To fix this: {backend.fix}"
+    try:
+        if case.candidate in ("cpu", "triton"):
+            resolve_backend(_mixer("plain", settings), case.candidate, DTYPES[case.dtype])
+        elif case.candidate == "causal-conv1d":
+            raise_unsupported(triton.missing_requirements(triton.conv_kernel))
+    except BackendError as error:
+        return str(error)
     return ""
 
 
@@ -103,6 +105,16 @@ def flops(case: Case, settings: Settings) -> float | None:
     return sequences * sum(cost.mixer_flops(config, length, gradients=gradients))
 
 
+def least_bytes(case: Case, settings: Settings) -> float | None:
+    """Bytes that a scan or a convolution must at least move forward: each input read once, the output written once."""
+    config = ModelConfig.preset(settings.preset)
+    values = {"scan": 2 * config.inner + 2 * config.d_state, "convolution": 2 * (config.inner + 2 * config.d_state)}
+    if case.part not in values or case.mode == BACKWARD:
+        return None
+    positions = settings.sequences * spectrogram_frames(case.seconds, config)
+    return values[case.part] * positions * DTYPES[case.dtype].itemsize
+
+
 # --- jobs -------------------------------------------------------------------------------------------------
 
 Job = Callable[[], Tensor | None]
@@ -120,9 +132,9 @@ def prepare(case: Case, settings: Settings) -> Job:
     if case.part == "separation":
         return _separation(case, config, device)
     if case.part == "loss":
-        windows = WINDOWS if case.candidate == "five windows" else (2048, 1024, 512)
+        loss = LOSSES[case.candidate]
         signals = torch.randn(2, 1, config.channels, samples, device=device)
-        return _job(lambda x: bsmamba2_loss(x, signals[1], windows=windows), signals[0], [], case, device)
+        return _job(lambda x: loss(x, signals[1]), signals[0], [], case, device)
     if case.part == "model":
         mixture = torch.randn(1, config.channels, samples, device=device)
         model = _model(case.candidate, config, settings.gradient_checkpointing, device)
@@ -131,7 +143,7 @@ def prepare(case: Case, settings: Settings) -> Job:
         bands = len(config.freqs_per_bands)
         shape = (bands, frames, config.dim) if case.axis == "time" else (frames, bands, config.dim)
         x = torch.randn(shape, device=device)
-        mixer = _mixer(case.candidate, config, device)
+        mixer = _mixer(case.candidate, settings)
         # In a model, the block around a mixer reads a few sequences at a time.
         blocks = functools.partial(blockwise.block_by_block, mixer) if case.candidate in ("chunked", "cpu") else mixer
         return _job(blocks, x, list(mixer.parameters()), case, device)
@@ -158,7 +170,23 @@ SCANS: dict[str, ssd.Scan] = {
 }  # fmt: skip
 CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {  # (t, b, w) → (t, b, w)
     "shifts": blockwise.causal_conv1d_silu,
+    "causal-conv1d": triton.causal_conv1d_silu,
     "conv1d": lambda x, weight, bias: causal_conv1d_silu(x.transpose(0, 1), weight, bias).transpose(0, 1),
+}
+
+
+def _torch_stft_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """The published loss as a row of PyTorch's operations, both signals transformed, with autograd's gradient."""
+    spectral = sum(
+        (stft(estimate, max(w, 2048), 147, w) - stft(target, max(w, 2048), 147, w)).abs().mean() for w in WINDOWS
+    )
+    return 10 * (estimate - target).abs().mean() + spectral
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "five windows": bsmamba2_loss,
+    "three windows": functools.partial(bsmamba2_loss, windows=(2048, 1024, 512)),
+    "five windows, torch.stft": _torch_stft_loss,
 }
 
 
@@ -192,18 +220,19 @@ def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], c
     return backward
 
 
-def _mixer(candidate: str, config: ModelConfig, device: torch.device) -> nn.Module:
+def _mixer(candidate: str, settings: Settings) -> nn.Module:
+    config, device = ModelConfig.preset(settings.preset), settings.device
     sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
     mixer = Mamba2(config.dim, **sizes, scan=ssd.SCANS.get(candidate, ssd.chunked))
     if not candidate.startswith("transformers"):
         return _accelerated(mixer.to(device), candidate)
-    settings = importlib.import_module("transformers").Mamba2Config(
+    baseline_config = importlib.import_module("transformers").Mamba2Config(
         hidden_size=config.dim, num_heads=config.heads, head_dim=config.headdim, expand=config.expand,
         state_size=config.d_state, conv_kernel=config.d_conv, n_groups=1, chunk_size=int(candidate.split()[-1]),
         num_hidden_layers=1,
     )  # fmt: skip
     modeling = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-    baseline = modeling.Mamba2Mixer(settings, layer_idx=0)
+    baseline = modeling.Mamba2Mixer(baseline_config, layer_idx=0)
     baseline.load_state_dict(mixer.state_dict())
     return baseline.to(device)
 
@@ -223,6 +252,8 @@ def _model(candidate: str, config: ModelConfig, gradient_checkpointing: bool, de
 
 def _separation(case: Case, config: ModelConfig, device: torch.device) -> Job:
     """Separate noise that arrives in blocks of ten seconds, in segments of eight; the results are dropped."""
+    from ...audio import separate_stream  # needs libraries for audio files, as `_loading` does
+
     baseline = case.candidate in BASELINES
     model: Any = _model(case.candidate if baseline else "auto", config, False, device).eval()
     mode = STREAM_MODES.get(case.candidate, STREAM_MODES["end to end"])
@@ -254,6 +285,11 @@ class _OneStem(nn.Module):
 
 def _loading(case: Case, config: ModelConfig) -> Job:
     """Draw examples of four stems each from two songs of noise, in 16-bit files or in memory."""
+    import soundfile
+
+    from ...training.datasets import FileTrack
+    from ...training.loader import Loader
+
     samples, rate = round(case.seconds * config.sample_rate), config.sample_rate
     folder, noise = tempfile.TemporaryDirectory(), np.random.default_rng(0)
     starts = range(0, 20 * rate, rate)

@@ -1,6 +1,6 @@
 """Measuring: a trial of every case in a process of its own, then rounds in which the candidates take turns.
 
-The trial finds the memory that a job takes, and skips what is too large or too slow. The other cases are timed in
+The trial finds the memory that a job takes, and skips cases that are too large or too slow. The others are timed in
 rounds, one after the other, with a matrix product (`GemmPeak`) before and after each run. On a machine whose speed
 varies, runs of one round are therefore comparable, and so are a run and the products around it.
 """
@@ -86,9 +86,14 @@ def _run_trial(case: Case, settings: Settings, threads: int, pipe: Connection) -
         seconds = time_job(job, torch.device(settings.device))
         pipe.send(Trial(before, _peak_memory(settings.device), seconds))
     except Exception as error:  # any failure is a result
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
         too_large = is_out_of_memory(error) and settings.device == "cpu"
-        pipe.send(f"more than {settings.memory:g} GB" if too_large else message)
+        pipe.send(f"more than {settings.memory:g} GB" if too_large else failure(error))
+
+
+def failure(error: BaseException) -> str:
+    """One line for a case that failed; when memory ran out, it begins with those words."""
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return f"out of memory ({line})" if is_out_of_memory(error) else line
 
 
 def _peak_memory(device: str) -> int:
@@ -111,16 +116,17 @@ def _peak_memory(device: str) -> int:
 def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
     """Mean time of a call, in seconds; a GPU is waited for."""
 
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    wait()
+    _wait(device)
     started = time.perf_counter()
     for _ in range(calls):
         job()
-    wait()
+    _wait(device)
     return (time.perf_counter() - started) / calls
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class GemmPeak:
@@ -146,7 +152,8 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement |
         trim(0)  # the GNU C library returns freed memory to the system
     trials: dict[Case, Trial | None] = {}
     for case in cases:  # all trials first, before this process itself grows
-        outcome = unsupported_reason(case, settings) or (None if case.part == "loading" else trial(case, settings))
+        tried = settings.isolated and case.part != "loading"
+        outcome = unsupported_reason(case, settings) or (trial(case, settings) if tried else None)
         if isinstance(outcome, str):
             yield Skipped(**vars(case), reason=outcome)
         else:
@@ -156,13 +163,25 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement |
     jobs: dict[Case, tuple[Job, int]] = {}  # and how often it is called in a run
     differences: dict[Case, float] = {}
     reference = None
-    for case, outcome in trials.items():
+    for case, outcome in list(trials.items()):
         if case.part == "separation" and outcome and outcome.seconds > LONG:
             continue  # its trial is its only timing
-        job = prepare(case, settings)
-        started = time.perf_counter()
-        output = job()
-        took = time.perf_counter() - started
+        try:
+            job = prepare(case, settings)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            held, started = _peak_memory(settings.device), time.perf_counter()
+            output = job()
+            _wait(device)
+            took = time.perf_counter() - started
+        except Exception as error:  # any failure is a result
+            if settings.isolated:  # its trial succeeded
+                raise
+            del trials[case]
+            yield Skipped(**vars(case), reason=failure(error))
+            continue
+        if not settings.isolated and device.type == "cuda":
+            trials[case] = Trial(held, _peak_memory(settings.device), took)
         if output is not None and case.part != "loss" and case.candidate != "bs_roformer":
             output = output.double()
             reference = output if reference is None else reference

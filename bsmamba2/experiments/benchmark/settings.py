@@ -51,6 +51,7 @@ class Settings:
     gradient_checkpointing: bool = True  #: recompute the model's layers in its backward pass
     limit: float = 60.0  #: seconds that one run may take
     memory: float = 12.0  #: gigabytes that one run may take beyond its inputs, on a CPU under Linux
+    isolated: bool = True  #: try each case in a process of its own first; without, `limit` and `memory` do not hold
 
     def __post_init__(self) -> None:
         choices = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
