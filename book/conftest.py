@@ -17,7 +17,9 @@ from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-PASSED = pytest.StashKey[dict[IPyNbFile, dict[int, tuple[list[Any], float]]]]()
+PASSED = pytest.StashKey[
+    dict[IPyNbFile, dict[int, tuple[list[Any], float]]]
+]()
 """By notebook and number of the code cell: the outputs, and the seconds that it took."""
 
 
@@ -32,15 +34,23 @@ def pytest_runtest_makereport(
         and report.passed
         and "JUPYTERCACHE" in os.environ
     ):
-        passed = item.config.stash.setdefault(PASSED, defaultdict(dict))[item.parent]
+        passed = item.config.stash.setdefault(PASSED, defaultdict(dict))[
+            item.parent
+        ]
         passed[item.cell_num] = item.test_outputs, report.duration
-        cells = [cell for cell in item.parent.nb.cells if cell.cell_type == "code"]
+        cells = [
+            cell
+            for cell in item.parent.nb.cells
+            if cell.cell_type == "code"
+        ]
         if len(passed) == len(cells):
             keep(item.parent, passed)
     return report
 
 
-def keep(file: IPyNbFile, passed: dict[int, tuple[list[Any], float]]) -> None:
+def keep(
+    file: IPyNbFile, passed: dict[int, tuple[list[Any], float]]
+) -> None:
     """Put a notebook with what its cells gave into the cache."""
     notebook = copy.deepcopy(file.nb)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -29,7 +29,9 @@ if "google.colab" in sys.modules:
         fetch = "git clone --quiet --depth 1 --branch {branch} {address}"
         subprocess.run([*fetch.split(), str(folder)], check=True)
     install = "-m pip install --quiet stempeg==0.2.6 av==18.1.0 --editable"
-    subprocess.run([sys.executable, *install.split(), str(folder)], check=True)
+    subprocess.run(
+        [sys.executable, *install.split(), str(folder)], check=True
+    )
     sys.path.insert(0, str(folder))
     os.chdir(folder / "book")"""
 """stempeg and PyAV read the real excerpt; what else the extra `book` names, Colab has."""
@@ -66,9 +68,12 @@ def set_address(root: Path, address: str, branch: str) -> None:
     before, _, rest = config.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     config.write_text(
-        before + BEGIN + buttons(address, branch) + END + after, encoding="utf-8"
+        before + BEGIN + buttons(address, branch) + END + after,
+        encoding="utf-8",
     )
-    source = CELL.format(address=address, branch=branch).splitlines(keepends=True)
+    source = CELL.format(address=address, branch=branch).splitlines(
+        keepends=True
+    )
     cell = {
         "cell_type": "code",
         "execution_count": None,
@@ -77,10 +82,15 @@ def set_address(root: Path, address: str, branch: str) -> None:
     }
     for path in chapters(root):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["cells"] = [one for one in notebook["cells"] if one["id"] != "launch"]
-        notebook["cells"].insert(0, {**cell, "outputs": [], "source": source})
+        notebook["cells"] = [
+            one for one in notebook["cells"] if one["id"] != "launch"
+        ]
+        notebook["cells"].insert(
+            0, {**cell, "outputs": [], "source": source}
+        )
         path.write_text(
-            json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(notebook, indent=1, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
 
 
@@ -92,12 +102,20 @@ def disagreements(root: Path) -> list[str]:
         .partition(BEGIN)[2]
         .partition(END)[0]
     )
-    found = re.search(r"^  url: (\S+)\n  branch: (\S+)$", part, re.MULTILINE)
-    wanted = CELL.format(address=found[1], branch=found[2]) if found else None
+    found = re.search(
+        r"^  url: (\S+)\n  branch: (\S+)$", part, re.MULTILINE
+    )
+    wanted = (
+        CELL.format(address=found[1], branch=found[2]) if found else None
+    )
     said = []
     for path in chapters(root):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        has = ["".join(cell["source"]) for cell in cells if cell["id"] == "launch"]
+        has = [
+            "".join(cell["source"])
+            for cell in cells
+            if cell["id"] == "launch"
+        ]
         if has != ([wanted] if wanted else []):
             said.append(
                 f"{path.name}: its first cell is not that of the address in _config.yml: run book/launch.py"
@@ -113,5 +131,9 @@ def chapters(root: Path) -> list[Path]:
 if __name__ == "__main__":
     folder = Path(__file__).resolve().parents[1]
     if len(sys.argv) > 1:
-        set_address(folder, sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "main")
+        set_address(
+            folder,
+            sys.argv[1],
+            sys.argv[2] if len(sys.argv) > 2 else "main",
+        )
     sys.exit("\n".join(disagreements(folder)) or 0)

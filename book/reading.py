@@ -21,7 +21,10 @@ LINES = 20  # of code, in a minute, the module's source that a chapter shows inc
 
 def chapters(*names: str) -> Markdown:
     """A table of chapters by their file names, without suffix: title, minutes to read, the same with the exercises."""
-    lines = ["| chapter | to read (min) | with exercises (min) |", "|:--|--:|--:|"]
+    lines = [
+        "| chapter | to read (min) | with exercises (min) |",
+        "|:--|--:|--:|",
+    ]
     total = [0, 0]
     for name in names:
         path = Path(f"{name}.ipynb")
@@ -38,7 +41,11 @@ def chapters(*names: str) -> Markdown:
 
 def title(notebook: dict[str, Any]) -> str:
     """The heading of the first cell."""
-    return "".join(notebook["cells"][0]["source"]).partition("# ")[2].partition("\n")[0]
+    return (
+        "".join(notebook["cells"][0]["source"])
+        .partition("# ")[2]
+        .partition("\n")[0]
+    )
 
 
 def minutes(notebook: dict[str, Any]) -> tuple[int, int]:
@@ -50,17 +57,31 @@ def minutes(notebook: dict[str, Any]) -> tuple[int, int]:
         if cell["cell_type"] == "markdown":
             words += len(source.split())
             exercises += sum(
-                int(found) for found in re.findall(r"^\*\w+, (\d+) min", source, re.M)
+                int(found)
+                for found in re.findall(r"^\*\w+, (\d+) min", source, re.M)
             )
-        elif "hide-cell" not in cell["metadata"].get("tags", []):
+        elif not folded(cell):
             lines += _lines(source)
     return round(words / WORDS + lines / LINES), exercises
 
 
+def folded(cell: dict[str, Any]) -> bool:
+    """Whether a code cell's source or output is hidden until the reader opens it."""
+    return not {"hide-cell", "hide-output"}.isdisjoint(
+        cell["metadata"].get("tags", [])
+    )
+
+
 def shown(notebook: dict[str, Any]) -> list[Any]:
-    """The functions and classes whose source `plotting.source` prints."""
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    names: dict[str, str] = {}  # name in the notebook → where it is imported from
+    """The functions and classes whose source `plotting.source` prints, but for folded ones."""
+    cells = [
+        cell
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code" and not folded(cell)
+    ]
+    names: dict[
+        str, str
+    ] = {}  # name in the notebook → where it is imported from
     found = []
     for node in ast.walk(
         ast.parse("\n".join("".join(cell["source"]) for cell in cells))
@@ -71,8 +92,14 @@ def shown(notebook: dict[str, Any]) -> list[Any]:
                 for alias in node.names
             }
         elif isinstance(node, ast.Import):
-            names |= {alias.asname or alias.name: alias.name for alias in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "plotting.source":
+            names |= {
+                alias.asname or alias.name: alias.name
+                for alias in node.names
+            }
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "plotting.source"
+        ):
             for item in map(ast.unparse, node.args):
                 root, dot, rest = item.partition(".")
                 found.append(locate(names[root] + dot + rest))

@@ -24,7 +24,7 @@ def published_bands() -> tuple[int, ...]:
 def generate_bands(count: int, bins: int = 1025, *, min_bins: int = 2, width_ratio: float = 100.0) -> tuple[int, ...]:
     """A table of `count` bands that are narrow at the bottom and wide at the top.
 
-    The rule is that of the mel scale, linear below a knee and logarithmic above it. Edge number i lies at
+    The rule is that of the mel scale, linear below a knee and logarithmic above it. Edge number i is at
 
         edge_i = bins · (exp(u·i/count) − 1) / (exp(u) − 1),    u = ln(knee),
 

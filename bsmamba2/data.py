@@ -2,7 +2,7 @@
 
 songs → salient windows per stem → random windows → gain, or silence → mixture and target
 
-Songs lie in memory (`bsmamba2.synth.Song`) or in files (`bsmamba2.training.datasets`). `bsmamba2.training` adds workers
+Songs are in memory (`bsmamba2.synth.Song`) or in files (`bsmamba2.training.datasets`). `bsmamba2.training` adds workers
 and processes (`loader`), and examples of one place and changed stems (`augmentation`).
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556.
@@ -101,7 +101,7 @@ class Remixer:
 
     For every example and each stem independently: a window drawn uniformly from all salient windows of that stem in all
     songs, replaced by zeros with probability `stem_dropout`, times a gain uniform in `gains`. The mixture is the sum of
-    all stems; the target holds some of them as they are in that sum.
+    all stems; the target holds some of them, with the gains that they have in that sum.
 
     Args:
         songs: to draw from; or their windows, from `find_windows`.
@@ -228,7 +228,7 @@ class Validation:
         return [sum(found) for found in scores]
 
     def means(self, model: BSMamba2, totals: Sequence[float]) -> dict[str, float]:
-        """Sums of uSDR over all windows → what a call returns."""
+        """Sums of uSDR over all windows → the means that a call returns."""
         counts = [sum(number in numbers for numbers in self.heard) for number in range(len(self.targets))]
         means = [total / count for total, count in zip(totals, counts, strict=True)]
         by_stem = {f"usdr_{stem}": mean for stem, mean in zip(model.config.stems, means, strict=True)}

@@ -2,7 +2,7 @@
 
     L = 10 · mean|ŝ − s| + Σ_w mean|STFT_w(ŝ) − STFT_w(s)|
 
-and an SNR loss, the error's energy relative to the mixture's in dB, which asks for nearly what uSDR does.
+and an SNR loss, the error's energy relative to the mixture's in dB, which optimises nearly the same as uSDR.
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556; of `snr_loss` see there.
 Axis letters: see `bsmamba2.config`.
@@ -55,8 +55,8 @@ def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, max_snr_db: f
 
         L = 10 log₁₀ (Σ(ŝ − s)² + τ Σx² + ε) − 10 log₁₀ (Σx² + ε)        τ = 10^(−max_snr_db/10), ε = 1e-7
 
-    One value per example, over its channels and samples, then their mean: nearly what a mean of uSDR over songs asks
-    for. Without τ it is the negative SNR plus a constant of the example. A silent target has the same formula.
+    One value per example, over its channels and samples, then their mean: nearly the mean of uSDR over songs.
+    Without τ it is the negative SNR plus a constant of the example. A silent target has the same formula.
 
     Differs from the published model, whose loss is `bsmamba2_loss`. The soft threshold is that of Wisdom et al.
     (arXiv:2011.00803), who measure it from the target, and from the mixture only where the target is silent.

@@ -1,4 +1,4 @@
-"""From features to a complex mask, and what a mask can do at best.
+"""From features to a complex mask; and the best mask there is.
 
 (b t k d)  →  per band: Linear, tanh, Linear, GLU  →  (b t (f c 2))  →  complex mask (b c f t)
 
@@ -43,12 +43,12 @@ class MaskEstimator(nn.Module):
 
 
 def oracle_mask(target: Tensor, mixture: Tensor) -> Tensor:
-    """The best real mask in [0, 1], bin by bin: what a perfect volume knob on every bin would reach.
+    """The best real mask in [0, 1], bin by bin: an upper reference, with a perfect gain for every bin.
 
         m = clip(Re(S · conj(X)) / |X|², 0, 1)
 
     minimises |m·X − S|² among real numbers from 0 to 1. (An unbounded complex mask could be perfect,
-    m = S / X: a ceiling that says nothing.)
+    m = S / X: which is no useful bound.)
 
     Args:
         target: complex spectrogram S, any shape.

@@ -1,4 +1,4 @@
-"""Metrics of a separated voice, and of what it does where nobody sings.
+"""Metrics of separated vocals, where they sound and where they are silent.
 
 | function | unit | best | measures |
 |---|---|---|---|
@@ -124,9 +124,9 @@ def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Ble
 
     max is over the whole signal and all channels, each signal its own; no d on a side counts as a mean of 0. Channels
     are averaged over with all else. Periodic Hann window, centred, zeros at the edges. Both are 100 for a perfect
-    estimate. Silence is a level like another, −200 dB: two silent signals give 100 and 100; a silent estimate of a
-    voice has a fullness below 1 and a bleedless of 100. A channel that is silent in both signals lies at the two
-    floors: where they differ, it counts as that much too loud or too quiet, in the training toolbox too.
+    estimate. Silence counts as a level of −200 dB: two silent signals give 100 and 100; a silent estimate of a
+    voice has a fullness below 1 and a bleedless of 100. A channel that is silent in both signals has the level of
+    the floors: where they differ, it counts as that much too loud or too quiet, in the training toolbox too.
     Differs from the published model: its evaluation has n_fft 2048 and hop 441, and passes estimate and reference
     swapped, so that its two figures change places.
     """
@@ -154,8 +154,8 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
         mel(hz) = 3 · hz / 200                           below 1000 Hz
                   15 + 27 · ln(hz / 1000) / ln 6.4       from there on
 
-    `n_mels + 2` points lie evenly on this scale from 0 Hz to half the sample rate; triangle i rises from point i to
-    point i + 1 and falls to point i + 2.
+    `n_mels + 2` points are evenly spaced on this scale from 0 Hz to half the sample rate; triangle i rises from point i
+    to point i + 1 and falls to point i + 2.
     """
     step = math.log(6.4) / 27
     top = sample_rate / 2
@@ -196,8 +196,8 @@ def silence_leakage(reference: Tensor, estimate: Tensor, mixture: Tensor, sample
 
         relative = 10 · log10(Σ_R (ŝ − s)² / Σ_R m²)      absolute = 10 · log10(mean_R (ŝ − s)²)
 
-    The error is ŝ less what little the reference has there, so that a perfect estimate leaks nothing: −inf dB. The
-    mixture handed back leaks 0 dB, where the reference is exactly zero. A sine of full scale has −3 dBFS. Without a
+    The error is ŝ minus the reference, which is nearly silent there, so that a perfect estimate leaks nothing: −inf dB.
+    The mixture handed back leaks 0 dB, where the reference is exactly zero. A sine of full scale has −3 dBFS. Without a
     silent region both levels are NaN and the seconds 0. Where the mixture is silent too, the relative level is +inf, or
     NaN when nothing leaks.
     """
@@ -231,7 +231,7 @@ def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, wi
 
     |x(n)| is the largest of the channels; w is the window in seconds, and the search ends that long after t(s). An
     estimate that is the voice d late has a delay of d; one that fades in slowly, or 12 dB too low, has a longer one.
-    The delay does not tell whether the sound that comes is the voice: the error does. A song that begins with the voice
+    The delay does not show whether the sound is the voice; the error does. A song that begins with the voice
     has no onset there; neither a silent reference nor one that is never silent has any.
     """
     signal, error = _energies(reference, estimate)

@@ -1,8 +1,8 @@
 """Separate a whole song: overlapping segments → model → weighted overlap-add.
 
-A model learns on segments of some seconds, and a song is longer. With `overlap=0` the segments stand end to end, as in
-the paper's evaluation. Otherwise each is weighted by a triangle w, and the sum is divided by the sum of the weights,
-so that no edge is audible:
+A model learns on segments of some seconds, and a song is longer. With `overlap=0` the segments are placed end to end,
+as in the paper's evaluation. Otherwise each is weighted by a triangle w, and the sum is divided by the sum of the
+weights, so that no edge is audible:
 
     ŝ(n) = Σ_i w(n − i·step) · ŝ_i(n − i·step) / Σ_i w(n − i·step)        w(n) = min(n + 1, length − n)
 

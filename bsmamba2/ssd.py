@@ -2,8 +2,8 @@
 
 For every head, with a scalar decay a_t = exp(dt_t · A):
 
-    h_t = a_t · h_{t−1} + dt_t · x_t B_tᵀ        (p × n)
-    y_t = h_t C_t + D · x_t                       (p)
+    H_t = a_t · H_{t−1} + dt_t · x_t B_tᵀ        (p × n)
+    y_t = H_t C_t + D · x_t                       (p)
 
 `recurrent` runs it as written, `matrix` as one masked matrix product, `chunked` as products inside chunks and a short
 recurrence between them. Source: T. Dao and A. Gu, "Transformers are SSMs", arXiv:2405.21060. Book: "The scan".
@@ -161,10 +161,10 @@ def resolve_scan(scan: Scan | str) -> Scan:
 
 
 def decay_matrix(cumsum_dtA: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The decay between any two frames: L_ij = exp(c_i − c_j) for i ≥ j, zero above the diagonal.
+    """The decay between any two frames: L_ij = exp(r_i − r_j) for i ≥ j, zero above the diagonal.
 
     Args:
-        cumsum_dtA: c, cumulative sums of dt · A over frames, (..., t).
+        cumsum_dtA: r, cumulative sums of dt · A over frames, (..., t).
         dtype: in which the differences are raised to a power; that of `cumsum_dtA` when absent.
 
     Returns:

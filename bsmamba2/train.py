@@ -218,7 +218,7 @@ class Trainer:
                 layer._compiled_call_impl = None  # what Module.compile() had set
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to resume bit for bit but the settings: tensors, numbers and strings alone."""
+        """Everything needed to resume bit for bit but the settings: only tensors, numbers and strings."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),

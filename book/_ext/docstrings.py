@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example|Examples):$")
+SECTION = re.compile(
+    r"(Args|Attributes|Returns|Yields|Raises|Example|Examples):$"
+)
 
 
 def convert(lines: list[str]) -> list[str]:
@@ -23,7 +25,9 @@ def convert(lines: list[str]) -> list[str]:
         if line and not line[0].isspace():
             section = bool(SECTION.match(line))
         fresh = i == 0 or not lines[i - 1].strip()
-        if line.startswith("|") or (line.startswith("    ") and fresh and not section):
+        if line.startswith("|") or (
+            line.startswith("    ") and fresh and not section
+        ):
             block = []
             while i < len(lines) and (
                 not lines[i].strip()
@@ -34,7 +38,9 @@ def convert(lines: list[str]) -> list[str]:
             done += ["", "::", ""]
             done += [f"    {part}" if part else "" for part in block] + [""]
             continue
-        done.append(line if section and SECTION.match(line) else inline(line))
+        done.append(
+            line if section and SECTION.match(line) else inline(line)
+        )
         i += 1
     return done
 
@@ -50,7 +56,8 @@ def inline(line: str) -> str:
         else:
             words = re.split(r"(?<!\w)(\*[A-Za-z][\w -]*\*)(?!\w)", part)
             words[::2] = [
-                re.sub(r"([\\*|`]|_(?!\w))", r"\\\1", word) for word in words[::2]
+                re.sub(r"([\\*|`]|_(?!\w))", r"\\\1", word)
+                for word in words[::2]
             ]
             parts[i] = "".join(words)
     # `dim: d.` is no list whose first item is d.
@@ -58,7 +65,12 @@ def inline(line: str) -> str:
 
 
 def process(
-    app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
+    app: Any,
+    what: str,
+    name: str,
+    thing: Any,
+    options: Any,
+    lines: list[str],
 ) -> None:
     """Sphinx calls this with every docstring, before napoleon does its part."""
     lines[:] = convert(lines)

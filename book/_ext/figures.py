@@ -20,7 +20,9 @@ def number_links(app: Any, doctree: nodes.document, docname: str) -> None:
         for name, number in page.get("figure", {}).items()
     }
     for link in doctree.findall(nodes.reference):
-        target = link.get("refid") or link.get("refuri", "").rpartition("#")[2]
+        target = (
+            link.get("refid") or link.get("refuri", "").rpartition("#")[2]
+        )
         if link.astext() == WORD and target in numbers:
             number = ".".join(map(str, numbers[target]))
             link.clear()

@@ -332,7 +332,7 @@ ROW_VERSION = 3
 
 
 def row_key(checkpoint: str, protocol: EvalProtocol, dtype: torch.dtype = torch.float32) -> str:
-    """Cache key of a row: everything it depends on besides its track, as 16 hexadecimal digits."""
+    """Cache key of a row: everything it depends on except its track, as 16 hexadecimal digits."""
     fields = asdict(protocol)
     del fields["name"], fields["over_tracks"]  # mean or median does not change a row
     columns = [field.name for field in dataclasses.fields(EvalRow) if field.name != "stem"]

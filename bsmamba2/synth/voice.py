@@ -90,7 +90,7 @@ def _noise_bands(frequencies: Array) -> Array:
 
 
 def _snap_to_scale(pitch: Array, score: Score) -> Array:
-    """Shift a pitch curve by whole semitones so that its notes lie in the scale."""
+    """Shift a pitch curve by whole semitones so that its notes are in the scale."""
     allowed = np.array([score.degree(i) for i in range(-7, 84)])
     wanted = smooth(pitch, 9)
     nearest = allowed[np.abs(wanted[:, None] - allowed).argmin(1)]

@@ -1,7 +1,7 @@
 """Demos: the numbers and the sound behind each slider of the page "Explore" and of the labs in `book/labs`.
 
-The page calls each function for every setting beforehand; the labs call it while a slider moves. Both thus show what
-the module itself computes. Axis letters: see `bsmamba2.config`.
+The page calls each function for every setting beforehand; the labs call it while a slider moves. Both thus show the
+library's own results. Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ..train import LOSSES, TrainConfig, Trainer
 def band_edges(widths: Sequence[int], sample_rate: int = 44_100) -> list[float]:
     """Band edges in hertz, one more than there are bands: band k reaches from edge k to edge k + 1.
 
-    The widths are the bins in each band, low to high; the last bin of the STFT lies at half the sample rate.
+    The widths are the bins in each band, low to high; the last bin of the STFT is at half the sample rate.
     """
     spacing = sample_rate / 2 / (sum(widths) - 1)
     return [spacing * bins for bins in itertools.accumulate(widths, initial=0)]

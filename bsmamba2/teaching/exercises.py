@@ -1,6 +1,6 @@
 """Automatic grading of the book's exercises: a check takes the reader's function and returns a `CheckResult`.
 
-A check knows what the function should do, not how it is written. It tests the simplest property first and reports the
+A check tests the function's results, not how it is written. It tests the simplest property first and reports the
 first failure, in words that point to the place.
 
 Book: "What a port must prove". Axis letters: see `bsmamba2.config`.
@@ -77,7 +77,7 @@ def needs_own_clock(speedup: Callable[..., float]) -> Callable[..., float]:
         start, at_once = clock(), clock()
         sleep(0.05)
         if (clock() - at_once) - (at_once - start) > 0.02:  # a clock that ticks at every call is the reader's own
-            raise ValueError("the clock is a real one, which gives other times in every run. Build one of your own")
+            raise ValueError("the clock is a real one, whose times differ in every run. Build your own")
         return speedup(old, new, clock)
 
     return checked
@@ -107,15 +107,15 @@ def _describe(error: Exception) -> str:
 
 def _require_answer(answer: object) -> Iterator[str]:
     if answer is None:
-        yield "it gives None. Write its body, and end it with `return`"
+        yield "it returns None. Write its body, and end it with `return`"
 
 
 def _require_shape(answer: object, shape: tuple[int, ...], axes: str) -> Iterator[str]:
     yield from _require_answer(answer)
     if not isinstance(answer, Tensor):
-        yield f"it gives a {type(answer).__name__}; asked for is a tensor {axes}"
+        yield f"it returns a {type(answer).__name__}; it should be a tensor {axes}"
     elif tuple(answer.shape) != shape:
-        yield f"it gives the shape {tuple(answer.shape)}; {axes} is {shape} here"
+        yield f"it returns the shape {tuple(answer.shape)}; {axes} is {shape} here"
 
 
 def _close(x: Tensor, y: Tensor, tolerance: float = 1e-4) -> bool:
@@ -142,12 +142,12 @@ def check_best_gain(best_gain: Callable[[Tensor, Tensor], Any]) -> Iterator[str]
             yield f"g = {g:.3g} leaves an error of {errors[0]:.5g}, and another number one of {errors[1]:.5g}"
     g = float(best_gain(voice.clone(), torch.zeros_like(voice)))
     if not math.isfinite(g):
-        yield f"for a silent mixture it gives {g}: any number is as good there, but it must be a number"
+        yield f"for a silent mixture it returns {g}: any number will do there, but it must be a number"
 
 
 @_check
 def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
-    """`muffle(audio, cutoff)`: (c, samples) → (c, samples) without what lies above `cutoff` hertz."""
+    """`muffle(audio, cutoff)`: (c, samples) → (c, samples) without frequencies above `cutoff` hertz."""
     time = torch.arange(RATE) / RATE
     tones = {hertz: torch.sin(2 * torch.pi * hertz * time) for hertz in (200, 991, 1012, 3000, 9000)}
     audio = torch.stack([tones[200] + tones[3000] + tones[9000], tones[200]])  # (2, samples)
@@ -155,7 +155,7 @@ def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
     out = muffle(passed, 1000)
     yield from _require_shape(out, tuple(audio.shape), "(c, samples)")
     if out.is_complex():
-        yield "it gives complex numbers, a spectrogram. `istft` takes it back to audio"
+        yield "it returns complex numbers, a spectrogram. Use `istft` to get audio"
     if not torch.equal(passed, audio):
         yield "it changed the audio that it was given; work on a copy"
     left = {hertz: _amplitude(out[0], hertz) for hertz in (200, 3000, 9000)}
@@ -199,7 +199,7 @@ def check_mel_bands(mel_bands: Callable[[int], Any]) -> Iterator[str]:
         if not isinstance(bands, Sequence) or not all(isinstance(width, int) for width in bands):
             yield f"mel_bands({count}) should give a tuple of whole numbers, the bins in each band"
         if len(bands) != count:
-            yield f"mel_bands({count}) gives {len(bands)} bands. Edges are one more than bands"
+            yield f"mel_bands({count}) returns {len(bands)} bands. There is one more edge than bands"
         if sum(bands) != 1025:
             ends = "The first edge is 0, the last one 1,025: one past the last bin"
             yield f"the bands of mel_bands({count}) hold {sum(bands):,} bins and not 1,025. {ends}"
@@ -328,7 +328,7 @@ def check_live_dual_path(live: Callable[..., nn.Module]) -> Iterator[str]:
         yield from _require_shape(out, (b, t, k, d), "(b, t, k, d)")
         moved = (layer(touched) - out).abs().amax(-1) > 0  # (b, t, k)
     if moved[1].any():
-        yield "touching a cell of the first song changes the second: `b` went into the strips in the wrong order"
+        yield "touching a cell of the first song changes the second: `b` went into the sequences in the wrong order"
     if moved[0, :6].any():
         yield "touching frame 6 changes a frame before it: along time, one direction only, and the past"
     if not moved[0, 6].all():
@@ -362,7 +362,7 @@ def check_both_sides(both_sides: Callable[..., Any]) -> Iterator[str]:
         yield "it should give three estimates: as it is, by way of the mirror, and their mean"
     for name, estimate in zip(("first", "second", "third"), out, strict=True):
         for complaint in _require_shape(estimate, (2, RATE), "(c, samples)"):
-            yield f"the {name} estimate: {complaint}. `separate` gives (stem, c, samples)"
+            yield f"the {name} estimate: {complaint}. `separate` returns (stem, c, samples)"
     plain, mirrored, mean = (mixture * torch.tensor(gains)[:, None] for gains in ((1, 0.5), (0.5, 1), (0.75, 0.75)))
     if not _close(out[0], plain):
         yield "the first estimate should be the model's own, of the mixture as it is"

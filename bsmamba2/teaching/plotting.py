@@ -242,6 +242,20 @@ def scores(
     return figure
 
 
+def bars(values: Mapping[str, Sequence[float]], xlabel: str, *, mark: float | None = None) -> Figure:
+    """Horizontal bar chart of medians, with a line from the smallest value to the largest, and a mark along x."""
+    with _figure(1, 1, 7.5, 0.5 + 0.24 * len(values)) as (figure, axes):
+        for (name, some), colour in zip(values.items(), itertools.cycle(COLOURS[:2]), strict=False):
+            middle = float(np.median(some))
+            axes[0, 0].barh(name, middle, color=colour, alpha=0.6)
+            axes[0, 0].plot((min(some), max(some)), (name, name), color="black", linewidth=1.5)
+        axes[0, 0].invert_yaxis()
+        axes[0, 0].set_xlabel(xlabel)
+        if mark is not None:
+            axes[0, 0].axvline(mark, color="black", linestyle=":", linewidth=1)
+    return figure
+
+
 def images(
     arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
 ) -> Figure:
@@ -261,11 +275,11 @@ def images(
     return figure
 
 
-def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
+def cubes(x: Tensor, cuts: Sequence[str], *, sequence: int = 0) -> Figure:
     """Feature tensors (t, k, d) drawn as cubes, one for each cut along `time` or `band`, with one sequence outlined.
 
     The visible sides: in front all bands and frames of the first feature, on top all features of the last band, on the
-    right all features of the last frame. `strip` is a band where the cut is along time, else a frame.
+    right all features of the last frame. `sequence` is a band where the cut is along time, else a frame.
 
     Raises:
         ValueError: for any other cut.
@@ -280,7 +294,7 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
         (x[:, -1, :].T, (0, high), (width, 0), (right, up)),
         (x[-1, :, :], (width, 0), (right, up), (0, high)),
     )
-    edges = {  # where a cut crosses two sides, and how many strips it makes
+    edges = {  # where a cut crosses two sides, and how many sequences it makes
         "time": (np.array([(0, 0), (width, 0), (width + right, up)]), np.array((0, high / many)), many),
         "band": (np.array([(0, 0), (0, high), (right, high + up)]), np.array((width / frames, 0)), frames),
     }
@@ -294,10 +308,10 @@ def cubes(x: Tensor, cuts: Sequence[str], *, strip: int = 0) -> Figure:
             line, step, count = edges[cut]
             for i in range(1, count):
                 axis.plot(*(line + i * step).T, color="white", linewidth=0.5)
-            near, far = line + strip * step, line + (strip + 1) * step
-            axis.plot(*np.concatenate([near, far[::-1], near[:1]]).T, color=COLOURS[4], linewidth=1.8)
+            near, far = line + sequence * step, line + (sequence + 1) * step
+            axis.plot(*np.concatenate([near, far[::-1], near[:1]]).T, color=COLOURS[5], linewidth=2.2)
             names = ("along time", "frames") if cut == "time" else ("along bands", "bands")
-            axis.set_title(f"{names[0]}: {count} strips of {frames * many // count} {names[1]}")
+            axis.set_title(f"{names[0]}: {count} sequences of {frames * many // count} {names[1]}")
             axis.set(aspect="equal", xlim=(-0.25, width + right + 0.1), ylim=(-0.3, high + up + 0.1))
             axis.axis("off")
             axis.text(width / 2, -0.08, "frame →", ha="center", va="top")

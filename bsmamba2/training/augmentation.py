@@ -2,10 +2,10 @@
 
 stems → speed → CHANGES, each with its probability → the level they had → all: a low-pass filter → stems
 
-Everything is drawn from one seed, so an example can be skipped without being read. Most changes were chosen for what
-they did to a model that had not learned with them (chapter "Training"). The published model has none of this.
+Everything is drawn from one seed, so an example can be skipped without being read. Most changes were chosen because a
+model trained without them was worse on changed songs. The published model has none of this.
 
-Book: "Training". Axes: c channel, t sample.
+Book: "Beyond the published recipe". Axes: c channel, t sample.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Augmentation:
     def __call__(self, pieces: Sequence[Tensor], samples: int, rate: int) -> list[Tensor]:
         """Apply the changes: pieces (c, t), whose lengths are those of `lengths` → stems (c, samples).
 
-        A stem keeps its root mean square, but for what the low-pass filter takes; a silent one stays silent.
+        A stem keeps its root mean square before the low-pass filter; a silent one stays silent.
         """
         rng, stems = copy.deepcopy(self._rng), []  # the next call does the same
         for i, piece in enumerate(pieces):

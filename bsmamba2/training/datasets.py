@@ -53,7 +53,7 @@ Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class DataError(ValueError):
-    """A folder that cannot be trained from as it is; the message has a line for every fault."""
+    """A folder that cannot be used for training; the message has a line for every fault."""
 
     def __init__(self, folder: Path, faults: Sequence[str], advice: str) -> None:
         self.faults = list(faults)
@@ -251,7 +251,7 @@ def fingerprints(windows: Windows) -> dict[str, str]:
 
 
 def cache_path(folder: Path, samples: int) -> Path | None:
-    """Where the active windows of a folder are kept, in the user's cache; none where there is no home folder."""
+    """Where the active windows of a folder are kept, in the user's cache; None without a home folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache"))
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder)) + f"\n{samples}".encode()).hexdigest()[:16]
     return base / "bsmamba2" / f"activity-{key}.json" if base.is_absolute() else None

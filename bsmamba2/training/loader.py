@@ -22,7 +22,7 @@ from .distributed import all_gather_object, rank, world_size
 class Loader:
     """Data loader: a remixer's examples by number, in batches, for any number of workers and processes.
 
-    Example i is drawn from a generator of its own, seeded with (seed, i), whoever draws it. So a run
+    Example i is drawn from a generator of its own, seeded with (seed, i), in any process. So a run
     repeats with any number of workers, no two of them draw the same, and n processes with batch b see
     together what one process with batch n·b sees.
 

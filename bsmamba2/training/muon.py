@@ -1,6 +1,6 @@
 """Muon: momentum SGD with orthogonalised updates.
 
-Book: "Training".
+Book: "Beyond the published recipe".
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         momentum: share of the momentum that a step keeps; Nesterov's, so it is looked at once more.
 
     Raises:
-        ValueError: for a parameter that is no matrix.
+        ValueError: for a parameter that is not a matrix.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all matrices that have a gradient; what `closure` returns, which is called before it."""
+        """One step of all matrices that have a gradient; calls `closure` first, if given, and returns its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -22,10 +22,17 @@ SECTIONS = (
     "Read it",
     "Check it",
     "What changes if …",
+    "Summary",
     "Exercises",
     "Further reading",
 )
 EXERCISES = 3
+WIDTH = 76
+"""Characters of code in a line of a page at desk width."""
+ANSWER = {
+    "jupyter": {"source_hidden": True},
+    "mystnb": {"code_prompt_show": "Answer", "code_prompt_hide": "Hide the answer"},
+}
 # What bsmamba2.teaching.plotting offers that is no figure, and so needs no alternative text.
 NOT_FIGURES = {"source", "audio", "explorable", "thumbnail", "sound", "progress", "decibels", "table"}
 
@@ -140,7 +147,7 @@ KIND = r"\*(Predict|Change|Extend|Catch), \d+ minutes, (easy|medium|hard)\.\*"
 
 
 def check_sections(notebook: Notebook) -> list[str]:
-    """One title, first of all, and the nine sections in their order."""
+    """One title, first of all, and the ten sections in their order."""
     found = headings(notebook)
     faults = []
     if [level for level, _, _ in found].count(1) != 1 or found[0][0] != 1 or found[0][2] != 0:
@@ -150,7 +157,7 @@ def check_sections(notebook: Notebook) -> list[str]:
         missing = [name for name in SECTIONS if name not in names]
         extra = [name for name in names if name not in SECTIONS]
         faults.append(
-            f"level-2 headings are not the nine in order; missing: {missing}, others: {extra}, found: {list(names)}"
+            f"level-2 headings are not the ten in order; missing: {missing}, others: {extra}, found: {list(names)}"
         )
     return faults
 
@@ -335,4 +342,32 @@ def check_history(notebook: Notebook) -> list[str]:
     ]
 
 
-ANY_NOTEBOOK = (check_pictures, check_markdown, check_outputs, check_portable, check_history)
+def check_widths(notebook: Notebook) -> list[str]:
+    """No line of code is cut off on the page."""
+    return [
+        f"cell {i} has a line of {len(line)} characters, of which a page shows {WIDTH}: {line.strip()[:40]} …"
+        for i, cell in cells(notebook, "code")
+        for line in text(cell).split("\n")
+        if len(line) > WIDTH
+    ]
+
+
+def check_answers(notebook: Notebook) -> list[str]:
+    """Answers are folded in JupyterLab too, and on the page the fold says so."""
+    return [
+        f"cell {i} is an answer: its metadata must have {ANSWER}"
+        for i, cell in cells(notebook, "code")
+        if "hide-cell" in tags(cell)
+        and any(not wanted.items() <= cell["metadata"].get(name, {}).items() for name, wanted in ANSWER.items())
+    ]
+
+
+ANY_NOTEBOOK = (
+    check_widths,
+    check_answers,
+    check_pictures,
+    check_markdown,
+    check_outputs,
+    check_portable,
+    check_history,
+)

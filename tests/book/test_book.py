@@ -27,26 +27,31 @@ from notebooks import Notebook, dotted, title
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bsmamba2"
+
+
+def read(path: Path) -> Notebook:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+# Notebooks without a number, between the chapters, that show files of the module.
+PAGES = [path for path in sorted((ROOT / "book").glob("[a-z]*.ipynb")) if "bsmamba2" in read(path)["metadata"]]
 NOTEBOOKS = [path for folder in ("book", "book/labs", "notebooks") for path in sorted((ROOT / folder).glob("*.ipynb"))]
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 FILES = {file for file in SOURCES if not file.endswith("__init__.py")}
-# Files and folders of the module that no chapter builds.
+# Files and folders of the module that no chapter or page shows.
 NO_CHAPTER = {
     "__main__.py",
     "atomic_write.py",
     "cli",
     "experiments/benchmark",
+    "experiments/gpu_check",
     "safe_pickle.py",
     "state_dict.py",
     "teaching/demos.py",
     "teaching/notebook_parameters.py",
     "teaching/plotting.py",
 }
-
-
-def read(path: Path) -> Notebook:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_toc_names_every_page() -> None:
@@ -68,7 +73,7 @@ def test_the_ledger_has_every_admitted_deviation() -> None:
 
 
 def test_every_module_file_has_a_chapter() -> None:
-    assert check_modules({path.name: read(path) for path in CHAPTERS}, FILES, NO_CHAPTER) == []
+    assert check_modules({path.name: read(path) for path in CHAPTERS + PAGES}, FILES, NO_CHAPTER) == []
 
 
 def test_plotting_functions_that_draw_nothing_are_listed() -> None:
@@ -79,7 +84,7 @@ def test_plotting_functions_that_draw_nothing_are_listed() -> None:
 
 
 def test_docstrings_name_chapters_by_title() -> None:
-    titles = {title(read(path)) for path in CHAPTERS}
+    titles = {title(read(path)) for path in CHAPTERS + PAGES}
     titles |= {
         path.read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0] for path in (ROOT / "book").glob("*.md")
     }
@@ -92,6 +97,12 @@ def test_chapter_has_the_shape(path: Path) -> None:
     complaints = check_sections(notebook) + check_exercises(notebook) + check_module(notebook, FILES)
     complaints += check_difficulty(notebook) + check_figures(notebook)
     assert complaints == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page_shows_its_files_and_names_its_figures(path: Path) -> None:
+    notebook = read(path)
+    assert check_module(notebook, FILES) + check_figures(notebook) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

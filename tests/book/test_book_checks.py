@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from book_checks import (
+    ANSWER,
     ANY_NOTEBOOK,
     CHAPTER,
     EXERCISES,
     SECTIONS,
+    check_answers,
     check_book_references,
     check_difficulty,
     check_exercises,
@@ -24,6 +26,7 @@ from book_checks import (
     check_named_tests,
     check_sections,
     check_toc,
+    check_widths,
 )
 from test_docstrings import load
 
@@ -71,7 +74,7 @@ def sound_chapter() -> Notebook:
     for i in range(1, EXERCISES + 1):
         parts["Exercises"] += [
             markdown(f"### Exercise {i}\n\n*Extend, 5 minutes, easy.* Why?"),
-            code("1 + 1", "hide-cell"),
+            code("1 + 1", "hide-cell", **ANSWER),
         ]
     own = "from bsmamba2.teaching import exercises\nexercises.check_step(None, None)"
     parts["Exercises"].insert(2, code(own, "yours"))
@@ -90,6 +93,19 @@ def complaints(notebook: Notebook) -> list[str]:
         *check_module(notebook, {"bands.py", "masks.py"}),
         *(complaint for check in ANY_NOTEBOOK for complaint in check(notebook)),
     ]
+
+
+def test_a_line_that_is_cut_off_is_reported() -> None:
+    line = "x = 1  # " + "wide " * 13
+    assert check_widths({"cells": [code(line + "12")]}) == []
+    assert "a line of 77 characters" in check_widths({"cells": [code("y = 2\n" + line + "123")]})[0]
+
+
+def test_an_open_answer_is_reported() -> None:
+    assert check_answers({"cells": [code("1", "hide-cell", **ANSWER), code("2", "hide-input")]}) == []
+    for name in ANSWER:
+        rest = {other: value for other, value in ANSWER.items() if other != name}
+        assert "is an answer" in check_answers({"cells": [code("1", "hide-cell", **rest)]})[0]
 
 
 def test_a_picture_without_a_number_or_a_reader_is_reported() -> None:
@@ -138,8 +154,8 @@ FAULTS: dict[str, tuple[Callable[[Notebook], None], str]] = {
         replace("## What changes if …", "## What changes if ..."),
         "missing: ['What changes if …']",
     ),
-    "section added": (append(markdown("## Summary")), "others: ['Summary']"),
-    "sections swapped": (lambda n: n["cells"].insert(1, n["cells"].pop()), "not the nine in order"),
+    "section added": (append(markdown("## Outlook")), "others: ['Outlook']"),
+    "sections swapped": (lambda n: n["cells"].insert(1, n["cells"].pop()), "not the ten in order"),
     "exercise missing": (replace("### Exercise 3", "### Another"), "numbered [1, 2]"),
     "exercises misnumbered": (replace("### Exercise 2", "### Exercise 4"), "numbered [1, 4, 3]"),
     "answer shown": (

@@ -63,6 +63,17 @@ WIDER = """document.documentElement.scrollWidth <= innerWidth ? [] : [...documen
     .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.querySelector("*"))
     .slice(0, 3).map(e => `${e.tagName} .${e.className}`).concat(`${document.documentElement.scrollWidth} pixels`)"""
 
+# Code, formulas and tables that need sideways scrolling, or are cut: how many pixels, and how they begin. The library's
+# own source, in the output of a cell, may scroll at a desk.
+SCROLLS = """[...document.querySelectorAll("main pre, main mjx-container[display='true'], main table")]
+    .filter(e => e.getClientRects().length && !(innerWidth > 576 && e.matches(".cell_output .highlight pre")))
+    .map(e => {
+        let box = e;
+        while (box.tagName !== "MAIN" && getComputedStyle(box).overflowX === "visible") box = box.parentElement;
+        const beyond = Math.max(e.scrollWidth - e.clientWidth, box.scrollWidth - box.clientWidth);
+        return [beyond, `${innerWidth}: ${e.tagName} +${beyond}: ${e.textContent.trim().slice(0, 60)}`];
+    }).filter(([beyond]) => beyond > 1).map(([, text]) => text)"""
+
 
 @dataclass
 class Sight:
@@ -75,6 +86,7 @@ class Sight:
         pictures: that did not load.
         players: label and duration in seconds of each, −1 when it has none.
         wider: what is wider than a phone, and by how much; empty when nothing is.
+        scrolls: code, formulas and tables that are cut or scroll sideways, at a desk and on a phone.
         violations: of axe-core, serious and critical ones: rule, and the element's selector; with "(dark)" in the dark.
     """
 
@@ -84,6 +96,7 @@ class Sight:
     pictures: list[str] = field(default_factory=list)
     players: list[tuple[str, float]] = field(default_factory=list)
     wider: list[str] = field(default_factory=list)
+    scrolls: list[str] = field(default_factory=list)
     violations: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -112,9 +125,12 @@ def look(readers: BrowserContext, address: str) -> Sight:
     page.evaluate(DECODED)
     sight.pictures = page.evaluate(BROKEN)
     sight.players = [tuple(player) for player in page.evaluate(DURATIONS)]
+    page.evaluate("window.MathJax?.startup?.promise")
+    sight.scrolls = page.evaluate(SCROLLS)
     page.set_viewport_size(PHONE)
-    page.wait_for_timeout(50)
+    page.wait_for_timeout(100)
     sight.wider = page.evaluate(WIDER)
+    sight.scrolls += page.evaluate(SCROLLS)
     page.set_viewport_size(DESK)
     page.evaluate(f"() => {{ {THREE} }}")
     page.evaluate(AXE_SCRIPT)

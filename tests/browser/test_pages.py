@@ -47,6 +47,7 @@ def test_a_page_is_as_readers_want_it(book: str, site: Path, readers: BrowserCon
     assert len(sight.players) >= written_players(site / name)
     assert [player for player in sight.players if not player[0] or not player[1] > 0] == []
     assert sight.wider == [], "wider than a phone"
+    assert sight.scrolls == [], "cut off, or to be scrolled sideways"
     excused = set(THEME.get(name, ()))
     assert [found for found in sight.violations if found not in excused] == []
     assert excused <= set(sight.violations), "the theme has been mended: shorten the list"
@@ -117,6 +118,7 @@ FAULTY = """<!DOCTYPE html><html lang="en"><head><title>Faults</title></head><bo
 <audio controls aria-label="no sound" src="data:audio/wav;base64,UklGRg=="></audio>
 <audio controls aria-label="a second" src="second.wav"></audio>
 <div style="width:900px">Wide</div>
+<pre style="width:300px;overflow:auto">A line that needs sideways scrolling, because it is too long.</pre>
 <a href="#here">good</a><a href="#nowhere">bad</a><a href="absent.html">bad</a><a href="/root.html">bad</a>
 <a href="other.html#place">good</a><a href="other.html#none">bad</a><a href="https://example.org/">away</a>
 <script src="https://cdn.example.org/x.js"></script><script>throw new Error("planted")</script></main></body></html>"""
@@ -143,6 +145,7 @@ def test_planted_faults_are_seen(faulty: Path, serve: Any, readers: BrowserConte
     assert [address.rpartition("/")[2] for address in sight.pictures] == ["absent.png"]
     assert sight.players == [("no sound", -1), ("a second", 1)]
     assert sight.wider[-1] == "908 pixels"
+    assert [line.partition(" +")[0] for line in sight.scrolls] == ["1280: PRE", "390: PRE"]
     assert {rule for rule, _ in sight.violations} >= {"color-contrast"}
     assert "color-contrast (dark)" in {rule for rule, _ in sight.violations}
     assert "image-alt" in {rule for rule, _ in sight.violations}

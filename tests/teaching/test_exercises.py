@@ -33,12 +33,12 @@ def best_gain(voice: Tensor, mixture: Tensor) -> float:
 
 
 GAIN: dict[str, tuple[Callable[..., Any], str]] = {
-    "nothing": (lambda voice, mixture: None, "gives None"),
+    "nothing": (lambda voice, mixture: None, "returns None"),
     "other way round": (lambda voice, mixture: (voice * mixture).sum() / voice.square().sum(), "error of"),
     "one over it": (lambda voice, mixture: mixture.square().sum() / (voice * mixture).sum(), "other way round"),
     "level to level": (lambda voice, mixture: voice.norm() / mixture.norm(), "error of"),
     "no less than nothing": (lambda voice, mixture: max(0.0, best_gain(voice, mixture)), "turned round"),
-    "silence": (lambda voice, mixture: (voice * mixture).sum() / mixture.square().sum(), "it gives nan"),
+    "silence": (lambda voice, mixture: (voice * mixture).sum() / mixture.square().sum(), "it returns nan"),
     "zero by zero": (lambda voice, mixture: 1 / float(mixture.square().sum()), "error of"),
 }
 
@@ -88,8 +88,8 @@ MUFFLE: dict[str, tuple[Callable[..., Any], str]] = {
     "one bin too many": (lambda audio, cutoff: by_slice(audio, cutoff, extra=2), "keeps bin 47"),
     "along frames": (lambda audio, cutoff: by_slice(audio, cutoff, axis=2), "along the frames"),
     "along frames, late ones": (lambda *given: by_slice(*given, axis=2, keep_early=False), "along the frames"),
-    "nothing": (lambda audio, cutoff: None, "gives None"),
-    "no tensor": (lambda audio, cutoff: 3, "gives a int"),
+    "nothing": (lambda audio, cutoff: None, "returns None"),
+    "no tensor": (lambda audio, cutoff: 3, "returns a int"),
     "one channel": (lambda audio, cutoff: muffle(audio, cutoff)[0], r"\(44100,\); \(c, samples\) is \(2, 44100\)"),
     "complex": (lambda audio, cutoff: torch.complex(audio, audio), "complex numbers"),
     "in place": (louder_in_place, "changed the audio"),
@@ -120,9 +120,9 @@ def mel_bands(count: int, clamp: bool = True, top: float = 1.0, linear: bool = F
 
 
 MEL: dict[str, tuple[Callable[..., Any], str]] = {
-    "nothing": (lambda count: None, "gives None"),
+    "nothing": (lambda count: None, "returns None"),
     "no numbers": (lambda count: torch.tensor(mel_bands(count)), "tuple of whole numbers"),
-    "too few": (lambda count: mel_bands(count)[1:], "gives 7 bands"),
+    "too few": (lambda count: mel_bands(count)[1:], "returns 7 bands"),
     "one bin short": (lambda count: (*mel_bands(count)[:-1], mel_bands(count)[-1] - 1), "1,024 bins and not 1,025"),
     "too narrow": (lambda count: mel_bands(count, clamp=False), "leave room"),
     "equal in hertz": (lambda count: mel_bands(count, linear=True), "equally wide in hertz"),
@@ -143,7 +143,7 @@ def both_ways(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, own: float
 
 
 BOTH: dict[str, tuple[Callable[..., Any], str]] = {
-    "nothing": (lambda x, dt, A, B, C: None, "gives None"),
+    "nothing": (lambda x, dt, A, B, C: None, "returns None"),
     "itself twice": (lambda *parts: both_ways(*parts, own=0), "counted twice"),
     "left alone": (lambda *parts: ssd.recurrent(*parts), "from the left alone"),
     "not turned back": (lambda *parts: both_ways(*parts, back=False), "not turned back"),
@@ -215,7 +215,7 @@ def test_two_faults_at_once_are_not_named_as_one(mixer: Mamba2) -> None:
 
 
 def test_mistakes_with_the_streaming_mixer(mixer: Mamba2) -> None:
-    rejects(exercises.check_step(lambda frame, state: None, mixer), "gives None")
+    rejects(exercises.check_step(lambda frame, state: None, mixer), "returns None")
     rejects(exercises.check_step(lambda frame, state: frame, mixer), "two things")
     rejects(exercises.check_step(lambda frame, state: (frame[0], state), mixer), r"\(16,\); \(b, d\) is \(2, 16\)")
 
@@ -279,7 +279,7 @@ def sides(model: nn.Module, mixture: Tensor, before: bool = True, after: bool = 
 
 
 SIDES: dict[str, tuple[Callable[..., Any], str]] = {
-    "nothing": (lambda model, mixture: None, "gives None"),
+    "nothing": (lambda model, mixture: None, "returns None"),
     "two": (lambda model, mixture: sides(model, mixture)[:2], "three estimates"),
     "stem kept": (lambda model, mixture: [one[None] for one in sides(model, mixture)], "first estimate.*stem"),
     "not swapped back": (lambda *given: sides(*given, after=False), "swap it back"),

@@ -9,12 +9,12 @@ import torch
 from bsmamba2.teaching import plotting
 
 
-def test_cubes_show_three_sides_and_outline_a_strip() -> None:
+def test_cubes_show_three_sides_and_outline_a_sequence() -> None:
     x = torch.arange(2.0 * 3 * 4).reshape(2, 3, 4)  # (t, k, d)
-    figure = plotting.cubes(x, ["time", "band"], strip=1)
+    figure = plotting.cubes(x, ["time", "band"], sequence=1)
     assert [axis.get_title() for axis in figure.axes] == [
-        "along time: 3 strips of 2 frames",
-        "along bands: 2 strips of 3 bands",
+        "along time: 3 sequences of 2 frames",
+        "along bands: 2 sequences of 3 bands",
     ]
     for axis, cuts in zip(figure.axes, (2, 1), strict=True):
         front, top, side = (image.get_array() for image in axis.images)
