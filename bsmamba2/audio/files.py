@@ -184,7 +184,7 @@ def find_audio_files(
     `without`; links to folders are not followed.
 
     Returns:
-        The files; an error for every folder that cannot be read, or one when there is no audio file; and the other
+        The files; an error for every folder that cannot be read, or one when none was found; and the other
         files, which were left out.
     """
     folder = Path(folder)

@@ -45,7 +45,7 @@ def list_tracks(folder: Path) -> list[TrackFolder]:
     """List the tracks of a folder, sorted by name: every folder in it whose name does not begin with a dot.
 
     Raises:
-        NotADirectoryError, FileNotFoundError: when `folder` is no folder.
+        NotADirectoryError, FileNotFoundError: when `folder` is not a folder.
     """
     inside = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith("."))
     return [TrackFolder.of(path) for path in inside]

@@ -36,7 +36,7 @@ docstrings = load(BOOK / "_ext" / "docstrings.py")
 MODULES = sorted(
     module.name.removeprefix("bsmamba2.")
     for module in pkgutil.walk_packages(bsmamba2.__path__, "bsmamba2.")
-    if module.name != "bsmamba2.__main__"
+    if not module.name.endswith(".__main__")
 )
 
 

@@ -64,7 +64,7 @@ def test_a_tensor_of_the_cpu_in_a_kernel_is_noticed() -> None:
         x, dt, A = (torch.empty(*shape, device=CUDA) for shape in [(1, 70, 2, 64), (1, 70, 2), (2,)])
         B = torch.empty(1, 70, 128, device=CUDA)
         triton.scan(x, dt, A, B, B)
-        with pytest.raises(ValueError, match="device"):
+        with pytest.raises(ValueError, match="C is on cpu"):
             triton.scan(x, dt, A, B, B.cpu())
         kernel = triton.scan_kernel()
         with pytest.raises(AssertionError, match="given a tensor on cpu"):
