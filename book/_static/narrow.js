@@ -22,10 +22,11 @@ function fitTable(table) {
 }
 
 function fitFormula(formula) {
-  formula.style.fontSize = "";
+  const size = (formula.dataset.size ??= formula.style.fontSize || "100%"); // as MathJax has set it
+  formula.style.fontSize = size;
   const inner = formula.querySelector("mjx-math") || formula;
   const ratio = formula.clientWidth / inner.scrollWidth;
-  if (ratio < 1) formula.style.fontSize = `${Math.max(SMALLEST, ratio * 0.98) * 100}%`;
+  if (ratio < 1) formula.style.fontSize = `${Math.max(SMALLEST, ratio * 0.98) * parseFloat(size)}%`;
 }
 
 function fit() {
