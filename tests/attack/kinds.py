@@ -163,7 +163,7 @@ def _(rng: np.random.Generator, folder: Path) -> Attack:
     return attack
 
 
-@kind("Song that is no regular file", 6)
+@kind("Song that is not a regular file", 6)
 def _(rng: np.random.Generator, folder: Path) -> Attack:
     path = folder / "a.wav"
     which = int(rng.integers(3))
