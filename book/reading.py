@@ -49,7 +49,7 @@ def title(notebook: dict[str, Any]) -> str:
 
 
 def minutes(notebook: dict[str, Any]) -> tuple[int, int]:
-    """To read all but the folded answers, and what the exercises say of themselves."""
+    """Minutes to read all but the folded answers, and the minutes that the exercises state."""
     words = exercises = 0
     lines = sum(_lines(inspect.getsource(item)) for item in shown(notebook))
     for cell in notebook["cells"]:

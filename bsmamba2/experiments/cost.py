@@ -86,7 +86,7 @@ class Cost:
 
     @property
     def memory(self) -> float:
-        """What a step takes on a GPU with mamba-ssm's scan: state, activations and scratch, in bytes."""
+        """Memory of a step on a GPU with mamba-ssm's scan: state, activations and scratch, in bytes."""
         return self.state + self.activations + self.scratch
 
     def lower_bound(self, flops: float, bandwidth: float) -> float:

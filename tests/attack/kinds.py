@@ -36,7 +36,7 @@ MARK = "a-program-ran"  # file that the programs in hostile input make
 
 
 def prepare(root: Path) -> None:
-    """Make the inputs that attacks are made of, and load what every command loads."""
+    """Make the inputs that attacks are made of, and load the modules of every command."""
     global TINY, RUN
     accelerate(load_checkpoint(bundled_checkpoint()))  # builds the kernel, outside the attacks' limits
     time = np.arange(SAMPLES) / RATE

@@ -1,4 +1,4 @@
-"""The kinds of attack on what processes share: names of results, half-finished work, the kernel's cache, sweeps."""
+"""Attacks on things that processes share: names of results, half-finished work, the kernel's cache, sweeps."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import notebooks
+
 INSTEAD = {  # expression: what to write
     r"\b(?:anew|afresh)\b": "again, from scratch",
     r"\bthrice\b": "three times",
@@ -36,8 +38,7 @@ def prose(path: Path) -> str:
     """The text of a file without code, formulas and links' addresses."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        cells = json.loads(text)["cells"]
-        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        text = "\n\n".join(notebooks.text(cell) for _, cell in notebooks.cells(json.loads(text), "markdown"))
     elif path.suffix == ".py":
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]

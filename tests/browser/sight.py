@@ -101,7 +101,7 @@ class Sight:
 
 
 def look(readers: BrowserContext, address: str) -> Sight:
-    """Open a page and tell what is seen.
+    """Open a page and look at it, as a reader would.
 
     Args:
         readers: a browser's context of a desk's size; its pages share what they have loaded, as a reader's do.

@@ -1,4 +1,4 @@
-"""The GPU check, part by part at toy size on a CPU, and what it does when parts fail."""
+"""The GPU check, part by part at toy size on a CPU, and with parts that fail."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 A model with the backend `triton` runs forward and backward on fake CUDA tensors (`fake_cuda.py`). Triton's own launch
 code gets as far as compiling: a hook takes the kernel, its signature, constants and options there, for every
 configuration that the autotuner would try. Each is then compiled for an architecture by Triton and by the ptxas that
-comes with it, and cuobjdump tells registers, stack and shared memory. Nothing is run. The written file is
-read again, and what it has already is not compiled again.
+comes with it, and cuobjdump reports registers, stack and shared memory. Nothing is run. Compilations that
+the written file has already are not repeated.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def fits(found: dict[str, int], arch: int) -> bool:
 
 
 def write_results(path: Path, launches: dict[str, dict[str, Launch]], minutes: float, jobs: int) -> None:
-    """Compile what `path` lacks, and write it after every fortieth; no compilation begins after so many minutes.
+    """Compile the launches that `path` lacks, written after every fortieth; none begins after so many minutes.
 
     Args:
         path: JSON, see `read_results`.
@@ -245,7 +245,7 @@ def write_results(path: Path, launches: dict[str, dict[str, Launch]], minutes: f
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Key → row of an earlier run by the same versions; a row has the launch, and by architecture what came of it."""
+    """Key → row of an earlier run by the same versions; a row has the launch, and its result for each architecture."""
     content = json.loads(path.read_text()) if path.exists() else {}
     return {row.pop("key"): row for row in content["rows"]} if content.get("versions") == versions() else {}
 

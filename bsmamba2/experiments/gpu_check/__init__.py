@@ -1,4 +1,4 @@
-"""GPU check: what the book claims about GPUs, run on one GPU in at most eight minutes.
+"""GPU check: the book's claims about GPUs, tested on one GPU in at most eight minutes.
 
     python -m bsmamba2.experiments.gpu_check                        on the GPU
     python -m bsmamba2.experiments.gpu_check --device cpu --tiny    tests the check itself, at toy size

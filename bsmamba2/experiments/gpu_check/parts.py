@@ -55,7 +55,7 @@ class Check:
         device: to measure on.
         tiny: toy sizes, to test the check itself.
         results: all that is known so far, for JSON: `machine`, and `parts`, each with its state, reason and rows.
-        left: seconds that the part may still take, at most.
+        deadline: of the part, on the monotonic clock in seconds.
     """
 
     device: torch.device
@@ -188,7 +188,7 @@ def step(check: Check) -> Iterator[Row]:
 
 
 def _time_steps(check: Check, *rows: Row) -> list[Row]:
-    """Time the steps that rows describe, in turns, and add what was measured, and what `cost` expects, to the rows."""
+    """Time the steps that rows describe, in turns, and add the measurements and the estimates of `cost` to the rows."""
     jobs: list[tuple[Row, Callable[[], Any]]] = []
     for row in rows:
         free(check.device)
