@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from .. import checkpoints
 from ..atomic_write import write_atomically
+from ..checkpoints import sha256_file
 from ..evaluation import PROTOCOLS, EvalRow, EvalSet, Evaluation, Failure, load_tracks, tracks_of
 from ..evaluation import evaluate as evaluation
 from ..evaluation.protocols import SEGMENTS
 from ..kernels import BackendError
-from ..published_layout import sha256_file
 from ..separate import DTYPES
 from ..synth import excerpt, synthesise_songs
 from .console import describe_error, escape, log, make_output, print_line, reraise_oom

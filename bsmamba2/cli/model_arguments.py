@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from .. import checkpoints
+from ..checkpoints import describe_known_file
 from ..kernels import BACKENDS, accelerate, slow_dtype_warning
 from ..model import BSMamba2
-from ..published_layout import describe_known_file
 from ..separate import DTYPES
 from .console import log
 

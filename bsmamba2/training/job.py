@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import read_checkpoint
+from ..checkpoints import read_checkpoint, sha256_file
 from ..config import PRESETS, ModelConfig
 from ..data import Remixer, Windows, find_windows
 from ..kernels import BACKENDS, accelerate, slow_dtype_warning
 from ..model import BSMamba2
-from ..published_layout import sha256_file
 from ..settings import COUNT, SHARE, setting, short_repr
 from ..settings import read_parameters as read_parameters
 from ..synth import STEMS

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from ..atomic_write import write_atomically
 from ..checkpoints import save_checkpoint
+from ..checkpoints.safe_pickle import load_pickle
 from ..config import is_positive_int
 from ..model import BSMamba2
-from ..safe_pickle import load_pickle
 from ..settings import short_repr
 from ..train import Batch, Step, Trainer
 from .distributed import all_gather_object, broadcast_object, rank, world_size

@@ -16,8 +16,8 @@ from eval_tracks import musdb
 
 from bsmamba2 import BSMamba2, ModelConfig, save_checkpoint
 from bsmamba2.bands import generate_bands
+from bsmamba2.checkpoints.published_layout import sha256_file
 from bsmamba2.cli import main as command_line
-from bsmamba2.published_layout import sha256_file
 
 
 def main(arguments: list[str]) -> int:

@@ -22,10 +22,11 @@ from audio_files import cut, folder, found_in, pipe, poke, wave, with_bytes, wit
 from stand_in_models import Identity
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, checkpoints, published_layout, save_checkpoint
+from bsmamba2 import BSMamba2, save_checkpoint
 from bsmamba2.audio.files import read
 from bsmamba2.audio.song_files import separate_file
 from bsmamba2.audio.streaming import separate_stream
+from bsmamba2.checkpoints import layouts, published_layout
 from bsmamba2.cli import main as command_line
 from bsmamba2.cli import separate as command
 
@@ -419,12 +420,12 @@ def test_without_a_checkpoint_the_one_in_the_package_is_taken(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     song = wave(tmp_path / "song.wav")
-    monkeypatch.setattr(checkpoints, "BUNDLED_CHECKPOINT", tmp_path / "absent.safetensors")
+    monkeypatch.setattr(layouts, "BUNDLED_CHECKPOINT", tmp_path / "absent.safetensors")
     assert main(["separate", str(song), "-o", str(tmp_path / "out")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "--checkpoint" in line
     assert "make train" in line
-    monkeypatch.setattr(checkpoints, "BUNDLED_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(layouts, "BUNDLED_CHECKPOINT", checkpoint)
     assert main(["separate", str(song), "-o", str(tmp_path / "out")]) == 0
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, ModelConfig, losses, metrics, separate, ssd
 from bsmamba2.audio import streaming
+from bsmamba2.checkpoints.state_dict import not_finite, own_copies
 from bsmamba2.data import Validation
 from bsmamba2.kernels import accelerate
-from bsmamba2.state_dict import not_finite, own_copies
 from bsmamba2.train import TrainConfig, Trainer
 from bsmamba2.training.muon import muon_and_adamw
 

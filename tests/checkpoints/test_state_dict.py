@@ -7,8 +7,8 @@ import torch
 from checkpoint_files import assert_equal, lightning, published_weights
 from torch import Tensor
 
-from bsmamba2.safe_pickle import Skipped
-from bsmamba2.state_dict import find_weights
+from bsmamba2.checkpoints.safe_pickle import Skipped
+from bsmamba2.checkpoints.state_dict import find_weights
 
 
 @pytest.fixture

@@ -110,13 +110,14 @@ def _load_legacy(file: BinaryIO) -> Any:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     machines = [_Machine(content, reserve) for _ in range(5)]
-    magic, *_, found, keys = (machine.run() for machine in machines)
+    magic, _, _, found, keys = (machine.run() for machine in machines)
     if magic != LEGACY_MAGIC:
         raise _Refused("is truncated or damaged, or not from torch.save: save a state dict with torch.save")
     for key in keys:
-        content.seek(8, io.SEEK_CUR)  # the number of elements, as in the pickle
-        storage = machines[3].storages[key]
-        storage.copy_(_as_tensor(content.read(len(storage))))
+        storage, _ = machines[3].storages[key], content.read(8)  # the number of elements, as in the pickle
+        if len(data := content.read(len(storage))) < len(storage):  # copy_ would repeat a single byte
+            raise EOFError("the file ends before its tensors do")
+        storage.copy_(_as_tensor(data))
     return found
 
 

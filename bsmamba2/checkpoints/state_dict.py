@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..settings import short_repr
 from .published_layout import is_model_name
 from .safe_pickle import Skipped
-from .settings import short_repr
 
 WRAPPERS = ("state_dict", "state", "model_state_dict", "model", "ema_model", "ema")
 PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|ema_model|online_model|ema)[.])*")

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import ModelConfig, is_positive_int, read_config
+from ..config import ModelConfig, is_positive_int, read_config
 
 KNOWN_FILES = {  # sha256: bytes, where from
     "b1fcf93fdd6f7bc79e5410b1330b3d0fd5a6ca6ea23a94730c684629c71cd5ca": (

@@ -27,10 +27,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import ssd
-from .atomic_write import write_atomically
-from .config import ModelConfig
-from .model import BSMamba2
+from .. import ssd
+from ..atomic_write import write_atomically
+from ..config import ModelConfig
+from ..model import BSMamba2
+from ..settings import expand_user
 from .published_layout import (
     choose_config,
     expected_shapes,
@@ -39,9 +40,7 @@ from .published_layout import (
     to_published,
     unsupported_variant,
 )
-from .published_layout import infer_config as infer_config
 from .safe_pickle import load_pickle
-from .settings import expand_user
 from .state_dict import FoundWeights, find_weights, misfit, not_finite, own_copies, sha256_state
 
 Layout = Literal["bsmamba2", "published", "lightning"]
@@ -49,7 +48,7 @@ Weights = Literal["auto", "ema", "raw"]
 FORMAT_VERSION = 2
 HASH_KEY = "bsmamba2.sha256"
 
-BUNDLED_CHECKPOINT = Path(__file__).parent / "weights" / "small.safetensors"
+BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "weights" / "small.safetensors"
 """The checkpoint inside the package, the commands' default."""
 
 

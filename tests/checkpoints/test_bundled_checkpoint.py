@@ -43,7 +43,7 @@ def test_a_flipped_bit_in_it_is_noticed(place: int, tmp_path: Path) -> None:
 def test_the_card_is_short_and_names_parameters_that_exist() -> None:
     assert BUNDLED_CHECKPOINT.with_suffix(".json").stat().st_size < 4_096
     assert CARD["parameters"].keys() <= {field.name for field in dataclasses.fields(JobConfig)}
-    page = Path(__file__).parents[1] / CARD["page_data"]
+    page = Path(__file__).parents[2] / CARD["page_data"]
     assert page.stat().st_size < 40_000
     assert all(len(points) <= 400 for points in json.loads(page.read_text())["loss"].values())
 

@@ -9,10 +9,11 @@ import torch
 from checkpoint_files import FIXTURE, TINY, assert_equal, lightning, published_weights
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, published_layout, save_checkpoint
+from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
 from bsmamba2.bands import generate_bands
-from bsmamba2.checkpoints import CheckpointError, _empty_model, read_checkpoint
-from bsmamba2.published_layout import (
+from bsmamba2.checkpoints import CheckpointError, published_layout, read_checkpoint
+from bsmamba2.checkpoints.layouts import _empty_model
+from bsmamba2.checkpoints.published_layout import (
     describe_known_file,
     expected_shapes,
     from_published,

@@ -23,11 +23,11 @@ import torch
 from checkpoint_files import assert_equal, lightning, published_weights
 from torch import Tensor
 
-from bsmamba2 import ModelConfig, checkpoints, load_checkpoint
-from bsmamba2.checkpoints import CheckpointError
-from bsmamba2.published_layout import to_published
-from bsmamba2.safe_pickle import load_pickle
-from bsmamba2.state_dict import find_weights
+from bsmamba2 import ModelConfig, load_checkpoint
+from bsmamba2.checkpoints import CheckpointError, layouts
+from bsmamba2.checkpoints.published_layout import to_published
+from bsmamba2.checkpoints.safe_pickle import load_pickle
+from bsmamba2.checkpoints.state_dict import find_weights
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def nested_through_the_memo(pair: bytes) -> bytes:
 
 
 def of_one_element(config: ModelConfig, path: Path, **options: bool) -> None:
-    state = to_published(checkpoints._empty_model(config).state_dict())
+    state = to_published(layouts._empty_model(config).state_dict())
     torch.save({name: torch.zeros(1).expand(x.shape) for name, x in state.items()}, path, **options)
 
 

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bsmamba2 import BSMamba2, ModelConfig, checkpoints, load_checkpoint, save_checkpoint, ssd
-from bsmamba2.checkpoints import CheckpointError, read_checkpoint
-from bsmamba2.published_layout import expected_shapes, to_published
-from bsmamba2.state_dict import find_weights
+from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint, ssd
+from bsmamba2.checkpoints import CheckpointError, layouts, read_checkpoint
+from bsmamba2.checkpoints.published_layout import expected_shapes, to_published
+from bsmamba2.checkpoints.state_dict import find_weights
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_plain_state_dict_of_ours_and_old_torch_format(model, published, tmp_pat
 
 
 def test_paper_size_loads_fast(tmp_path):
-    model = checkpoints._empty_model(ModelConfig())
+    model = layouts._empty_model(ModelConfig())
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
     torch.save(to_published(model.state_dict()), tmp_path / "paper.ckpt")
@@ -229,12 +229,12 @@ def test_every_fault_of_a_single_tensor_is_named():
 
 def check(state: dict[str, Tensor]) -> None:
     """What reading a published file does after the bytes are read (the many cases above need no disk)."""
-    original = checkpoints._read_file
-    checkpoints._read_file = lambda path: (find_weights(state), {})
+    original = layouts._read_file
+    layouts._read_file = lambda path: (find_weights(state), {})
     try:
         load_checkpoint(FIXTURE.with_name("m"))  # a folder without YAML files
     finally:
-        checkpoints._read_file = original
+        layouts._read_file = original
 
 
 def test_many_faults_are_counted(published, tmp_path):
@@ -373,6 +373,10 @@ def test_truncation_anywhere_is_a_checkpoint_error(layout, whole_files, tmp_path
     whole, path = whole_files[layout], tmp_path / "m"
     path.write_bytes(whole)
     load_checkpoint(path)
+    for missing in range(1, 9):  # one byte left of a storage was repeated to fill it
+        path.write_bytes(whole[:-missing])
+        with pytest.raises(CheckpointError, match=r"truncated|damaged|no checkpoint"):
+            load_checkpoint(path)
 
     @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(
