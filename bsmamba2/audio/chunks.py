@@ -44,6 +44,8 @@ _FAMILIES = {
 _ADPCM = (2, 0x11, 0x31)
 """Formats of WAV (MS and IMA ADPCM, GSM 6.10) in blocks of equal length, of which the last may be filled up."""
 
+_MP3 = 0x55
+
 _KINDS = (b"WAVE", b"AIFF", b"AIFC", b"wave", b"\0\1\0\0")
 _CHUNK_ID = re.compile(rb"[A-Za-z\xa9_][ -~]{3}")
 
@@ -66,7 +68,7 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
         return _au_part(data, start)
     family = _FAMILIES[magic]
     patches = {start: b"RF64"} if magic == b"BW64" else {}
-    has_sound, has_size, wide, block, samples, pos = False, True, 0, 0, 0, start + family.first
+    has_sound, has_size, wide, format_tag, block, samples, pos = False, True, 0, 0, 0, 0, start + family.first
     stop = data.size  # of what libsndfile is given
     while pos + family.head <= data.size:
         id, size = _chunk(data, pos, family)
@@ -77,6 +79,8 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
                 _check_rest(data, pos)
             break
         body = pos + family.head
+        if has_sound and id != b"LIST" and body + size > data.size:  # a chunk that is cut, or none
+            break
         size_at, format = body - struct.calcsize(family.size), family.size
         if id == b"ds64":  # sizes of 64 bits: of the file, and of the sound
             wide = body + 8
@@ -117,7 +121,8 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
                 patches[size_at] = struct.pack(format, other - body)
             pos = other
     end = min(pos, data.size) if has_sound else data.size
-    return _patched(start, min(end, stop), patches, has_size, samples, block), end
+    decoder = "" if format_tag == _MP3 else "libsndfile"  # which claims more than it decodes
+    return _patched(start, min(end, stop), patches, decoder, has_size, samples, block), end
 
 
 def _is_chunk(data: FileBytes, pos: int) -> bool:
@@ -151,10 +156,10 @@ def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form
         return there if wrapped else claimed, True  # a count of 32 bits that started over
     over = claimed - there
     unwritten = (claimed + 0x10000) % (1 << 31) <= 0x10000 or abs(claimed - 0x7F000000) <= 64
-    # A size that counts the head, or a byte of padding. Where the size of the whole file is right, nothing is missing.
-    counts_head = over in (8, body - 8, body) or (over <= max(44, body) and 0 < form <= data.size)
-    if unwritten or counts_head or (over == 1 and claimed % 2 == 1):
-        return there, not unwritten
+    # A size that counts the head. Where the size of the whole file is right, nothing is missing; else it may be.
+    is_whole = over <= max(44, body) and 0 < form <= data.size
+    if is_whole or unwritten or over in (8, body - 8, body):
+        return there, is_whole and not unwritten
     raise DamagedError(CUT)
 
 
@@ -164,13 +169,15 @@ def _check_rest(data: FileBytes, end: int) -> None:
         raise DamagedError(f"holds {data.size - end:,} bytes behind the sound that its head counts; export it again")
 
 
-def _patched(start: int, end: int, patches: dict[int, bytes], has_end: bool, samples: int = 0, block: int = 0) -> Part:
-    """A part for libsndfile, with different bytes at some places of the file."""
+def _patched(
+    start: int, end: int, patches: dict[int, bytes], decoder: str, has_end: bool, samples: int = 0, block: int = 0
+) -> Part:
+    """A part with different bytes at some places of the file."""
     pieces: list[bytes | range] = []
     for place in sorted(place for place in patches if place < end):
         pieces += [range(start, place), patches[place]]
         start = place + len(patches[place])
-    return Part((*pieces, range(start, end)), "libsndfile", samples=samples, block=block, has_end=has_end)
+    return Part((*pieces, range(start, end)), decoder, samples=samples, block=block, has_end=has_end)
 
 
 def _au_part(data: FileBytes, start: int) -> tuple[Part, int]:
@@ -179,4 +186,4 @@ def _au_part(data: FileBytes, start: int) -> tuple[Part, int]:
     end = start + body + kept
     if not FILE_START.match(data.at(end, 64)):
         _check_rest(data, end)
-    return _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))}, has_size), end
+    return _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))}, "libsndfile", has_size), end

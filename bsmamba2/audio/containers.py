@@ -4,7 +4,7 @@ A file is *cut* when a chunk, page, box or frame ends behind the end of the file
 it counts: that is an error. Where only a header is wrong and the sound is there, all of it is read. Files joined end
 to end (`cat a.mp3 b.mp3`) give a `Part` for each.
 
-Sources: RFC 9639 (FLAC), ISO 14496-12 (MP4), RFC 9559 (Matroska).
+Sources: RFC 9639 (FLAC), ISO 14496-12 (MP4), RFC 9559 (Matroska), ISO 13818-1 (MPEG streams).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 from .chunks import chunked_part, is_chunked
 from .mpeg_frames import first_frame, frame_part, junk_bytes
 from .ogg import ogg_part
-from .source import CUT, DamagedError, FileBytes, Part
+from .source import CUT, FILE_START, DamagedError, FileBytes, Part
 
 MOST_PARTS = 1000
 """Recordings in one file: each is opened, so that a small file of very many would take long."""
@@ -24,8 +24,8 @@ _ASF = b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"moof", b"mfra", b"sidx", b"uuid")
 
 
-def find_parts(raw: io.FileIO) -> tuple[list[Part], int]:
-    """Recordings in a file, in order, by its contents and never by its name; and how many bytes of junk follow them.
+def find_parts(raw: io.FileIO) -> tuple[list[Part], range]:
+    """Recordings in a file, in order, by its contents and never by its name; and where junk follows them.
 
     Raises:
         DamagedError: for a file that is cut or damaged, or holds more than `MOST_PARTS` recordings.
@@ -36,13 +36,13 @@ def find_parts(raw: io.FileIO) -> tuple[list[Part], int]:
         data.cut_off_tags()
     while start < data.size or not parts:
         if parts and (junk := junk_bytes(data, start, sum(part.seconds for part in parts))):
-            return parts, junk
+            return parts, range(start, start + junk)
         if len(parts) == MOST_PARTS:
             raise DamagedError(f"holds more than {MOST_PARTS:,} recordings end to end; split it")
         part, end = _find_part(data, start)
         parts.append(part)
         start = data.skip_tags(end)
-    return parts, 0
+    return parts, range(0)
 
 
 def _find_part(data: FileBytes, start: int) -> tuple[Part, int]:
@@ -59,7 +59,9 @@ def _find_part(data: FileBytes, start: int) -> tuple[Part, int]:
         return Part((range(start, end),), "matroska"), end
     if head.startswith((b"RIFF", _ASF)) and (end := _boxes_end(data, start)):
         return Part((range(start, end),)), end
-    if not head.startswith((b"RIFF", b"fLaC", b"\0\0\1")):  # AVI and MPEG have frames within packets
+    if end := _packets_end(data, start):
+        return Part((range(start, end),), has_end=False), end
+    if not head.startswith((b"RIFF", b"fLaC", b"\0\0\1")):  # AVI has frames within chunks
         first = first_frame(data, data.skip_tags(start))
         if first is not None:
             return frame_part(data, first)
@@ -107,13 +109,30 @@ def _matroska_end(data: FileBytes, start: int) -> int:
     return pos
 
 
+def _packets_end(data: FileBytes, start: int) -> int:
+    """Where the packets of an MPEG transport or program stream end, which carry frames in pieces; 0 for neither."""
+    for place, size in ((0, 188), (4, 192)):  # .ts, and .m2ts with a time in front of each packet
+        pos = start
+        while data.at(pos + place, 1) == b"G":
+            pos += size
+        if pos > start + 3 * size:
+            return min(pos, data.size)
+    pos = start
+    while data.at(pos, 4) >= b"\0\0\1\xb9" and data.at(pos, 3) == b"\0\0\1":
+        kind, size, stuffing = data.unpack(">3xBH7xB", pos)
+        is_mpeg2 = size >> 14 == 1
+        pos += {0xB9: 4, 0xBA: 14 + stuffing % 8 if is_mpeg2 else 12}.get(kind, 6 + size)
+        pos = max(pos, data.skip_tags(pos) - 2)  # over zeros
+    return min(pos, data.size) if pos > start else 0
+
+
 def _boxes_end(data: FileBytes, start: int) -> int:
     """Where the lists of an AVI or the objects of a WMA file end; 0 where no size was written."""
     pos, head = start, data.at(start, 4)
     id_size, format, counted = (4, "<I", 0) if head == b"RIFF" else (16, "<Q", 24)
     while pos + 24 <= data.size and (counted or data.at(pos, 4) + data.at(pos + 8, 3) == b"RIFFAVI"):
         (size,) = data.unpack(format, pos + id_size)
-        if size <= counted or size == 0xFFFFFFFF:
+        if size <= counted or size == 0xFFFFFFFF or (pos > start and FILE_START.match(data.at(pos, 64))):
             break
         pos += size if counted else 8 + size + size % 2
     if pos > data.size + (not counted):

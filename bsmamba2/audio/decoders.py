@@ -9,6 +9,7 @@ import ctypes
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, NoReturn
 
 import av
@@ -69,6 +70,16 @@ def open_decoder(raw: io.FileIO, part: Part) -> LibsndfileDecoder | FFmpegDecode
     return FFmpegDecoder(raw, part)
 
 
+def holds_sound(raw: io.FileIO, place: range) -> bool:
+    """Whether some bytes behind a recording are another one."""
+    try:
+        with _open(Splice(raw, (place,)), "") as container:
+            stream = container.streams.best("audio")
+            return stream is not None and next(container.decode(stream), None) is not None
+    except (av.FFmpegError, OSError):
+        return False
+
+
 class LibsndfileDecoder:
     """Decoder of the formats that libsndfile reads."""
 
@@ -76,7 +87,7 @@ class LibsndfileDecoder:
         self._file = soundfile.SoundFile(Splice(raw, part.pieces))
         self.rate: int = self._file.samplerate
         self.channels: int = self._file.channels
-        self.frames: int = part.length(self._file.frames)
+        self.frames: int = part.length(self._file.frames, self.channels)
         self.has_end, self.rest = part.has_end, range(0)
         _check_length(self.frames, self.rate, part.seconds)
         names = VORBIS_SPEAKERS.get(self.channels, "").split() if part.vorbis else _speakers(raw, part)
@@ -108,27 +119,32 @@ class FFmpegDecoder:
     def __init__(self, raw: io.FileIO, part: Part) -> None:
         self._raw, self._part = raw, part
         self.rate = self.channels = self.frames = 0
-        self.rest = range(0)
+        self.rest, start = range(0), 0.0  # of a recorded live stream, in seconds
         for frame in self._decode():
             if not self.frames:
                 self.rate, self.channels = frame.rate, frame.layout.nb_channels
                 self.layout, self._order = _wav_order(_names(frame.layout))
+                start = float(frame.pts * (frame.time_base or 0)) if frame.pts and part.decoder == "ogg" else 0.0
             elif (frame.rate, frame.layout.nb_channels) != (self.rate, self.channels):
                 raise DamagedError(
                     f"changes its rate or number of channels after {self.frames / self.rate:.1f} s; "
                     "split it there, or convert it"
                 )
             self.frames += _length(frame)
-        self.frames = part.length(self.frames)
-        _check_length(self.frames + self.rate * part.trimmed, self.rate, part.seconds)
-        stated = 0.0 if part.seconds else _stated_duration(raw, part)
+        self.frames = part.length(self.frames, self.channels)
+        _check_length(self.frames + self.rate * part.trimmed, self.rate, part.seconds - start)
+        stated, unit = (0.0, Fraction(1)) if part.seconds else _stated_duration(raw, part)
+        is_lossless = self._codec.startswith(_LOSSLESS)
         # Durations may be rounded to 1/600 s; those of lossy sound may count an encoder's delay.
-        tolerance = 1 / 600 if self._codec.startswith(_LOSSLESS) else 0.1
+        is_exact = is_lossless and unit * self.rate == 1 and part.decoder != "mp4"
+        tolerance = 0.0 if is_exact else 1 / 600 if is_lossless else 0.1
         _check_length(self.frames + self.rate * tolerance, self.rate, stated)
+        if is_exact and 0 < stated * self.rate < self.frames - 0.5 and not part.walked:
+            raise DamagedError(f"holds more than the {stated:.1f} s of sound that its head counts; export it again")
         # The edit list of an MP4 may end in the last frame or two.
         if stated and part.decoder == "mp4" and self.rate / 600 < self.frames - stated * self.rate < 4096:
             self.frames = round(stated * self.rate)
-        self.has_end = part.has_end or stated > 0
+        self.has_end = part.has_end or (stated > 0 and is_lossless)
 
     def _decode(self) -> Iterator[av.AudioFrame]:
         is_flac, samples, expected, end, last = self._part.decoder == "flac", 0, 0, 0, b""
@@ -197,16 +213,17 @@ def _open_nothing(url: str, *_: object) -> NoReturn:
     raise PermissionError(f"{url}: named by another file")
 
 
-def _stated_duration(raw: io.FileIO, part: Part) -> float:
-    """Seconds that a container states, 0 for none; FFmpeg is not told the size, from which it would guess them."""
+def _stated_duration(raw: io.FileIO, part: Part) -> tuple[float, Fraction]:
+    """Seconds that a container states, 0 for none, and their unit; FFmpeg would guess them from the file's size."""
     try:
         with _open(Splice(raw, part.pieces, endless=True), part.decoder) as container:
             stream = container.streams.best("audio")
             if stream.duration and stream.duration < 1 << 62:
-                return float(stream.duration * stream.time_base)
-            return (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+                return float(stream.duration * stream.time_base), stream.time_base
+            seconds = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+            return seconds, Fraction(1, 1_000_000)
     except (av.FFmpegError, OSError):
-        return 0.0
+        return 0.0, Fraction(1)
 
 
 def _flac_size(packet: bytes) -> int:

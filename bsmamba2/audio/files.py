@@ -23,9 +23,8 @@ from torch import Tensor
 
 from .containers import find_parts
 from .decoders import BLOCK as BLOCK
-from .decoders import FFmpegDecoder, LibsndfileDecoder, open_decoder, reason
-from .mpeg_frames import MOST_JUNK, first_frame
-from .source import FILE_START, DamagedError, FileBytes, open_regular
+from .decoders import FFmpegDecoder, LibsndfileDecoder, holds_sound, open_decoder, reason
+from .source import FILE_START, DamagedError, open_regular
 
 SUFFIXES = (
     *(".wav", ".wave", ".rf64", ".bw64", ".bwf", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".flac"),
@@ -47,6 +46,7 @@ RATES = (1_000, 768_000)
 LEAST_REST = 4096
 """Bytes behind the last packet of sound that an index or the padding of a container may take."""
 
+_MORE = "holds another recording from byte {:,} on; split it"
 _FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
 
 
@@ -58,6 +58,10 @@ class AudioWarning(UserWarning):
     """A file that is read, although some of it is left out or may be missing: the message names it and says which."""
 
 
+class UnstatedLengthWarning(AudioWarning):
+    """A file in which nothing shows where the sound ends, so that a cut end would not be recognised."""
+
+
 class AudioReader:
     """Audio file reader, as a context manager.
 
@@ -66,6 +70,7 @@ class AudioReader:
         channels: c.
         layout: speakers of the channels, FFmpeg's names, in the order of a WAV file's channel mask, in which the
             channels come whatever their order in the file; () when the file does not declare them.
+        states_length: whether the file shows where its sound ends.
         frames: samples in each channel. FFmpeg's formats are decoded once to count them: what the container hides
             (an encoder's delay and padding) is left out.
 
@@ -73,8 +78,8 @@ class AudioReader:
         path: the file.
 
     Warns:
-        AudioWarning: when nothing shows where the sound ends, so that a cut file is not recognised, or when bytes
-            that are no sound are left out.
+        UnstatedLengthWarning: when nothing shows where the sound ends.
+        AudioWarning: when bytes that are no sound are left out.
 
     Raises:
         AudioError: for a file that is missing, not a regular file, not audio, cut, damaged or empty, has a rate
@@ -102,13 +107,16 @@ class AudioReader:
             raise AudioError(f"{self.path}: is empty, 0 bytes; {_FORMATS}")
         self._decoders: list[LibsndfileDecoder | FFmpegDecoder] = []
         try:
-            parts, junk = find_parts(self._raw)
+            parts, rest = find_parts(self._raw)
+            if holds_sound(self._raw, rest):
+                raise DamagedError(_MORE.format(rest.start))
+            junk = len(rest)
             for part in parts:
                 decoder = open_decoder(self._raw, part)
                 self._decoders.append(decoder)
                 self._check_header(decoder)
-                if decoder.rest and first_frame(FileBytes(self._raw), decoder.rest.start, MOST_JUNK):
-                    raise DamagedError(f"holds another recording from byte {decoder.rest.start:,} on; split it")
+                if holds_sound(self._raw, decoder.rest):
+                    raise DamagedError(_MORE.format(decoder.rest.start))
                 junk += len(decoder.rest) if len(decoder.rest) > LEAST_REST else 0
         except DamagedError as error:
             raise AudioError(f"{self.path}: {error}") from error
@@ -116,13 +124,13 @@ class AudioReader:
             raise AudioError(f"{self.path}: cannot be read as audio ({reason(error)}); {_FORMATS}") from error
         self.rate, self.channels, self.layout = _format(self._decoders[0])
         self.frames = sum(decoder.frames for decoder in self._decoders)
+        self.states_length = all(decoder.has_end for decoder in self._decoders)
         if junk:
-            self._warn(f"{junk:,} bytes behind the sound are neither sound nor a tag, and are left out")
-        if not all(decoder.has_end for decoder in self._decoders):
-            self._warn("does not state its length; if its end was cut off, nothing shows it")
-
-    def _warn(self, message: str) -> None:
-        warnings.warn(f"{self.path}: {message}", AudioWarning, stacklevel=4)
+            message = f"{self.path}: {junk:,} bytes behind the sound are neither sound nor a tag, and are left out"
+            warnings.warn(message, AudioWarning, stacklevel=3)
+        if not self.states_length:
+            message = f"{self.path}: does not state its length; if its end was cut off, nothing shows it"
+            warnings.warn(message, UnstatedLengthWarning, stacklevel=3)
 
     def _check_header(self, decoder: LibsndfileDecoder | FFmpegDecoder) -> None:
         low, high = RATES

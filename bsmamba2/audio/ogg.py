@@ -3,7 +3,7 @@
 A file that ends within a page or a packet is cut, and one with a missing page or a wrong checksum is damaged. A missing
 end-of-stream flag is not a fault: recorders and live streams leave it out.
 
-Sources: RFC 3533 (Ogg), RFC 7845 (Opus in Ogg), RFC 6716 (Opus packets).
+Sources: RFC 3533 (Ogg), RFC 7845 (Opus in Ogg).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def ogg_crc(page: bytes) -> int:
 
 @dataclass
 class _Stream:
-    """A logical stream: its first bytes, granule positions, next page number, last page and that page's flags."""
+    """A logical stream: its first bytes, next page number, granule positions, last page and that page's flags."""
 
     head: bytes
     number: int
-    start: int = 0
+    first: int = -1
     last: int = -1
     page: range = range(0)
     flags: int = 0
@@ -86,9 +86,7 @@ def ogg_part(data: FileBytes, pos: int) -> tuple[Part, int]:
         if stream is None or (number != stream.number and stream.last >= 0):
             raise DamagedError(f"is damaged: pages are missing before byte {pos:,}; {AGAIN}")
         if granule > 0:
-            if stream.last < 0:
-                stream.start = max(0, granule - _opus_samples(page[body:], lacing)) if stream.is_opus else granule
-            stream.last = granule
+            stream.first, stream.last = stream.first if stream.first >= 0 else granule, granule
         stream.number = (number + 1) & 0xFFFFFFFF
         stream.page, stream.flags, stream.is_open = range(pos, pos + size), flags, lacing[-1:] == b"\xff"
         pos += size
@@ -110,23 +108,11 @@ def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) ->
         page[22:26] = bytes(4)
         page[22:26] = struct.pack("<I", ogg_crc(bytes(page)))
         pieces = (range(start, stream.page.start), bytes(page), range(stream.page.stop, end))
-    pre_skip = int.from_bytes(stream.head[10:12], "little") if stream.is_opus else 0
-    seconds = (stream.last - stream.start - pre_skip) / stream.rate if stream.rate else 0.0
-    is_vorbis = len(streams) == 1 and stream.head.startswith(b"\x01vorbis")  # beside a picture it is FFmpeg's
     has_end = bool(stream.flags & 4)
-    return Part(pieces, "libsndfile" if is_vorbis else "ogg", seconds, vorbis=is_vorbis, has_end=has_end)
-
-
-def _opus_samples(body: bytes, lacing: bytes) -> int:
-    """Samples at 48 kHz of the packets that a page holds whole."""
-    samples = start = end = 0
-    for size in lacing:
-        end += size
-        if size < 255:
-            config, code, count = *divmod(body[start], 4), 0
-            config >>= 1
-            sizes = (480, 960, 1920, 2880) if config < 12 else (480, 960) * 2 if config < 16 else (120, 240, 480, 960)
-            count = (1, 2, 2, body[start + 1] & 63 if end > start + 1 else 0)[code] if end > start else 0
-            samples += count * sizes[config & 3]
-            start = end
-    return samples
+    if len(streams) == 1 and stream.head.startswith(b"\x01vorbis"):  # beside a picture it is FFmpeg's
+        return Part(pieces, "libsndfile", vorbis=True, has_end=has_end)
+    # FFmpeg knows at what position a recorded live stream begins, but not of FLAC: there the first page is not counted.
+    start = int.from_bytes(stream.head[10:12], "little") if stream.is_opus else 0  # samples that Opus skips
+    start = stream.first if stream.head.startswith(b"\x7fFLAC") else start
+    seconds = (stream.last - start) / stream.rate if stream.rate else 0.0
+    return Part(pieces, "ogg", seconds, has_end=has_end)

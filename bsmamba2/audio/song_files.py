@@ -70,10 +70,17 @@ def join_channels(stems: Tensor, groups: Sequence[tuple[int, ...]]) -> Tensor:
 
 @dataclass(frozen=True)
 class SeparatedFiles:
-    """Files that `separate_file` wrote, by stem, and their gain: below 1 when they were made quieter not to clip."""
+    """Files that `separate_file` wrote.
+
+    Attributes:
+        paths: by stem.
+        gain: below 1 when they were made quieter not to clip.
+        states_length: as `AudioReader.states_length`, of the song.
+    """
 
     paths: Mapping[str, Path]
     gain: float
+    states_length: bool
 
 
 def result_paths(config: ModelConfig, base: str | os.PathLike[str], format: str) -> dict[str, Path]:
@@ -160,7 +167,7 @@ def separate_file(
             blocks = _join_passes(song, passes, separate_pass, folder) if several else separate_pass(file, groups)
             for original, estimates in blocks:
                 writer.write(dict(zip(paths, (*estimates, original - estimates.sum(0)), strict=True)))
-    return SeparatedFiles(paths, writer.gain)
+    return SeparatedFiles(paths, writer.gain, file.states_length)
 
 
 def _join_passes(

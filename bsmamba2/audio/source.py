@@ -37,7 +37,7 @@ class Part:
     Attributes:
         pieces: its bytes: ranges of the file, and bytes that stand in for others.
         decoder: `libsndfile`, or FFmpeg's name of the format, or "" where FFmpeg finds the format itself.
-        seconds: sound that its pages or frames claim, 0 where they claim nothing.
+        seconds: sound that its frames claim, or where its Ogg pages claim that it ends; 0 where they claim nothing.
         trimmed: how much of it decoders may leave out, in seconds: an encoder's delay and padding.
         samples: its length in samples, where its container counts them; 0 where it does not.
         block: samples in a block, where the last block may be filled up, and writers may add one more.
@@ -56,9 +56,10 @@ class Part:
     has_end: bool = True
     walked: bool = True
 
-    def length(self, decoded: int) -> int:
+    def length(self, decoded: int, channels: int) -> int:
         """Samples that count of those decoded, which may fill up the last block."""
-        return self.samples if decoded - 2 * self.block < self.samples < decoded else decoded
+        is_count = self.samples != decoded // channels  # as libsndfile counts IMA ADPCM
+        return self.samples if is_count and decoded - 2 * self.block < self.samples < decoded else decoded
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:

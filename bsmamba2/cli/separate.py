@@ -7,9 +7,11 @@ import glob
 import math
 import os
 import unicodedata
+import warnings
 from pathlib import Path
 
 from ..audio import FORMATS, AudioError, find_audio_files, separate_file
+from ..audio.files import UnstatedLengthWarning
 from ..audio.song_files import result_paths
 from ..kernels import BackendError
 from ..separate import DTYPES
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     songs = expand_wildcards(args.songs) if os.name == "nt" else args.songs  # cmd.exe does not
     jobs, failed = find_songs(songs, args.output)
+    unstated: list[Path] = []
     written: dict[str, tuple[Path, Path]] = {}  # by name without case: a result and its song
     for song, base in jobs.items():
         try:
@@ -85,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
                 if other != song and path.exists() and path.samefile(result):
                     fault = f"its results would replace those of {other}; give it another folder with -o"
                     raise AudioError(f"{song}: {fault}")
-            with reraise_oom(), progress_bar(f"{song.name} on {args.device}") as progress:
+            with (
+                reraise_oom(), warnings.catch_warnings(), progress_bar(f"{song.name} on {args.device}") as progress
+            ):  # fmt: skip
+                warnings.simplefilter("ignore", UnstatedLengthWarning)  # one line for all of them is enough
                 separated = separate_file(
                     model, song, base, segment=args.segment, overlap=args.overlap, look_ahead=args.look_ahead,
                     batch=args.batch, dtype=DTYPES[args.dtype], shifts=args.shifts, tta=args.tta, format=args.format,
@@ -95,11 +101,16 @@ def run(args: argparse.Namespace) -> int:
             log(describe_error(error, song))
             failed += 1
             continue
+        unstated += [song] * (not separated.states_length)
         written |= {_fold(path): (path, song) for path in separated.paths.values()}
         if separated.gain < 1:
             quieter = -20 * math.log10(separated.gain)
             log(f"{song}: passes full scale, all results {quieter:.1f} dB quieter; --format wav keeps the level")
         print_line(*separated.paths.values())
+    if unstated:
+        more = len(unstated) - 1
+        subject = f" and {more} more: these files do not state their" if more else ": does not state its"
+        log(f"{unstated[0]}{subject} length; if an end was cut off, nothing shows it")
     return 1 if failed else 0
 
 

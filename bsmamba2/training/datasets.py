@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
+from ..audio.decoders import reason
 from ..audio.files import AudioError, AudioReader
 from ..audio.musdb import AUDIO_SUFFIXES, TrackFolder, list_tracks
+from ..audio.source import DamagedError, open_regular
 from ..data import Window, Windows, salient_windows, spread
 from ..settings import expand_user
 from ..synth import STEMS, Song, synthesise_songs
@@ -89,12 +91,13 @@ class FileTrack:
         """
         path = self.stems[stem]
         try:
-            with soundfile.SoundFile(path) as file:
+            with open_regular(path) as raw, soundfile.SoundFile(raw) as file:
                 rate, channels = file.samplerate, file.channels
                 file.seek(start)
                 frames = file.read(samples, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise OSError(f"{path}: samples {start} to {start + samples} cannot be read ({error})") from error
+        except (soundfile.LibsndfileError, DamagedError) as error:
+            cause = reason(error)
+            raise OSError(f"{path}: samples {start} to {start + samples} cannot be read ({cause})") from error
         if (rate, channels) != (self.sample_rate, self.channels):
             raise OSError(f"{path}: was changed during the run, to {channels} channels at {rate} Hz")
         if len(frames) != samples:
@@ -315,25 +318,26 @@ def _index_song(
             faults.append(f"{song.path / name}: one file .wav, .flac or .ogg is needed; there is {listed}")
             continue
         path = matching[0]
-        if not path.is_file():  # opening a pipe would wait for ever
-            faults.append(f"{path}: is not a regular file")
-            continue
         try:
-            header = soundfile.info(path)
-        except soundfile.LibsndfileError as error:
-            faults.append(f"{path}: is broken ({error})")
+            with open_regular(path) as raw, soundfile.SoundFile(raw) as header:
+                frames, rate, count = header.frames, header.samplerate, header.channels
+        except DamagedError as error:
+            faults.append(f"{path}: {error}")
+            continue
+        except (soundfile.LibsndfileError, OSError) as error:
+            faults.append(f"{path}: is broken ({reason(error)})")
             continue
         wrong = []
-        if header.channels != channels:
-            wrong.append(f"has {header.channels} channels, not {channels}")
-        if header.samplerate != sample_rate:
-            wrong.append(f"is at {header.samplerate} Hz, not {sample_rate}")
-        elif header.frames == _UNKNOWN_LENGTH:
+        if count != channels:
+            wrong.append(f"has {count} channels, not {channels}")
+        if rate != sample_rate:
+            wrong.append(f"is at {rate} Hz, not {sample_rate}")
+        elif frames == _UNKNOWN_LENGTH:
             wrong.append("does not say how long it is: convert it to WAV, or to FLAC again")
         else:
-            lengths[path] = header.frames
-        if header.frames < samples:
-            wrong.append(f"is short, {header.frames} samples of at least {samples}")
+            lengths[path] = frames
+        if frames < samples:
+            wrong.append(f"is short, {frames} samples of at least {samples}")
         faults += [f"{path}: {fault}" for fault in wrong]
         if not wrong:
             readable.append(path)
@@ -341,8 +345,8 @@ def _index_song(
         shortest, longest = (extreme(lengths, key=lengths.__getitem__) for extreme in (min, max))
         if shortest in readable:
             seconds = (lengths[longest] - lengths[shortest]) / sample_rate
-            reason = f"it may be truncated, or {longest.name} claim too much"
-            faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; {reason}")
+            cause = f"it may be truncated, or {longest.name} claim too much"
+            faults.append(f"{shortest}: ends {seconds:.1f} s before another stem of its song; {cause}")
             readable.remove(shortest)
     if faults:
         return None, faults, readable
@@ -351,19 +355,20 @@ def _index_song(
 
 def _search_file(path: Path, samples: int) -> dict[str, Any]:
     """A file's entry in the cache: its size and times, the starts of its active windows, the SHA-256 of its bytes."""
-    stamp, frames, step = _stamp(path), soundfile.info(path).frames, samples // 2
+    stamp, step = _stamp(path), samples // 2
     starts: list[int] = []
     first, pending = 0, torch.empty(0)
-    with AudioReader(path) as file:
+    with AudioReader(path) as file, open_regular(path) as raw:
+        frames = soundfile.SoundFile(raw).frames
         if file.frames != frames:  # of chained streams, for one
             raise AudioError(f"{path}: libsndfile finds {frames} of its {file.frames} samples: convert it to WAV")
+        raw.seek(0)
+        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
         for block in file.blocks():
             pending = torch.cat((pending, block), dim=-1) if len(pending) else block
             starts += [first + start for start in salient_windows(pending, samples)]
             searched = max(0, (pending.shape[-1] - samples) // step + 1) * step
             first, pending = first + searched, pending[:, searched:]
-    with path.open("rb") as raw:
-        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
     return {"stamp": stamp, "windows": starts, "sha256": sha256}
 
 

@@ -59,3 +59,12 @@ def test_an_odd_chunk_without_its_padding(tmp_path: Path) -> None:
         assert torch.equal(read(with_bytes(path, song(end) + song(end)))[0], expected.repeat(1, 2))
     with pytest.raises(AudioError, match="bytes behind the sound"):
         read(with_bytes(path, song(b"\1\2\3" * 100)))
+
+
+def test_a_count_of_samples_that_was_divided_by_the_channels(tmp_path: Path) -> None:
+    """libsndfile writes such a count for IMA ADPCM of two channels."""
+    tone = np.sin(np.arange(5001) / 20)[:, None] * [0.5, 0.3]
+    soundfile.write(tmp_path / "a.wav", tone, 44_100, subtype="IMA_ADPCM")
+    found = read(tmp_path / "a.wav")[0]
+    assert found.shape[1] >= 5001
+    assert np.abs(found[:, :5001].numpy().T - tone).mean() < 0.05

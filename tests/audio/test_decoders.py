@@ -232,3 +232,45 @@ def test_a_cut_wavpack_file_is_named_as_cut(tmp_path: Path) -> None:
         with_bytes(tmp_path / "a.wv", content[: int(len(content) * share)])
         with pytest.raises(AudioError, match=r"is damaged or cut short after \d\.\d s|holds no samples; get the whole"):
             read_all(tmp_path / "a.wv")
+
+
+CUTS = (1, 2, 3, 4, 8, 16, 23, 64, 128, 300, 4000)
+WRITTEN = {
+    "WAV": "ALAW", "RF64": "PCM_24", "W64": "FLOAT", "AIFF": "PCM_S8", "CAF": "ALAC_16", "AU": "PCM_16",
+    "NIST": "PCM_16", "FLAC": "PCM_16", "MAT4": "PCM_16", "flv": "aac", "mka": "flac", "avi": "pcm_s16le",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_no_cut_goes_unnoticed(tmp_path: Path, kind: str, channels: int) -> None:
+    """Bytes cut from the end change nothing, or are named in a warning or an error."""
+    path = tmp_path / f"a.{kind.lower()}"
+    if kind.isupper():
+        noise = np.random.default_rng(0).normal(0, 0.1, (5001, channels))
+        soundfile.write(path, noise, 44_100, format=kind, subtype=WRITTEN[kind])
+    else:
+        encode_tone(path, WRITTEN[kind], 44_100, channels)
+    content = path.read_bytes()
+    with warnings.catch_warnings(record=True) as messages:
+        warnings.simplefilter("always")
+        if kind == "MAT4":  # which FFmpeg does not read
+            with pytest.raises(AudioError, match="cannot be read as audio"):
+                read_all(path)
+            return
+        whole = read_all(path)[1]
+        for cut in (*CUTS, len(content) // 2):
+            messages.clear()
+            try:
+                found = read_all(with_bytes(path, content[:-cut]))[1]
+            except AudioError as error:
+                assert ";" in str(error)  # noqa: PT017
+            else:
+                assert messages or torch.equal(found, whole), cut
+
+
+def test_mp3_in_a_wav_file(tmp_path: Path) -> None:
+    tone = torch.from_numpy(encode_tone(tmp_path / "a.wav", "libmp3lame", 44_100))
+    _, found = read_all(tmp_path / "a.wav")
+    delay = 1105  # of the encoder, which the file does not state
+    assert (found[:, delay:][:, 1000:90_000] - tone[:, 1000:90_000]).square().mean() < 5e-4

@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from audio_files import found_in, wave, with_bytes
+from audio_files import found_in, poke, wave, with_bytes
 
 from bsmamba2 import BSMamba2, save_checkpoint
 from bsmamba2.audio.files import read
@@ -120,6 +120,17 @@ def test_a_folder_says_what_it_left_out(checkpoint: Path, tmp_path: Path, capfd:
     jobs, failed = find_songs([album], album / "out")
     assert (jobs, failed) == ({album / "a.wav": album / "out" / "a"}, 0)
     assert capfd.readouterr().err == line
+
+
+def test_files_that_state_no_length_are_counted_in_one_line(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    songs = [poke(wave(tmp_path / f"{number}.au"), 8, b"\xff" * 4) for number in range(3)]
+    end = "length; if an end was cut off, nothing shows it\n"
+    separate(checkpoint, songs[1])
+    assert capfd.readouterr().err == f"{songs[1]}: does not state its {end}"
+    separate(checkpoint, *songs, wave(tmp_path / "stated.wav"), "--overwrite")
+    assert capfd.readouterr().err == f"{songs[0]} and 2 more: these files do not state their {end}"
 
 
 def test_wildcards_are_expanded_where_the_shell_leaves_them(tmp_path: Path) -> None:

@@ -104,6 +104,19 @@ def test_pieces_are_what_stands_in_the_file(folder: Path, pool: list[Song]) -> N
         track.crop(2, 0, 8000)
 
 
+@pytest.mark.parametrize("replaced", [pipe, device], ids=["pipe", "device"])
+def test_a_stem_that_became_a_pipe_or_a_device_is_named_at_once(folder: Path, tmp_path: Path, replaced: Any) -> None:
+    """Whether it was replaced before it is searched for activity, or during the run."""
+    tracks = look(folder)[0]
+    bass = replaced(tracks[1].stems[2])
+    with pytest.raises(OSError, match=r"bass\.wav: samples 0 to 100 cannot be read \(is not a regular file\)"):
+        tracks[1].crop(2, 0, 100)
+    faults = find_active_windows(tracks, WINDOW, tmp_path / "cache.json")[1]
+    assert len(faults) == 1
+    assert faults[0].startswith(f"{bass}: is not a regular file")
+    assert look(folder)[2] == [f"{bass}: is not a regular file"]
+
+
 def test_reading_a_piece_does_not_read_the_song(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     track = look(folder)[0][0]
     asked = []
