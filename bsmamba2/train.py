@@ -185,9 +185,13 @@ class Trainer:
 
     def separate(self, mixture: Tensor) -> Tensor:
         """The stems of a batch, (b, c, samples) → (b, stem, c, samples), under autocast with `precision: bfloat16`."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        with self.autocast():
             estimates: Tensor = self.network(mixture.to(self.device, non_blocking=True))
             return estimates
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A context in which the model computes in the run's `precision`, for training and for validation."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     # Of one process; `training.ddp.DistributedTrainer` overrides these three.
 
@@ -218,7 +222,7 @@ class Trainer:
                 layer._compiled_call_impl = None  # what Module.compile() had set
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to resume bit for bit but the settings: only tensors, numbers and strings."""
+        """Everything except the settings that a run needs to resume bit for bit: only tensors, numbers and strings."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -249,7 +253,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def adamw(model: BSMamba2, config: TrainConfig, *, without: Iterable[Tensor] = ()) -> AdamW:
-    """AdamW for the parameters of a model, but for those in `without`."""
+    """AdamW for the parameters of a model, except those in `without`."""
     groups = parameter_groups(model, config.weight_decay, without=without)
     # Fused: one pass over all parameters instead of a dozen small operations for each.
     fused = next(model.parameters()).device.type in ("cpu", "cuda")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import Batch, Example, Remixer, Validation, collate
 from ..model import BSMamba2
-from .distributed import all_gather_object, rank, world_size
+from .distributed import all_gather_object, local_rank_and_size, rank, world_size
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where torch keeps the batches of workers, on Linux. In a container it often has only 64 MB."""
 
 
 class Loader:
@@ -42,8 +47,11 @@ class Loader:
         """Batches without end, from the one after those that were skipped.
 
         Raises:
-            OSError: when a file cannot be read any more; it names the file.
+            OSError: when a file cannot be read any more; it names the file. Before the first batch, when those that
+                the workers read ahead do not fit into shared memory.
         """
+        if self.workers:
+            _check_shared_memory(self.remixer, self.workers)
         loader = DataLoader(
             _IndexedDataset(self.remixer),
             batch_size=None,  # a batch is read as a whole
@@ -66,6 +74,15 @@ class DistributedValidation(Validation):
         """As of `Validation`, the same in every process."""
         parts = all_gather_object(self.totals(model, rank(), world_size()))
         return self.means(model, [sum(totals) for totals in zip(*parts, strict=True)])
+
+
+def _check_shared_memory(remixer: Remixer, workers: int) -> None:
+    """Raise OSError if the batches of the workers are too large together: torch would wait for one without end."""
+    batches = (2 * workers + 2) * local_rank_and_size()[1]  # two wait in each worker; one is copied, one in use
+    needed = batches * remixer.batch * (1 + len(remixer.targets)) * 2 * remixer.samples * 4  # float32, stereo
+    if SHARED_MEMORY.exists() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+        sizes = f"the workers need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+        raise OSError(f"{SHARED_MEMORY}: {sizes}: use fewer workers, or make it larger (Docker: --shm-size=2g)")
 
 
 def _detach_process_group(worker: int) -> None:

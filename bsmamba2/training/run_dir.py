@@ -185,7 +185,8 @@ class RunDir:
         """Score the averaged model; save a checkpoint when it is the best so far."""
         if self.validate is None:
             return {}
-        score = self.validate(self.trainer.ema)
+        with self.trainer.autocast():
+            score = self.validate(self.trainer.ema)
         scores = dict(score) if isinstance(score, Mapping) else {"usdr": score}
         if self.best is None or scores["usdr"] > self.best[0]:
             self.best = (float(scores["usdr"]), self.trainer.step)

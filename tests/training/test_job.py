@@ -33,20 +33,8 @@ def write(folder: Path, song: Song, stems: tuple[str, ...] = STEMS) -> None:
         soundfile.write(folder / f"{name}.wav", song.stem(name).T.numpy(), song.sample_rate, subtype="FLOAT")
 
 
-SMALL = [
-    "--backend",
-    "plain",
-    "--segment",
-    "0.5",
-    "--batch",
-    "1",
-    "--steps",
-    "1",
-    "--validation-windows",
-    "1",
-    "--device",
-    "cpu",
-]
+SMALL = ["--backend", "plain", "--segment", "0.5", "--batch", "1", "--steps", "1", "--validation-windows", "1"]
+SMALL += ["--device", "cpu"]
 
 
 def test_a_run_stops_at_faulty_files_or_goes_on_without_them(

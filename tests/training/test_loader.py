@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import islice, pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +63,24 @@ def test_validation_is_shared_by_processes(tiny: BSMamba2, pool: list[Song], mon
         monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
         shares.append(DistributedValidation(windows, 8000)(tiny)["usdr"])
     assert sum(shares) == pytest.approx(whole["usdr"])
+
+
+def test_too_little_shared_memory_is_an_error_and_not_an_endless_wait(
+    pool: list[Song], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    batch = 3 * (8000 * 2 * 4) * 2  # examples × bytes of 8,000 stereo samples × (mixture, target)
+    free = SimpleNamespace(free=4 * batch - 1)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: free)
+    remixer = Remixer(pool, 8000, 3)
+    with pytest.raises(OSError, match=r"need 2 MB, and 2 MB are free: use fewer workers.*--shm-size"):
+        next(iter(Loader(remixer, workers=1)))
+    next(iter(Loader(remixer)))  # no workers, no shared memory
+    free.free += 1
+    loader._check_shared_memory(remixer, 1)
+    monkeypatch.setattr(loader, "local_rank_and_size", lambda: (0, 2))
+    with pytest.raises(OSError, match="need 3 MB"):
+        loader._check_shared_memory(remixer, 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")

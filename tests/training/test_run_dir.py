@@ -350,3 +350,17 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         list(begin(tmp_path, steps=2, tensorboard=True).steps(noise()))
     assert seen[0] == (str(tmp_path / "tensorboard"), 1)
     assert ("loss", 2) in seen
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_validation_computes_in_the_precision_of_the_run(tmp_path: Path, precision: str) -> None:
+    """In float32, that of the published run would take a GPU nearly as long as an epoch of training."""
+    found = []
+
+    def validate(model: BSMamba2) -> float:
+        found.append(torch.nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype)
+        return 0.0
+
+    config = TrainConfig(steps=1, loss_windows=(256,), loss_hop=441, precision=precision)
+    list(RunDir(tmp_path, Trainer(BSMamba2(TINY), config), validate=validate).steps(noise()))
+    assert found == [getattr(torch, precision)]
