@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -73,9 +74,9 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
         name = ",".join(f"{key}={re.sub(r'[^A-Za-z0-9.+-]+', '_', str(value))}" for key, value in varied.items())
         path = folder.resolve() / name
         points.append(GridPoint(name, {**fixed, **varied, "output_dir": str(path)}, path))
-    names = [point.name for point in points]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"grid: {', '.join(repeated)} stands there twice")
+    for name, repeated in Counter(point.name for point in points).items():
+        if repeated > 1:
+            raise ValueError(f"grid: {name} stands there twice")
     return points
 
 
@@ -126,19 +127,29 @@ def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, s
     notebook = notebook.resolve()
     for point in points:
         check_parameters(point.parameters, notebook)
+    pool: Any
+    finished: Any
     if scheduler:
-        yield from _run_on_cluster(points, notebook, scheduler)
-        return
-    if workers < 1:
-        raise ValueError(f"workers={workers!r} must be at least 1")
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(run_point, point, notebook, threads) for point in points]
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            import distributed
+        except ImportError as error:
+            raise ImportError(f"scheduler={scheduler!r} requires Dask: pip install distributed") from error
+        pool, finished = distributed.Client(scheduler, timeout="10s"), distributed.as_completed
+        futures = {pool.submit(run_point, point, notebook, pure=False, retries=0): point for point in points}
+    elif workers < 1:
+        raise ValueError(f"workers={workers!r} must be at least 1")
+    else:
+        pool, finished = ThreadPoolExecutor(workers), as_completed
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        futures = {pool.submit(run_point, point, notebook, threads): point for point in points}
+    with pool:
+        try:
+            for future in finished(futures):
+                lost = future.exception()  # of a cluster, when the worker itself disappeared
+                yield future.result() if lost is None else Result(futures[future], None, repr(lost), 0.0)
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in futures:
+                future.cancel()
 
 
 def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> Result:
@@ -150,10 +161,10 @@ def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> R
     parameters, summary_path = point.folder / "parameters.yaml", point.folder / "summary.json"
     wanted = yaml.safe_dump(json.loads(json.dumps(point.parameters)))  # in JSON, papermill takes 1e-05 for a text
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, "-m", "papermill", str(notebook), str(point.folder / "run.ipynb"), "-f", str(parameters)]
     command += ["--no-progress-bar", "--cwd", str(notebook.parent)]
+    started = time.monotonic()
     try:
         same = parameters.exists() and parameters.read_text(encoding="utf-8") == wanted
         if same and (summary := _read_summary(summary_path)) is not None:
@@ -161,18 +172,17 @@ def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> R
         point.folder.mkdir(parents=True, exist_ok=True)
         summary_path.unlink(missing_ok=True)
         parameters.write_text(wanted, encoding="utf-8")
-        started = time.monotonic()
         with (point.folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
             log.seek(0)
             lines = [line.rstrip() for line in log if line.strip()]
-        summary = _read_summary(summary_path)
+        summary = None if code else _read_summary(summary_path)
+        fault = "it wrote no summary.json that can be read"
+        if code:
+            fault = "\n".join(lines[-3:]) or f"it ended with code {code}"
     except OSError as error:  # a full disk, or a folder that cannot be written to
         return Result(point, None, str(error), 0.0)
-    fault = "" if summary is not None else "it wrote no summary.json that can be read"
-    if code:
-        summary, fault = None, "\n".join(lines[-3:]) or f"it ended with code {code}"
-    return Result(point, summary, fault, time.monotonic() - started)
+    return Result(point, summary, fault if summary is None else "", time.monotonic() - started)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
@@ -182,18 +192,3 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return summary if isinstance(summary, dict) else None
-
-
-def _run_on_cluster(points: Sequence[GridPoint], notebook: Path, scheduler: str) -> Iterator[Result]:
-    try:
-        import distributed
-    except ImportError as error:
-        raise ImportError(f"scheduler={scheduler!r} requires Dask: pip install distributed") from error
-    with distributed.Client(scheduler, timeout="10s") as client:
-        futures = [client.submit(run_point, point, notebook, pure=False, retries=0) for point in points]
-        by_key = {future.key: point for future, point in zip(futures, points, strict=True)}
-        for future in distributed.as_completed(futures):
-            if future.status == "finished":
-                yield future.result()
-            else:  # the worker itself disappeared
-                yield Result(by_key[future.key], None, f"{future.exception()!r}", 0.0)

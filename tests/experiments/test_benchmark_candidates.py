@@ -27,6 +27,21 @@ def test_operations_are_those_that_torch_counts(
     assert candidates.flops(case, SMALL) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+def test_a_step_is_two_batches_forward_and_backward() -> None:
+    settings = dataclasses.replace(SMALL, parts=("scan", "step"), backends=("recurrent", "auto"), batch=3)
+    found = [
+        (cases[0].part, cases[0].mode, [case.candidate for case in cases]) for cases in candidates.groups(settings)
+    ]
+    assert found == [
+        ("scan", FORWARD, ["recurrent"]), ("scan", BACKWARD, ["recurrent"]), ("step", BACKWARD, ["recurrent", "auto"])
+    ]  # fmt: skip
+    step = Case("step", "", 0.25, "float32", BACKWARD, "auto")
+    model = candidates.flops(dataclasses.replace(step, part="model"), settings)
+    assert model is not None
+    assert candidates.flops(step, settings) == pytest.approx(2 * 3 * model)
+    assert candidates.units(step, settings) == 6
+
+
 @pytest.mark.parametrize("way", STREAM_MODES)
 def test_a_song_is_separated_whole_in_every_way(way: str) -> None:
     # The job itself asserts that as many samples come out as went in; 10.5 s are two pieces and two segments.

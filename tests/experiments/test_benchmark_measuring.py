@@ -19,6 +19,7 @@ SMALL = Settings(lengths=(0.25,), dtypes=("float32",), repeats=2, preset="small"
 @pytest.mark.parametrize(("took", "runs", "times"), [(500.0, 0, 1), (5.0, 3, 2)])
 def test_a_long_separation_is_timed_once(monkeypatch: pytest.MonkeyPatch, took: float, runs: int, times: int) -> None:
     done = []
+    monkeypatch.setitem(benchmark.GEMM_SIZE, "cpu", 64)
     monkeypatch.setattr(benchmark, "trial", lambda case, settings: Trial(1, 2, took))
     monkeypatch.setattr(benchmark, "prepare", lambda case, settings: lambda: (done.append(1), time.sleep(1.1))[0])
     settings = dataclasses.replace(SMALL, repeats=2)

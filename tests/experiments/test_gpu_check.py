@@ -13,21 +13,32 @@ from typing import Any
 import pytest
 import torch
 
-from bsmamba2.experiments.gpu_check import parts, runner
-from bsmamba2.experiments.gpu_check.parts import Check, Row
+from bsmamba2 import train
+from bsmamba2.config import PRESETS, generate_bands
+from bsmamba2.experiments import gpu_check
+from bsmamba2.experiments.benchmark import measuring
+from bsmamba2.experiments.gpu_check import Check, Row
 
 CPU = torch.device("cpu")
 MISSING = ("soundfile", "av", "soxr", "yaml", "tqdm", "mamba_ssm", "causal_conv1d", "pytest")
 
 
+@pytest.fixture(autouse=True)
+def toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller model than the preset, and smaller matrix products around each run: both take most of the time."""
+    monkeypatch.setitem(measuring.GEMM_SIZE, "cpu", 128)
+    sizes = {"dim": 16, "depth": 1, "freqs_per_bands": generate_bands(8), "d_state": 8, "headdim": 8}
+    monkeypatch.setitem(PRESETS, "small", {**PRESETS["small"], **sizes})
+
+
 @pytest.fixture
 def check() -> Check:
-    return Check(CPU, tiny=True, deadline=time.monotonic() + 300)
+    return Check(CPU, tiny=True, deadline=time.monotonic() + 1200)
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     """Other parts in the place of the check's own, of at most two seconds each."""
-    monkeypatch.setattr(runner, "PARTS", {name: (function, 2.0) for name, function in functions.items()})
+    monkeypatch.setattr(gpu_check, "PARTS", {name: (function, 2.0) for name, function in functions.items()})
 
 
 def raising(error: BaseException) -> Any:
@@ -50,9 +61,9 @@ def endless(check: Check) -> Iterator[Row]:
 
 def run(check: Check, folder: Path) -> dict[str, Any]:
     check.tiny = False  # which takes as long as it needs
-    path = runner.run(check, folder, tuple(runner.PARTS))
+    path = gpu_check.run(check, folder, tuple(gpu_check.PARTS))
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    assert path.with_suffix(".md").read_text(encoding="utf-8") == runner.report(content)
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == gpu_check.report(content)
     return content
 
 
@@ -62,7 +73,7 @@ def run(check: Check, folder: Path) -> dict[str, Any]:
         (ValueError("a | b\nsecond line"), "failed", "ValueError: a | b"),
         (torch.OutOfMemoryError("tried to allocate 20 GiB"), "out of memory", "out of memory (OutOfMemoryError: tried"),
         (RuntimeError("Triton Error [CUDA]: out of memory"), "out of memory", "out of memory (RuntimeError"),
-        (parts.SkipPart("soundfile is not installed"), "skipped", "soundfile is not installed"),
+        (gpu_check.SkipPart("soundfile is not installed"), "skipped", "soundfile is not installed"),
         (subprocess.TimeoutExpired("pytest", 60), "cut short", "after 2 s"),
     ],
 )
@@ -79,14 +90,14 @@ def test_a_part_that_fails_is_recorded_and_the_next_goes_on(
 
 def test_a_part_is_cut_short_and_keeps_its_rows(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, slow=endless, good=working)
-    monkeypatch.setitem(runner.PARTS, "slow", (endless, 0.2))
+    monkeypatch.setitem(gpu_check.PARTS, "slow", (endless, 0.2))
     slow, good = run(check, tmp_path)["parts"].values()
     assert (slow["state"], slow["rows"], good["state"]) == ("cut short", [{"name": "one", "value": 1}], "done")
 
 
 def test_parts_for_which_no_time_is_left_say_so(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, good=working)
-    content = json.loads(runner.run(check, tmp_path, ["good"], total=0.5).read_text())
+    content = json.loads(gpu_check.run(check, tmp_path, ["good"], total=0.5).read_text())
     assert content["parts"]["good"] == {"state": "skipped", "reason": "no time was left", "rows": []}
 
 
@@ -109,7 +120,7 @@ def test_results_are_on_disk_before_the_next_part(
 def test_a_part_at_toy_size(name: str, check: Check) -> None:
     check.results["peaks"] = {"float32": 1e10, "bandwidth": 1e10}
     record: Row = {"rows": []}
-    runner.run_part(check, parts.PARTS[name][0], 300, record)
+    gpu_check.run_part(check, gpu_check.PARTS[name][0], 1200, record)
     assert record["state"] == ("skipped" if name == "self-tests" else "done"), record
     rows = record["rows"]
     if name == "environment":
@@ -127,11 +138,11 @@ def test_a_part_at_toy_size(name: str, check: Check) -> None:
     elif name == "step":
         # Numbers of a step that was run, and the same step's cost.
         published = rows[0]
-        assert published["median (s)"] > 0
-        assert published["lower bound (s)"] > 0
-        assert [row["candidate"] for row in rows[1:3]] == ["loop over frames", "backend auto"]
-        (pair,) = runner.before_and_after({"step": record})
-        assert (pair["before"], pair["after"]) == ("loop over frames", "backend auto")
+        assert float(published["median (ms)"].replace(",", "")) > 0
+        assert published["lower bound (ms)"] > 0
+        assert [row["candidate"] for row in rows[1:3]] == ["recurrent", "plain"]
+        (pair,) = gpu_check.before_and_after({"step": record})
+        assert (pair["before"], pair["after"]) == ("recurrent", "plain")
     elif name == "separation":
         assert [row["overlap"] for row in rows] == [0.0, 0.5]
 
@@ -140,50 +151,52 @@ def test_a_step_without_memory_is_recorded(check: Check, monkeypatch: pytest.Mon
     def no_memory(self: Any, batches: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(parts.Trainer, "train_step", no_memory)
-    rows = list(parts.step(check))
+    monkeypatch.setattr(train.Trainer, "train_step", no_memory)
+    rows = list(gpu_check.step(check))
     assert rows[0]["reason"].startswith("out of memory")
-    assert not runner.before_and_after({"step": {"rows": rows}})
+    assert not gpu_check.before_and_after({"step": {"rows": rows}})
 
 
 def test_pairs_take_the_best_candidate_at_the_greatest_length_that_both_could_do() -> None:
     def row(candidate: str, seconds: float, *times: float, mode: str = "forward + backward") -> Row:
-        return {"candidate": candidate, "seconds": seconds, "dtype": "bfloat16", "mode": mode, "times": list(times)}
+        case = {"candidate": candidate, "audio (s)": f"{seconds:g}", "type": "bfloat16", "pass": mode}
+        return {**case, "times": list(times)}
 
     rows = [
         row("recurrent", 1.0, 2.0, 2.0, 2.0),
         row("recurrent", 4.0, 8.0, 8.0, 80.0),  # a run that something disturbed, and the one beside it
         row("recurrent", 8.0, 9.0, mode="forward"),
-        {"candidate": "recurrent", "seconds": 8.0, "reason": "out of memory"},
+        {"candidate": "recurrent", "audio (s)": "8", "reason": "out of memory"},
         row("chunked", 4.0, 4.0, 4.0, 4.0),
         row("triton", 4.0, 1.0, 1.0, 10.0),
         row("triton", 8.0, 2.0, 2.0, 2.0),
     ]
-    (line,) = runner.before_and_after({"scan": {"rows": rows}})
+    (line,) = gpu_check.before_and_after({"scan": {"rows": rows}})
     assert line["audio (s)"] == "4"
     assert (line["after"], line["times as fast"]) == ("triton", "8.00")
 
 
 def test_tables_hold_what_markdown_could_not() -> None:
     rows = [{"a": "x | y\nz", "times": [1, 2], "b": None}, {"a": 1, "c": 0}]
-    assert runner._table(rows) == ["| a | c |", "| --- | --- |", "| x \\| y z |  |", "| 1 | 0 |"]
-    assert runner._table([]) == []
+    assert gpu_check._table(rows) == ["| a | c |", "| --- | --- |", "| x \\| y z |  |", "| 1 | 0 |"]
+    assert gpu_check._table([]) == []
 
 
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runner.main([]) == 2
+    assert gpu_check.main([]) == 2
     assert "sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_it_runs_in_a_copy_without_what_it_can_do_without(tmp_path: Path) -> None:
     program = f"import sys; sys.modules |= dict.fromkeys({MISSING}); "
-    program += "from bsmamba2.experiments.gpu_check.runner import main; sys.exit(main(sys.argv[1:]))"
+    program += "from bsmamba2.experiments.benchmark import measuring; measuring.GEMM_SIZE['cpu'] = 128; "
+    program += "from bsmamba2.experiments.gpu_check import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--device", "cpu", "--tiny", "-o", str(tmp_path)]
     names = ["environment", "kernel tests", "convolution", "loading", "train"]
     command = [sys.executable, "-c", program, *arguments, "--parts", *names]
-    done = subprocess.run(command, cwd=parts.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "put " in done.stdout.splitlines()[-1]
     (path,) = tmp_path.glob("*.json")
@@ -199,5 +212,5 @@ def test_it_runs_in_a_copy_without_what_it_can_do_without(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(check: Check) -> None:
-    (row,) = parts.train(check)
+    (row,) = gpu_check.train(check)
     assert row["steps in all"] == 4 > row["killed with a state of step"] >= 2

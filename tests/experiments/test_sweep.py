@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,10 @@ from typing import Any
 import nbformat
 import pytest
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from traitlets.config import Config
 
 from bsmamba2.experiments.sweep import GridPoint, Result, check_parameters, expand_grid, run_grid, run_point
 
@@ -33,9 +36,35 @@ if x == 2:
 )
 
 
+PAPERMILL = """\
+import json, sys
+from pathlib import Path
+import yaml
+source, output, _, parameters, *_ = sys.argv[1:]
+cells = ["".join(cell["source"]) for cell in json.loads(Path(source).read_text())["cells"]]
+names = {}
+exec(cells[0], names)
+names |= yaml.safe_load(Path(parameters).read_text())
+for cell in cells[1:]:
+    exec(cell, names)
+Path(output).write_text("{}")
+"""
+
+
+@pytest.fixture
+def papermill_without_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A papermill that runs the cells in its own process, as a kernel takes seconds to start.
+
+    The real one runs a training notebook in the last test of this file.
+    """
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "papermill.py").write_text(PAPERMILL)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+
+
 @pytest.fixture
 def notebook(tmp_path: Path) -> Path:
-    """A notebook that takes a second, and fails for x = 2."""
+    """A notebook that fails for x = 2."""
     book = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
     )
@@ -60,7 +89,7 @@ def check(outcomes: list[Result]) -> None:
     assert "two is too many" in (by_x[2].point.folder / "log.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("papermill_without_kernel")
 def test_a_cell_fails_alone_and_finished_ones_are_not_run_again(notebook: Path, tmp_path: Path) -> None:
     made = expand_grid({"x": [1, 2, 3]}, {}, tmp_path / "grid")
     first = list(run_grid(made, notebook))
@@ -77,12 +106,13 @@ def test_a_cell_fails_alone_and_finished_ones_are_not_run_again(notebook: Path, 
     assert next(iter(run_grid(other, notebook))).seconds > 0
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("papermill_without_kernel")
 @pytest.mark.filterwarnings("default")  # a cluster's own threads and sockets
 def test_two_workers_of_a_cluster_do_the_same(notebook: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     made = expand_grid({"x": [1, 2, 3]}, {}, tmp_path / "grid")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    workers = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "protocol": "tcp://"}
+    with distributed.LocalCluster(**workers, host="127.0.0.1", dashboard_address=None) as cluster:
         outcomes = list(run_grid(made, notebook, scheduler=cluster.scheduler_address))
     check(outcomes)
 
@@ -214,21 +244,35 @@ def test_a_cluster_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) 
         list(run_grid([], Path(), workers=0))
 
 
-def papermill(folder: Path, **parameters: Any) -> subprocess.CompletedProcess[str]:
-    (folder / "parameters.json").write_text(json.dumps({"output_dir": str(folder / "sweep"), **parameters}))
-    command = [sys.executable, "-m", "papermill", "notebooks/sweep.ipynb", str(folder / "out.ipynb")]
-    command += ["-f", str(folder / "parameters.json"), "--no-progress-bar"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run_sweep_notebook(parameters: dict[str, Any]) -> None:
+    """Run `sweep.ipynb` in this process, with papermill's cell of parameters."""
+    notebook = parameterize_notebook(load_notebook_node(str(ROOT / "notebooks" / "sweep.ipynb")), parameters)
+    shell = InteractiveShell(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source, store_history=True).raise_error()
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_a_grid_and_sums_it_up(tmp_path: Path) -> None:
+def test_the_notebook_trains_a_grid_and_sums_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
     short = {"songs": 2, "val_songs": 2, "seconds_per_song": 3.0, "batch": 1, "steps": 1, "validation_windows": 1}
-    # With 60 s in an example no song is long enough: that cell fails, after the others' parameters were found good.
-    done = papermill(tmp_path, grid={"segment": [1.0, 60.0]}, fixed=short)
-    assert done.returncode == 0, done.stderr
+    grid = {"segment": [1.0, 60.0]}
+    # The first run has finished before. With 60 s in an example no song is long enough: that cell fails, after the
+    # others' parameters were found good.
+    base = yaml.safe_load((ROOT / "notebooks" / "params" / "train_small.yaml").read_text())
+    finished = expand_grid(grid, {**base, **short}, tmp_path / "sweep")[0]
+    finished.folder.mkdir(parents=True)
+    (finished.folder / "parameters.yaml").write_text(yaml.safe_dump(finished.parameters))
+    summary: dict[str, Any] = {"usdr": {"model": 1.5}, "loss_last": 0.5, "training_seconds": 3.0}
+    (finished.folder / "summary.json").write_text(json.dumps(summary))
+    (finished.folder / "steps.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    run_sweep_notebook({"grid": grid, "fixed": short, "output_dir": str(tmp_path / "sweep")})
     summary = json.loads((tmp_path / "sweep" / "summary.json").read_text())
     assert [row["segment"] for row in summary["runs"]] == [1.0]
+    assert summary["runs"][0]["usdr.model"] == 1.5
     assert summary["failed"] == ["segment=60.0"]
-    said = (tmp_path / "out.ipynb").read_text()
-    assert "never heard for" in said
+    assert "never heard for" in capsys.readouterr().out
+    assert (tmp_path / "sweep" / "segment=60.0" / "run.ipynb").exists()

@@ -5,13 +5,13 @@ Axis letters: see `bsmamba2.config`.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ from ...mamba2 import Mamba2, causal_conv1d_silu
 from ...model import BSMamba2
 from ...spectrogram import stft
 from ...synth import STEMS, Song
+from ...train import TrainConfig, Trainer
 from .. import cost
 from .settings import BACKWARD, BASELINE_CHUNKS, BASELINES, DTYPES, FORWARD, STREAM_MODES, Case, Settings
 
 EXAMPLES = 64
 """Examples that a run of the loading part reads; up to four of them have been prefetched."""
+ACCUMULATED = 2
+"""Batches of a training step."""
 
 
 def groups(settings: Settings) -> Iterator[list[Case]]:
@@ -43,10 +46,11 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
     for part, dtype, mode, seconds in itertools.product(
         settings.parts, settings.dtypes, settings.modes, settings.lengths
     ):
-        # Reading and separating have no gradient, and the loss is float32 whatever the model computes in.
-        again_mode = part in ("loading", "separation") and mode != settings.modes[0]
-        again_dtype = part in ("loading", "loss") and dtype != settings.dtypes[0]
-        for axis in () if again_mode or again_dtype else ("time", "band") if part == "mixer" else ("",):
+        # Reading and separating have no gradient, a step has one; the loss is float32 whatever the model computes in.
+        other_mode = mode != (BACKWARD if part == "step" else settings.modes[0])
+        again = part in ("loading", "separation", "step") and other_mode
+        again |= part in ("loading", "loss") and dtype != settings.dtypes[0]
+        for axis in () if again else ("time", "band") if part == "mixer" else ("",):
             yield [Case(part, axis, seconds, dtype, mode, name) for name in candidates(settings, part)]
 
 
@@ -55,10 +59,11 @@ def candidates(settings: Settings, part: str) -> list[str]:
     mixers = [f"transformers, chunk {chunk}" for chunk in BASELINE_CHUNKS if "transformers" in settings.baselines]
     roformer = [name for name in settings.baselines if name == "bs_roformer"]
     return {
-        "scan": [*settings.backends],
+        "scan": [name for name in settings.backends if name in SCANS],
         "convolution": [*CONVOLUTIONS],
         "mixer": [*settings.backends, *mixers],
         "model": [*settings.backends, *roformer],
+        "step": [*settings.backends],
         "separation": [*STREAM_MODES, *roformer],
         "loss": ["five windows", "three windows", "five windows, torch.stft"],
         "loading": ["files, when asked", "files, two processes ahead", "memory"],
@@ -72,7 +77,7 @@ def unsupported_reason(case: Case, settings: Settings) -> str:
         return f"not installed: {BASELINES[package][0]}"
     try:
         if case.candidate in ("cpu", "triton"):
-            resolve_backend(_mixer("plain", settings), case.candidate, DTYPES[case.dtype])
+            resolve_backend(_mixer(replace(case, candidate="plain"), settings), case.candidate, DTYPES[case.dtype])
         elif case.candidate == "causal-conv1d":
             raise_unsupported(triton.missing_requirements(triton.conv_kernel))
     except BackendError as error:
@@ -85,20 +90,27 @@ def spectrogram_frames(seconds: float, config: ModelConfig) -> int:
     return round(seconds * config.sample_rate) // config.hop_length + 1
 
 
+def units(case: Case, settings: Settings) -> float:
+    """Frames of a job's spectrogram; examples of loading and of a training step."""
+    examples = {"loading": EXAMPLES, "step": settings.batch * ACCUMULATED}
+    return float(examples.get(case.part) or spectrogram_frames(case.seconds, ModelConfig.preset(settings.preset)))
+
+
 def flops(case: Case, settings: Settings) -> float | None:
-    """Floating-point operations of a scan, a mixer or a model, counted by `bsmamba2.experiments.cost`.
+    """Floating-point operations of a scan, a mixer, a model or a training step, counted by `bsmamba2.experiments.cost`.
 
     All candidates of a job get the number of the candidate "chunked": one that does the job with more operations has a
     lower fraction of the machine's peak. None for the other parts and for BS-RoFormer.
     """
-    if case.part not in ("scan", "mixer", "model") or case.candidate == "bs_roformer":
+    if case.part not in ("scan", "mixer", "model", "step") or case.candidate == "bs_roformer":
         return None
     config, gradients = ModelConfig.preset(settings.preset), case.mode == BACKWARD
     frames, bands = spectrogram_frames(case.seconds, config), len(config.freqs_per_bands)
-    if case.part == "model":
+    if case.part in ("model", "step"):
         forward = cost.forward_flops(config, frames, gradients=gradients)
         recomputed = forward["time"] + forward["band"] if settings.gradient_checkpointing else 0.0
-        return sum(forward.values()) + gradients * (cost.backward_flops(config, frames) + recomputed)
+        example = sum(forward.values()) + gradients * (cost.backward_flops(config, frames) + recomputed)
+        return example * (settings.batch * ACCUMULATED if case.part == "step" else 1)
     if case.part == "scan":
         return settings.sequences * sum(cost.scan_flops(config, frames, gradients=gradients))
     sequences, length = (bands, frames) if case.axis == "time" else (frames, bands)
@@ -117,8 +129,8 @@ def least_bytes(case: Case, settings: Settings) -> float | None:
 
 # --- jobs -------------------------------------------------------------------------------------------------
 
-Job = Callable[[], Tensor | None]
-"""Does the work once, and returns the output to compare, or None."""
+Job = Callable[[], Any]
+"""Does the work once, and returns the output to compare, if it is a tensor."""
 
 
 def prepare(case: Case, settings: Settings) -> Job:
@@ -130,22 +142,31 @@ def prepare(case: Case, settings: Settings) -> Job:
     if case.part == "loading":
         return _loading(case, config)
     if case.part == "separation":
-        return _separation(case, config, device)
+        return _separation(case, settings, config)
     if case.part == "loss":
         loss = LOSSES[case.candidate]
         signals = torch.randn(2, 1, config.channels, samples, device=device)
         return _job(lambda x: loss(x, signals[1]), signals[0], [], case, device)
     if case.part == "model":
         mixture = torch.randn(1, config.channels, samples, device=device)
-        model = _model(case.candidate, config, settings.gradient_checkpointing, device)
+        model = _model(case, settings)
         return _job(model, mixture, list(model.parameters()), case, device)
+    if case.part == "step":
+        recompute, compiled = settings.gradient_checkpointing, settings.compile
+        trainer = Trainer(_model(case, settings), TrainConfig(
+            steps=10**6, grad_accum_steps=ACCUMULATED, precision=case.dtype, gradient_checkpointing=recompute,
+            compile=compiled,
+        ))  # fmt: skip
+        signals = 0.1 * torch.randn(2, settings.batch, config.channels, samples)
+        batches = [(signals.sum(0), signals[0])] * ACCUMULATED
+        return lambda: trainer.train_step(batches)
     if case.part == "mixer":
         bands = len(config.freqs_per_bands)
         shape = (bands, frames, config.dim) if case.axis == "time" else (frames, bands, config.dim)
         x = torch.randn(shape, device=device)
-        mixer = _mixer(case.candidate, settings)
+        mixer = _mixer(case, settings)
         # In a model, the block around a mixer reads a few sequences at a time.
-        blocks = functools.partial(blockwise.block_by_block, mixer) if case.candidate in ("chunked", "cpu") else mixer
+        blocks = partial(blockwise.block_by_block, mixer) if case.candidate in ("chunked", "cpu") else mixer
         return _job(blocks, x, list(mixer.parameters()), case, device)
     # Scan and convolution get their inputs as the accelerated mixer has them, with the frames first in memory.
     dtype = DTYPES[case.dtype]
@@ -185,24 +206,22 @@ def _torch_stft_loss(estimate: Tensor, target: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "five windows": bsmamba2_loss,
-    "three windows": functools.partial(bsmamba2_loss, windows=(2048, 1024, 512)),
+    "three windows": partial(bsmamba2_loss, windows=(2048, 1024, 512)),
     "five windows, torch.stft": _torch_stft_loss,
 }
 
 
-def _accelerated(module: nn.Module, candidate: str) -> nn.Module:
-    """The module with the backend of that name; "plain", "matrix" and "recurrent" leave it as the core has it."""
-    if candidate not in ("plain", "matrix", "recurrent"):
-        accelerate(module, candidate)
+def _accelerated(module: nn.Module, case: Case) -> nn.Module:
+    """The module with the backend that the candidate names; "matrix" and "recurrent" leave it as the core has it."""
+    if case.candidate not in ("matrix", "recurrent"):
+        accelerate(module, case.candidate, dtype=DTYPES[case.dtype])
     return module
 
 
 def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], case: Case, device: torch.device) -> Job:
     # Scan and convolution are given narrow tensors; whole modules narrow them themselves.
     narrow = case.dtype == "bfloat16" and case.part in ("mixer", "model")
-
-    def precision() -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=narrow)
 
     def forward() -> Tensor:
         with torch.inference_mode(), precision():
@@ -220,12 +239,12 @@ def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], c
     return backward
 
 
-def _mixer(candidate: str, settings: Settings) -> nn.Module:
-    config, device = ModelConfig.preset(settings.preset), settings.device
+def _mixer(case: Case, settings: Settings) -> nn.Module:
+    config, candidate = ModelConfig.preset(settings.preset), case.candidate
     sizes = {name: getattr(config, name) for name in ("d_state", "headdim", "expand", "d_conv")}
     mixer = Mamba2(config.dim, **sizes, scan=ssd.SCANS.get(candidate, ssd.chunked))
     if not candidate.startswith("transformers"):
-        return _accelerated(mixer.to(device), candidate)
+        return _accelerated(mixer.to(settings.device), case)
     baseline_config = importlib.import_module("transformers").Mamba2Config(
         hidden_size=config.dim, num_heads=config.heads, head_dim=config.headdim, expand=config.expand,
         state_size=config.d_state, conv_kernel=config.d_conv, n_groups=1, chunk_size=int(candidate.split()[-1]),
@@ -234,33 +253,33 @@ def _mixer(candidate: str, settings: Settings) -> nn.Module:
     modeling = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
     baseline = modeling.Mamba2Mixer(baseline_config, layer_idx=0)
     baseline.load_state_dict(mixer.state_dict())
-    return baseline.to(device)
+    return baseline.to(settings.device)
 
 
-def _model(candidate: str, config: ModelConfig, gradient_checkpointing: bool, device: torch.device) -> nn.Module:
-    if candidate == "bs_roformer":
+def _model(case: Case, settings: Settings) -> Any:
+    config = ModelConfig.preset(settings.preset)
+    if case.candidate == "bs_roformer":
         roformer = importlib.import_module("bs_roformer").BSRoformer(
             dim=config.dim, depth=config.depth, stereo=config.channels == 2, num_stems=len(config.stems),
             time_transformer_depth=1, freq_transformer_depth=1, num_residual_streams=1,
             freqs_per_bands=config.freqs_per_bands, stft_hop_length=config.hop_length,
         )  # fmt: skip
-        return roformer.to(device)
-    model = BSMamba2(config, scan=ssd.SCANS.get(candidate, ssd.chunked))
-    model.gradient_checkpointing = gradient_checkpointing
-    return _accelerated(model.to(device), candidate)
+        return roformer.to(settings.device)
+    model = BSMamba2(config, scan=ssd.SCANS.get(case.candidate, ssd.chunked))
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    return _accelerated(model.to(settings.device), case)
 
 
-def _separation(case: Case, config: ModelConfig, device: torch.device) -> Job:
+def _separation(case: Case, settings: Settings, config: ModelConfig) -> Job:
     """Separate noise that arrives in blocks of ten seconds, in segments of eight; the results are dropped."""
     from ...audio import separate_stream  # needs libraries for audio files, as `_loading` does
 
     baseline = case.candidate in BASELINES
-    model: Any = _model(case.candidate if baseline else "auto", config, False, device).eval()
+    model: Any = _model(case if baseline else replace(case, candidate="auto"), settings).eval()
+    model = _OneStem(model, config) if baseline else model
     mode = STREAM_MODES.get(case.candidate, STREAM_MODES["end to end"])
     samples, block = round(case.seconds * config.sample_rate), 10 * config.sample_rate
     noise = torch.randn(1, config.channels, block)
-    if baseline:
-        model = _OneStem(model, config)
 
     def separate_noise() -> None:
         blocks = (noise[..., : min(block, samples - i)] for i in range(0, samples, block))

@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...config import ModelConfig
 from ...kernels import is_out_of_memory
-from .candidates import EXAMPLES, Job, flops, groups, prepare, spectrogram_frames, unsupported_reason
+from .candidates import Job, flops, groups, prepare, units, unsupported_reason
 from .settings import DTYPES, Case, Measurement, Settings, Skipped
 
 MIN_RUN = 0.05  # seconds of a timed run: a shorter job is repeated within the run
 LONG = 120.0  # seconds of a separation from which on its trial is its only timing: it repeats the same work many times
 IMPORT_LIMIT = 600.0  # seconds that a trial's process may take for imports, compiling, weights and inputs
+GEMM_SIZE = {"cpu": 1536}  # rows of the matrix product on a device; others: 8192
 
 
 # --- a trial in a process of its own ----------------------------------------------------------------------
@@ -36,31 +37,25 @@ IMPORT_LIMIT = 600.0  # seconds that a trial's process may take for imports, com
 
 @dataclass(frozen=True)
 class Trial:
-    """Largest memory of a process before the job and at its end, in bytes, and the job's time in seconds."""
+    """Largest memory before a job and at its end, in bytes, and the job's time in seconds."""
 
-    memory_before: int
-    memory: int
-    seconds: float
+    memory_before: int | None = None
+    memory: int | None = None
+    seconds: float = 0.0
 
 
 def trial(case: Case, settings: Settings) -> Trial | str:
     """Do the job once in a new process: its memory and time, or the reason why it did not finish."""
-    # A fork server that has imported torch starts such a process at once.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("forkserver")  # a server that has imported torch starts a process at once
+    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_trial, args=(case, settings, torch.get_num_threads(), theirs), daemon=True)
     process.start()
     theirs.close()
+    outcome: Any = None
     try:
-        for seconds in (IMPORT_LIMIT, settings.limit):  # until the job is prepared, until it is done
-            if not ours.poll(seconds):
-                return f"more than {seconds:g} s"
-            outcome = ours.recv()
-            if outcome is not None:
-                return outcome
+        for seconds in (IMPORT_LIMIT, settings.limit):  # until the job is prepared (None), until it is done
+            outcome = outcome or (ours.recv() if ours.poll(seconds) else f"more than {seconds:g} s")
     except EOFError:
         process.join()
         return f"its process ended with code {process.exitcode}: more memory than there is, most likely"
@@ -68,25 +63,24 @@ def trial(case: Case, settings: Settings) -> Trial | str:
         process.kill()
         process.join()
         ours.close()
-    raise AssertionError("a trial reported twice that it was ready")
+    return outcome
 
 
 def _run_trial(case: Case, settings: Settings, threads: int, pipe: Connection) -> None:
+    device = torch.device(settings.device)
     try:
         torch.set_num_threads(threads)
         job = prepare(case, settings)
-        before = _peak_memory(settings.device)
-        if settings.device == "cpu" and sys.platform == "linux":
-            import resource
+        if device.type == "cpu" and sys.platform == "linux":
+            import resource  # not on Windows
 
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + round(settings.memory * 1e9)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         pipe.send(None)
-        seconds = time_job(job, torch.device(settings.device))
-        pipe.send(Trial(before, _peak_memory(settings.device), seconds))
+        pipe.send(observe(job, device))
     except Exception as error:  # any failure is a result
-        too_large = is_out_of_memory(error) and settings.device == "cpu"
+        too_large = is_out_of_memory(error) and device.type == "cpu"
         pipe.send(f"more than {settings.memory:g} GB" if too_large else failure(error))
 
 
@@ -96,26 +90,11 @@ def failure(error: BaseException) -> str:
     return f"out of memory ({line})" if is_out_of_memory(error) else line
 
 
-def _peak_memory(device: str) -> int:
-    """Largest memory of this process so far, in bytes."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if device == "mps":
-        return torch.mps.driver_allocated_memory()
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin with that of the process that started this one
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# --- time -------------------------------------------------------------------------------------------------
+# --- time and memory --------------------------------------------------------------------------------------
 
 
 def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
     """Mean time of a call, in seconds; a GPU is waited for."""
-
     _wait(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -124,86 +103,106 @@ def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
     return (time.perf_counter() - started) / calls
 
 
+def observe(job: Job, device: torch.device) -> Trial:
+    """Time and memory of one call: of a GPU's tensors, elsewhere of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = _peak_memory(device)
+    seconds = time_job(job, device)
+    return Trial(before, _peak_memory(device), seconds)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of jobs that are done, also that which PyTorch or the GNU C library keeps."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 class GemmPeak:
     """Peak rate of a square matrix product (GEMM) at this moment, in FLOP/s: the best of three."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.size, self.device = (1536 if device.type == "cpu" else 8192), device
+        self.size, self.device = GEMM_SIZE.get(device.type, 8192), device
         self.a, self.b = torch.randn(2, self.size, self.size, device=device).to(dtype)
         self()
 
     def __call__(self) -> float:
-        def product() -> None:
-            torch.mm(self.a, self.b)
+        return 2 * self.size**3 / min(time_job(lambda: torch.mm(self.a, self.b), self.device) for _ in range(3))
 
-        return 2 * self.size**3 / min(time_job(product, self.device) for _ in range(3))
+
+# --- rounds -----------------------------------------------------------------------------------------------
 
 
 def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement | Skipped]:
     """Try every case of a job, then time those that finished in rounds."""
     device = torch.device(settings.device)
-    gc.collect()
-    if trim := sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # the GNU C library returns freed memory to the system
-    trials: dict[Case, Trial | None] = {}
+    free(device)
+    trials: dict[Case, Trial] = {}
     for case in cases:  # all trials first, before this process itself grows
-        tried = settings.isolated and case.part != "loading"
-        outcome = unsupported_reason(case, settings) or (trial(case, settings) if tried else None)
+        isolated = settings.isolated and case.part != "loading"
+        outcome = unsupported_reason(case, settings) or (trial(case, settings) if isolated else Trial())
         if isinstance(outcome, str):
             yield Skipped(**vars(case), reason=outcome)
         else:
             trials[case] = outcome
-    if not trials:
-        return
     jobs: dict[Case, tuple[Job, int]] = {}  # and how often it is called in a run
     differences: dict[Case, float] = {}
     reference = None
-    for case, outcome in list(trials.items()):
-        if case.part == "separation" and outcome and outcome.seconds > LONG:
-            continue  # its trial is its only timing
+    for case in [case for case in trials if trials[case].seconds <= LONG or case.part != "separation"]:
         try:
             job = prepare(case, settings)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            held, started = _peak_memory(settings.device), time.perf_counter()
+            started = time.perf_counter()
             output = job()
             _wait(device)
             took = time.perf_counter() - started
+            if took < 20 * MIN_RUN or device.type == "cuda":  # the first run may compile, or choose block sizes
+                seen = observe(job, device)
+                took = seen.seconds
+                if device.type == "cuda" and not settings.isolated:
+                    trials[case] = seen
         except Exception as error:  # any failure is a result
-            if settings.isolated:  # its trial succeeded
-                raise
             del trials[case]
             yield Skipped(**vars(case), reason=failure(error))
             continue
-        if not settings.isolated and device.type == "cuda":
-            trials[case] = Trial(held, _peak_memory(settings.device), took)
-        if output is not None and case.part != "loss" and case.candidate != "bs_roformer":
+        if isinstance(output, Tensor) and case.part != "loss" and case.candidate != "bs_roformer":
             output = output.double()
             reference = output if reference is None else reference
             differences[case] = float((output - reference).norm() / reference.norm())
-        took = took if took > 20 * MIN_RUN else time_job(job, device)
         jobs[case] = job, max(1, math.ceil(MIN_RUN / max(took, 1e-6)))
+    if not trials:
+        return
     gemm_peak = GemmPeak(device, DTYPES[cases[0].dtype])
     before = gemm_peak()
-    times = {case: [outcome.seconds] if outcome and case not in jobs else [] for case, outcome in trials.items()}
+    times = {case: [] if case in jobs else [seen.seconds] for case, seen in trials.items()}
     peaks = {case: [] if case in jobs else [before] for case in trials}
     for _ in range(settings.repeats):
         for case, (job, calls) in jobs.items():
-            times[case].append(time_job(job, device, calls) / (EXAMPLES if case.part == "loading" else 1))
+            times[case].append(time_job(job, device, calls))
             after = gemm_peak()
             peaks[case].append((before + after) / 2)
             before = after
-    config = ModelConfig.preset(settings.preset)
-    for case, outcome in trials.items():
+    for case, seen in trials.items():
         yield Measurement(
             **vars(case), times=tuple(times[case]), gemm_peaks=tuple(peaks[case]), flops=flops(case, settings),
-            units=1.0 if case.part == "loading" else float(spectrogram_frames(case.seconds, config)),
-            memory=outcome.memory if outcome else None, memory_before=outcome.memory_before if outcome else None,
+            units=units(case, settings), memory=seen.memory, memory_before=seen.memory_before,
             difference=differences.get(case),
         )  # fmt: skip
 

@@ -14,10 +14,10 @@ import torch
 
 from ...config import PRESETS
 
-PARTS = ("scan", "convolution", "mixer", "model", "separation", "loss", "loading")
+PARTS = ("scan", "convolution", "mixer", "model", "step", "separation", "loss", "loading")
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BACKENDS = ("plain", "chunked", "cpu", "triton", "matrix", "recurrent")
+BACKENDS = ("plain", "chunked", "cpu", "triton", "matrix", "recurrent", "auto")
 """Those of `kernels.accelerate`, and the plain model with `ssd.matrix` or `ssd.recurrent` for its scan."""
 BASELINES = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
@@ -40,7 +40,7 @@ class Settings:
 
     lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  #: of the audio, in seconds
     parts: tuple[str, ...] = PARTS
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...] = BACKENDS[:-1]
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: tuple[str, ...] = (FORWARD, BACKWARD)
     device: str = "cpu"  #: cpu, cuda or mps
@@ -48,28 +48,30 @@ class Settings:
     preset: str = "paper"  #: size of the model
     sequences: int = 16  #: batch of the scan and the convolution
     baselines: tuple[str, ...] = tuple(BASELINES)
+    batch: int = 1  #: of a training step, which accumulates two
     gradient_checkpointing: bool = True  #: recompute the model's layers in its backward pass
+    compile: bool = False  #: `torch.compile` the layers of a training step
     limit: float = 60.0  #: seconds that one run may take
     memory: float = 12.0  #: gigabytes that one run may take beyond its inputs, on a CPU under Linux
     isolated: bool = True  #: try each case in a process of its own first; without, `limit` and `memory` do not hold
 
     def __post_init__(self) -> None:
-        choices = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
+        names = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
         words = {"preset": PRESETS, "device": ("cpu", "cuda", "mps")}
-        for name, known in {**choices, "baselines": BASELINES, **words}.items():
-            value = getattr(self, name)
-            values = (value,) if name in words else tuple(value)
+        for name, known in {**names, "baselines": BASELINES, **words}.items():
+            values = (getattr(self, name),) if name in words else tuple(getattr(self, name))
             if wrong := [one for one in values if one not in known]:
-                raise ValueError(f"{name}={value!r}: {wrong[0]!r} is not one of {', '.join(known)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: {wrong[0]!r} is not one of {', '.join(known)}")
             if not values and name not in ("baselines", "backends"):
                 raise ValueError(f"{name} is empty: name at least one of {', '.join(known)}")
-            object.__setattr__(self, name, value if name in words else values)
+            if name not in words:
+                object.__setattr__(self, name, values)
         object.__setattr__(self, "lengths", tuple(sorted({float(length) for length in self.lengths})))
-        limits = {"repeats": 1, "sequences": 1, "limit": 1e-9, "memory": 1e-9}  # smallest values
-        if wrong := [name for name, least in limits.items() if not least <= getattr(self, name) < math.inf]:
-            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])!r} must be a positive number")
         if not self.lengths or not all(0.1 <= length <= 7200 for length in self.lengths):
             raise ValueError(f"lengths={self.lengths!r} must be seconds from 0.1 to 7200, at least one")
+        for name in ("repeats", "sequences", "batch", "limit", "memory"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive number")
         if not {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[self.device]:
             raise ValueError(f"device={self.device!r}: there is no such device here; device='cpu' runs everywhere")
 
@@ -103,7 +105,7 @@ class Measurement(Case):
     times: tuple[float, ...]  #: seconds of a job, for each round
     gemm_peaks: tuple[float, ...]  #: FLOP/s of the matrix products timed before and after it, for each round
     flops: float | None  #: floating-point operations of the job (`candidates.flops`); None where they are not counted
-    units: float  #: frames of a spectrogram; examples for the loading part
+    units: float  #: frames of a spectrogram; examples for loading and training steps
     memory: int | None  #: largest resident memory, in bytes, of a process that does only this job (GPU: of its tensors)
     memory_before: int | None  #: the same before the job, with all imports, weights and inputs
     difference: float | None  #: of the output from that of the job's first candidate, relative, in the Euclidean norm

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .settings import BACKWARD, Measurement
+from .settings import BACKWARD, Case, Measurement
 
 
 def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
@@ -39,15 +39,11 @@ def results_table(rows: Sequence[Measurement], part: str) -> list[dict[str, Any]
     for row in [row for row in rows if row.part == part]:
         first = next(other for other in rows if other.job == row.job)
         line = {
-            "audio (s)": f"{row.seconds:g}",
-            **({"axis": row.axis} if row.axis else {}),
-            "type": row.dtype,
-            "pass": row.mode,
-            "candidate": row.candidate,
-            "median (ms)": _milliseconds(row.median),
-            "quartiles (ms)": " to ".join(map(_milliseconds, row.quartiles)),
+            **case_columns(row),
+            "median (ms)": digits(1e3 * row.median),
+            "quartiles (ms)": " to ".join(digits(1e3 * seconds) for seconds in row.quartiles),
             "times the first": row.ratio_to(first),
-            "examples/s" if part == "loading" else "frames/s": f"{row.rate:,.0f}",
+            "examples/s" if part in ("step", "loading") else "frames/s": digits(row.rate),
             "of the peak": None if row.fraction is None else f"{row.fraction:.0%}",
             "memory (GB)": None if row.memory is None else row.memory / 1e9,
             "difference": None if row.difference is None else f"{row.difference:.0e}",
@@ -56,8 +52,21 @@ def results_table(rows: Sequence[Measurement], part: str) -> list[dict[str, Any]
     return lines
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
+def case_columns(case: Case) -> dict[str, Any]:
+    """The columns of a table that name a case."""
+    axis = {"axis": case.axis} if case.axis else {}
+    return {
+        "audio (s)": f"{case.seconds:g}",
+        **axis,
+        "type": case.dtype,
+        "pass": case.mode,
+        "candidate": case.candidate,
+    }
+
+
+def digits(value: float) -> str:
+    """A number for a table: three digits, and more in front of the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def growth_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
