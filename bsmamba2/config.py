@@ -1,4 +1,4 @@
-"""What a model is made of: one frozen, validated configuration (book: "The whole model").
+"""Configuration of a model, frozen and validated (book: "The whole model").
 
 Axis letters used throughout the module, and in `book/notation.md`:
 
@@ -29,7 +29,7 @@ class ModelConfig:
     """The architecture of a `BSMamba2`, and nothing else.
 
     The defaults are the published model (arXiv:2508.14556 and the authors' code). Every field is
-    checked on creation: `ValueError` names the field, its value and what would be accepted.
+    checked on creation: `ValueError` names the field, its value and the accepted values.
 
     Attributes:
         dim: features per band and frame, `d`.
@@ -118,7 +118,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
-        """A named size: `paper` (as published), `compact` (short GPUs) or `small` (two CPU cores).
+        """A named size: `paper` (as published), `compact` (GPUs with little memory) or `small` (two CPU cores).
 
         Args:
             name: the preset.

@@ -97,7 +97,7 @@ def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
 
 
 class Remixer:
-    """Random remixing: an endless, seeded supply of training batches from a list of songs.
+    """Random remixing: endless, seeded training batches from a list of songs.
 
     For every example and each stem independently: a window drawn uniformly from all salient windows of that stem in all
     songs, replaced by zeros with probability `stem_dropout`, times a gain uniform in `gains`. The mixture is the sum of
@@ -212,7 +212,7 @@ class Validation:
         self.heard = [numbers for _, numbers in heard.values()]
 
     def __call__(self, model: BSMamba2) -> dict[str, float]:
-        """`usdr`, the mean over the targets in dB; of several targets also `usdr_NAME` for each."""
+        """`usdr`, the mean over the targets in dB; for several targets also `usdr_NAME` for each."""
         return self.means(model, self.totals(model))
 
     def totals(self, model: BSMamba2, first: int = 0, every: int = 1) -> list[float]:

@@ -109,7 +109,7 @@ class DualPath(nn.Module):
         return x.unflatten(0, (b, t))
 
     def step(self, x: Tensor, state: MixerState | None, frames: int) -> tuple[Tensor, MixerState]:
-        """`forward` of a segment and its look-ahead, (b, t, k, d); only the time axis carries a state on.
+        """`forward` of a segment and its look-ahead, (b, t, k, d); only the time axis carries over a state.
 
         Args and Returns: as those of `PreNormResidual.step`, the state of b·k sequences.
         """

@@ -1,4 +1,4 @@
-"""From features to a complex mask; and the best mask there is.
+"""From features to a complex mask; and the oracle mask.
 
 (b t k d)  →  per band: Linear, tanh, Linear, GLU  →  (b t (f c 2))  →  complex mask (b c f t)
 

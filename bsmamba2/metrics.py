@@ -52,7 +52,7 @@ def usdr(reference: Tensor, estimate: Tensor) -> float:
 
 
 def csdr(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, other_sources: Pairs = ()) -> float:
-    """Chunk-level SDR in dB: the median of `csdr_seconds`, dropped seconds left out.
+    """Chunk-level SDR in dB: the median of `csdr_seconds`, without the dropped seconds.
 
     NaN when no second is left, for a silent reference and for a silent estimate among others (museval raises there).
     """
@@ -117,7 +117,7 @@ class Bleed:
 
 
 def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Bleed:
-    """Bleedless and fullness: how much the estimate has too much and too little of, on mel bands in dB.
+    """Bleedless and fullness: how little the estimate adds and how little it lacks, on mel bands in dB.
 
         L(x) = max(20 · log10 max(|STFT x| · mel, 1e-10), max − 80)      d = L(ŝ) − L(s)
         bleedless = 100 / (1 + mean of the d above 0)      fullness = 100 / (1 + |mean of the d below 0|)

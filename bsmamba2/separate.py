@@ -204,7 +204,7 @@ def check_mixture(block: Tensor) -> None:
 
 
 def check_stems(stems: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError when a model gave NaN or infinite samples."""
+    """Raise ValueError when a model returned NaN or infinite samples."""
     if not stems.isfinite().all():
         fix = "use another checkpoint" if dtype == torch.float32 else "use --dtype float32, or another checkpoint"
         raise ValueError(f"the model gives samples that are NaN or infinite: {fix}")

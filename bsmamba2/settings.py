@@ -37,7 +37,7 @@ def setting(default: Any, help: str, choices: tuple[str, ...] = (), *, within: s
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """A path whose `~` is the home folder, as shells have it; where there is no such home, the path as it is."""
+    """A path with `~` replaced by the home folder, as in a shell; unchanged where there is no such home."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
 
 
@@ -86,7 +86,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def check_settings(config: Any) -> None:
-    """Check every field of a frozen dataclass: its type, and what `setting` allows. Lists become tuples.
+    """Check every field of a frozen dataclass: its type, and the limits that `setting` gave it. Lists become tuples.
 
     Raises:
         ValueError: for the first value that does not fit; it names the field.

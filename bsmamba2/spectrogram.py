@@ -65,6 +65,6 @@ def istft(
 
 
 def check_length(samples: int, n_fft: int) -> None:
-    """Raise ValueError when so few samples have no reflected edges."""
+    """Raise ValueError when there are too few samples to reflect at the edges."""
     if samples <= n_fft // 2:
         raise ValueError(f"{samples} samples are too few for n_fft={n_fft}: pad the audio to more than {n_fft // 2}")

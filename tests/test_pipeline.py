@@ -160,7 +160,7 @@ def test_the_evaluation_notebook_scores_a_checkpoint(tmp_path: Path, small_model
     assert content["failures"] == []
     assert len(content["rows"]) == len((tmp_path / "run" / "rows.csv").read_text().splitlines()) - 1 == 6
     outputs = (tmp_path / "run.ipynb").read_text()
-    assert outputs.count("image/png") == 2
+    assert outputs.count("image/svg+xml") == 2
     assert "not comparable" in outputs
 
 
@@ -196,7 +196,7 @@ def test_the_benchmark_notebook_writes_what_it_measured(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert missing == {"triton"}
         assert "nothing below was run on a GPU" in outputs
-    assert outputs.count("image/png") == 1
+    assert outputs.count("image/svg+xml") == 1
     assert "1 s against 0.25 s" in outputs
 
 

@@ -1,8 +1,9 @@
 // Explorables: figures and audio players that follow sliders, from data embedded in the page.
 //
-// <div class="explorable" data-kind="curves|bands|listen"> holds range inputs, a .drawing, a .caption (a live region) and a
-// <script type="application/json">: {common, settings}. The settings cover all positions of the sliders, the last slider
-// fastest; each has a `caption`, a sentence, and the data that its kind draws. Written by bsmamba2.teaching.plotting.explorable.
+// <div class="explorable" data-kind="curves|bands|grids|meters|listen"> holds range inputs, a .drawing, a .caption (a live
+// region) and a <script type="application/json">: {common, settings}. The settings cover all positions of the sliders, the
+// last slider fastest; each has a `caption`, in sentences, and the data that its kind draws. This script computes nothing
+// that a reader sees: bsmamba2.teaching.explorables does, and writes the elements.
 "use strict";
 
 (() => {
@@ -18,6 +19,7 @@
   }
 
   const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
+  const fixed = (value, digits) => (Math.abs(value) < 0.5 / 10 ** digits ? 0 : value).toFixed(digits).replace("-", "−");
 
   // --- scales: from a value to a position between 0 and 1 ---
 
@@ -43,9 +45,12 @@
     const across = scale(panel.xscale, ...panel.xlim), inner = width - MARGIN.left - MARGIN.right;
     const x = (v) => x0 + inner * across(v);
     add(svg, "text", { x: x0, y: 15, class: "title" }, panel.title);
+    let last = -Infinity; // where the last number stands: one that would touch it is left out
     for (const tick of panel.xticks) {
       add(svg, "line", { x1: x(tick), x2: x(tick), y1: y0, y2: y0 + 4, class: "axis" });
-      add(svg, "text", { x: x(tick), y: y0 + 16, "text-anchor": "middle" }, tick >= 1000 ? `${tick / 1000}k` : tick);
+      if (x(tick) - last < 25) continue;
+      last = x(tick);
+      add(svg, "text", { x: last, y: y0 + 16, "text-anchor": "middle" }, tick >= 1000 ? `${tick / 1000}k` : String(tick).replace("-", "−"));
     }
     add(svg, "line", { x1: x0, x2: x0 + inner, y1: y0, y2: y0, class: "axis" });
     add(svg, "text", { x: x0 + inner / 2, y: height - 6, "text-anchor": "middle" }, panel.xlabel);
@@ -54,7 +59,8 @@
 
   // --- kinds ---
 
-  // Lines over one pair of axes, panel below panel. A setting gives `mark`, a point on fixed lines, or `y`, new lines.
+  // Lines over one pair of axes, panel below panel. A setting gives `mark`, a point on fixed lines, or `y`, new lines by
+  // panel and series, and then perhaps `at`, a point of its own.
   function curves(drawing, common, setting, width) {
     common.panels.forEach((panel, i) => {
       const height = 210, { svg, x, x0, y0, inner } = frame(drawing, panel, width, height);
@@ -70,7 +76,7 @@
         add(svg, "text", { x: x0 - 6, y: y(tick) + 4, "text-anchor": "end" }, number(tick));
       }
       panel.series.forEach((series, j) => {
-        const values = setting.y ? setting.y[i] : series.y;
+        const values = setting.y ? setting.y[i][j] : series.y;
         const points = panel.x.map((v, k) => `${x(v).toFixed(1)},${y(values[k]).toFixed(1)}`).join(" ");
         add(svg, "polyline", { points, class: `series s${j}` });
         if (panel.series.length > 1) {
@@ -82,6 +88,7 @@
           add(svg, "circle", { cx: x(panel.x[setting.mark]), cy: y(values[setting.mark]), r: 5, class: `dot s${j}` });
         }
       });
+      if (setting.at) add(svg, "circle", { cx: x(setting.at[0]), cy: y(setting.at[1]), r: 6, class: "dot s1" });
     });
   }
 
@@ -100,6 +107,78 @@
         add(svg, "line", { x1: x(hertz), x2: x(hertz), y1: top - 2, y2: top + 34, class: "mark" });
       }
     });
+    play(drawing, common.label, setting.sound);
+  }
+
+  // Tables of cells, side by side where there is room. A panel's `values` are its own or the setting's: numbers, or a string
+  // of digits; their size is the strength of the colour, their sign its hue, unless the panel names `classes` for them. With
+  // `digits` they are written too. `pick` names the sliders that a touched cell sets, by its row and column.
+  function grids(drawing, common, setting, width, set) {
+    common.panels.forEach((panel, i) => {
+      const { rows, cols, labels = {}, digits, pick, most, classes } = panel;
+      const left = labels.row ? 18 : 0, top = labels.col ? 40 : 24;
+      const size = Math.min(panel.size, Math.floor((width - left - 2) / cols));
+      const extra = panel.key ? 20 : 0;
+      const wide = Math.max(left + cols * size + 2, Math.min(width, 140)), high = top + rows * size + 2 + extra;
+      const svg = add(drawing, "svg", { viewBox: `0 0 ${wide} ${high}`, width: wide, height: high, role: "img", "aria-label": panel.alt });
+      const at = (row, col) => ({ x: left + col * size, y: top + (panel.up ? rows - 1 - row : row) * size, width: size, height: size });
+      const middle = ({ x, y, width }) => ({ x: x + width / 2, y: y + width / 2 + 4, "text-anchor": "middle" });
+      const values = panel.values || setting.values[i];
+      add(svg, "text", { x: left, y: 14, class: "title" }, panel.title);
+      (labels.col || []).forEach((label, col) => add(svg, "text", { ...middle(at(0, col)), y: top - 6 }, label));
+      (labels.row || []).forEach((label, row) => add(svg, "text", { ...middle(at(row, 0)), x: left - 4, "text-anchor": "end" }, label));
+      add(svg, "rect", { x: left, y: top, width: cols * size, height: rows * size, class: "cells" });
+      for (let cell = 0; cell < rows * cols; cell++) {
+        const place = at(Math.floor(cell / cols), cell % cols);
+        const value = values[cell] === null ? null : Number(values[cell]);
+        const shown = value !== null && (!classes || classes[value]);
+        const hue = shown ? (classes ? classes[value] : value < 0 ? "s1" : "s0") : "empty";
+        const strength = !shown ? 1 : classes ? 0.75 : Math.min(Math.abs(value) / most, 1) * (digits === undefined ? 1 : 0.5);
+        add(svg, "rect", { ...place, class: `block cell ${hue}`, "fill-opacity": strength, "data-cell": cell });
+        if (digits !== undefined && value !== null) add(svg, "text", { ...middle(place), class: "value" }, fixed(value, digits));
+      }
+      if (pick) {
+        svg.classList.add("pick");
+        svg.addEventListener("click", (event) => {
+          const { cell } = event.target.dataset;
+          if (cell) set({ [pick.row]: Math.floor(cell / cols), [pick.col]: cell % cols });
+        });
+      }
+      for (const border of panel.borders || []) {
+        const x = left + border * size, y = top + border * size;
+        add(svg, "line", { x1: left, x2: left + cols * size, y1: y - 0.5, y2: y - 0.5, class: "axis" });
+        add(svg, "line", { x1: x + 0.5, x2: x + 0.5, y1: top, y2: top + rows * size, class: "axis" });
+      }
+      for (const [row, col, kind] of setting.marks[i]) add(svg, "rect", { ...at(row, col), class: `outline ${kind}` });
+      let x = left;
+      (panel.key || []).forEach((words, value) => {
+        if (!words) return;
+        add(svg, "rect", { x, y: high - 15, width: 12, height: 12, class: `block ${classes[value]}`, "fill-opacity": 0.75 });
+        add(svg, "text", { x: x + 16, y: high - 5 }, words);
+        x += 24 + 6.5 * words.length;
+      });
+    });
+  }
+
+  // Scores on one axis, row by row: a ring where each was, a dot where it is.
+  function meters(drawing, common, setting, width) {
+    const { svg, x, x0, inner } = frame(drawing, common.panel, width, 84 + 40 * common.names.length);
+    const inside = (v) => x(Math.max(common.panel.xlim[0], Math.min(common.panel.xlim[1], v)));
+    common.names.forEach((name, i) => {
+      const y = MARGIN.top + 38 + 40 * i, [before, now] = [setting.before[i], setting.values[i]];
+      add(svg, "text", { x: x0, y: y - 14 }, `${name}: ${fixed(now, 1)} dB`);
+      add(svg, "line", { x1: x0, x2: x0 + inner, y1: y, y2: y, class: "grid" });
+      add(svg, "line", { x1: inside(before), x2: inside(now), y1: y, y2: y, class: "series s1" });
+      add(svg, "circle", { cx: inside(before), cy: y, r: 7, class: "ring" });
+      add(svg, "circle", { cx: inside(now), cy: y, r: 5, class: "dot s0" });
+    });
+    play(drawing, common.label, setting.sound);
+  }
+
+  function play(drawing, label, src) {
+    const figure = add(drawing, "figure", { class: "player" });
+    add(figure, "figcaption", {}, label);
+    add(figure, "audio", { controls: "", preload: "metadata", "aria-label": label, src });
   }
 
   // Pictures and players, side by side where there is room.
@@ -112,7 +191,7 @@
     });
   }
 
-  const KINDS = { curves, bands, listen };
+  const KINDS = { curves, bands, grids, meters, listen };
 
   // --- one explorable ---
 
@@ -126,7 +205,7 @@
     function draw() {
       const index = sliders.reduce((sum, slider, i) => sum * names[i].length + Number(slider.value), 0);
       drawing.replaceChildren();
-      KINDS[box.dataset.kind](drawing, common, settings[index], width);
+      KINDS[box.dataset.kind](drawing, common, settings[index], width, set);
       sliders.forEach((slider, i) => {
         const value = names[i][slider.value];
         slider.setAttribute("aria-valuetext", value);
@@ -135,12 +214,18 @@
       if (caption.textContent !== settings[index].caption) caption.textContent = settings[index].caption;
     }
 
+    function set(values) {
+      sliders.forEach((slider, i) => (slider.value = values[i] ?? slider.value));
+      draw();
+    }
+
+    box.querySelector(".controls").hidden = false;
     new ResizeObserver(() => {
       const now = Math.max(260, Math.floor(drawing.clientWidth));
       if (now === width) return;
       const first = width === 0;
       width = now;
-      if (first || box.dataset.kind !== "listen") draw(); // redrawing would stop a player
+      if (first || !drawing.querySelector("audio")) draw(); // redrawing would stop a player
     }).observe(drawing);
     sliders.forEach((slider) => slider.addEventListener("input", draw));
   }

@@ -1,4 +1,4 @@
-"""Checkpoints: load and save a model, from any program that trained one; nothing in a file is ever executed.
+"""Checkpoints: load a model that any program trained, and save one; nothing in a file is ever executed.
 
 `layouts` loads and saves; begin there. `published_layout` has the names, shapes and known files of the authors' model,
 `state_dict` finds the weights under the wrappers and prefixes of other training programs, and `safe_pickle` reads

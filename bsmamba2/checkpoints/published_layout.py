@@ -118,7 +118,7 @@ def is_published(names: Iterable[str]) -> bool:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a name is one of a tensor of the model, in our layout or the published one."""
+    """Whether a name belongs to a tensor of the model, in our layout or the published one."""
     return bool(_match(name, _OURS) or _match(name, _PUBLISHED))
 
 
@@ -137,7 +137,7 @@ def unsupported_variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def expected_shapes(config: ModelConfig, *, published: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a model, under our names or the published ones; no memory is taken."""
+    """Name → shape of every tensor of a model, under our names or the published ones; allocates no memory."""
     d, e, h = config.dim, config.inner, config.heads
     x = e + 2 * config.d_state
     sizes = {"1": 1, "d": d, "2d": 2 * d, "e": e, "h": h, "x": x, "z": e + x + h, "v": config.d_conv}

@@ -26,7 +26,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class Skipped:
-    """Placeholder of an object that is not rebuilt; `name` says which."""
+    """Placeholder for an object that is not rebuilt; `name` identifies it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

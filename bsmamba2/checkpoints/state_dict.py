@@ -1,4 +1,4 @@
-"""State dicts: find a model's weights in what a training program saved, under wrappers and prefixes, and check them.
+"""State dicts: find a model's weights in the file of a training program, under wrappers and prefixes, and check them.
 
     {"epoch": 7, "model_state_dict": {"module." + name: tensor}, "optimizer": …}   →   {name: tensor}
 
@@ -44,7 +44,7 @@ class FoundWeights:
 
 
 def find_weights(content: Any) -> FoundWeights:
-    """Find the weights in the content of a file; anything else in it is passed over.
+    """Find the weights in the content of a file; anything else in it is ignored.
 
     Args:
         content: as `safe_pickle.load_pickle` returns it, or name → tensor.

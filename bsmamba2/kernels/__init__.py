@@ -1,4 +1,4 @@
-"""Speed: faster forms of the core's scan, mixer and bidirectional block, and the one call that puts them in.
+"""Speed: faster forms of the core's scan, mixer and bidirectional block, and the one call that installs them.
 
 Begin with `accelerate(model)`: it chooses by device and self-test (`resolver.py`), and `restore(model)` undoes it.
 `chunked` and `blockwise` need PyTorch only; `cpu`, with `cpu_layers`, needs a C++ compiler once; `triton` needs a CUDA

@@ -28,7 +28,7 @@ BLOCK = 2**20
 
 
 def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, max_sequences: int | None = None) -> Tensor:
-    """Apply a layer that reads each sequence by itself, on a CPU to a few sequences at a time.
+    """Apply a layer that reads each sequence separately; on a CPU, apply it to a few sequences at a time.
 
     Intermediate results then stay in the processor's cache, where the whole batch would go through memory at every
     operation.

@@ -1,4 +1,4 @@
-"""The mixer's own kernel for CPUs: C++, in `cpp`, built when first wanted, used where its self-test passes.
+"""The mixer's own kernel for CPUs: C++, in `cpp`, built at first use, and used where its self-test passes.
 
     scan             the function of `bsmamba2.ssd`
     conv_scan_gate   convolution, scan and gate of a mixer fused: x, B and C never leave the cache
@@ -204,7 +204,7 @@ def _gradients(y: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tens
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm, x · rsqrt(mean x² + eps) · weight over the last axis, a multiple of 32: (..., d), (d,) → (..., d).
+    """RMS norm, x · rsqrt(mean x² + eps) · weight over the last axis: (..., d), (d,) → (..., d); d is a multiple of 32.
 
     It has no gradients. x is float32 or bfloat16, and so is the result.
     """
@@ -227,7 +227,7 @@ def _unpack_state(state: Tensor, h: int) -> Tensor:
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype, p: int, n: int) -> list[BackendError]:
-    """Why the operators do not take tensors of a device, type and size; empty when they do."""
+    """Reasons why the operators do not accept tensors of a device, type and size; empty if they do."""
     reasons = []
     if device.type != "cpu":
         reasons.append(BackendError(f"the tensor is on {device}, the C++ kernel runs on a CPU", "backend='auto'"))

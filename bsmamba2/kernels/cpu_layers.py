@@ -1,4 +1,4 @@
-"""Layers that run the C++ kernel: the mixer, and the bidirectional block with neighbouring matrices multiplied.
+"""Layers that run the C++ kernel: the mixer, and the bidirectional block with adjacent matrices multiplied in advance.
 
 Each computes the same function as the plain class that it derives from, and has the same parameters. For types, sizes
 and devices that the kernel does not support, the blockwise form computes instead. Book: "Appendix: the CPU kernel".
@@ -27,7 +27,7 @@ class Workspace:
     """Preallocated buffers for the CPU kernel, one block of sequences.
 
     The C library gives large buffers back after each use, and the system clears them when they are asked for again: a
-    quarter of the time of a model. With gradients, which need what was projected, each block has its own.
+    quarter of the time of a model. With gradients each block has its own, because they need the projections.
 
     Args:
         x: all sequences, (b, length, d).
@@ -79,7 +79,7 @@ class CpuMamba2(BlockwiseMamba2):
         return functional.linear(y, self.output_matrix()), MixerState(frames.transpose(0, 1), after)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the C++ kernel computes x; a kernel that should but fails its self-test is warned of once."""
+        """Whether the C++ kernel computes x; warns once if it should but fails its self-test."""
         dtype = matmul_dtype(x)
         if cpu.unsupported_reasons(x.device, dtype, self.headdim, self.conv_sizes[1]):
             return False
@@ -112,7 +112,7 @@ class CpuMamba2(BlockwiseMamba2):
 
 
 class CpuBlock(BlockwiseBlock):
-    """`BidirectionalBlock` with the C++ kernel, in fewer passes: matrices that follow each other become one.
+    """`BidirectionalBlock` with the C++ kernel, in fewer passes, because adjacent matrices become one.
 
         u = x / rms(x)      y_f = kernel(W_f γ_f u),   y_b = kernel(W_b γ_b u), from the last frame to the first
         out = M_f (x + O_f y_f) + M_b (x + O_b y_b) + m + x = (M_f + M_b) x + M_f O_f y_f + M_b O_b y_b + m + x

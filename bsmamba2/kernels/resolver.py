@@ -89,7 +89,7 @@ def accelerate(model: nn.Module, backend: str = "auto", *, dtype: torch.dtype = 
 
 
 def restore(model: nn.Module) -> None:
-    """Take out what `accelerate` put in: the modules have their plain classes again."""
+    """Undo `accelerate`: the modules have their plain classes again."""
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
 
@@ -134,7 +134,7 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, p: int, n: in
 
 
 def slowdown(device: torch.device, dtype: torch.dtype) -> float:
-    """How many times longer a linear layer takes in `dtype` than in float32, measured here on a small one.
+    """Time of a small linear layer in `dtype`, divided by its time in float32, measured on this device.
 
     A CPU without instructions for a narrow type may take 8 to 100 times as long. 0 on other devices, where nothing is
     measured.

@@ -85,10 +85,10 @@ def scan(
     chunk = SHORT_CHUNK if t <= 2 * SHORT_CHUNK else FULL_CHUNK
     A, D = A.float(), None if D is None else D.float()
     rows = _max_batch(x, B.shape[-1], chunk)
-    outputs, states = [], []
+    parts = []
     for start in range(0, b, rows):
         piece = slice(start, start + rows)
-        y, state = kernel(
+        result = kernel(
             _addressable(x[piece]),
             _addressable(dt[piece].float()),
             A,
@@ -97,16 +97,15 @@ def scan(
             chunk,
             D=D,
             initial_states=None if initial_state is None else initial_state[piece].float(),
-            return_final_states=True,
+            return_final_states=return_state,  # unneeded states would cost the backward pass a gradient of zeros
         )
-        outputs.append(y)
-        states.append(state)
-    y, state = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outputs, states))
-    return (y, state) if return_state else y
+        parts.append(result if return_state else (result,))
+    joined = [values[0] if len(values) == 1 else torch.cat(values) for values in zip(*parts, strict=True)]
+    return tuple(joined) if return_state else joined[0]
 
 
 def _max_batch(x: Tensor, n: int, chunk: int) -> int:
-    """How many sequences go into one launch."""
+    """The number of sequences in one launch."""
     _, t, h, p = x.shape
     chunks = -(-t // chunk)
     largest = max(t * h * p, chunks * chunk * max(h, chunk, n), chunks * h * p * n)  # elements of one sequence
@@ -305,7 +304,7 @@ def missing_requirements(load: Callable[[], object]) -> list[BackendError]:
 
 @functools.cache
 def self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | None:
-    """What keeps the fused scan from working on a device for inputs of a type; none when it works.
+    """Reason why the fused scan cannot run on a device for inputs of a type; none when it works.
 
     Runs it in short chunks and in long ones, forward and backward, and compares outputs, state and gradients
     with the loop in float64 on the CPU. Once for each device and type in a process. Running out of memory
@@ -338,7 +337,7 @@ def self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | 
 
 @functools.cache
 def conv_self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | None:
-    """The same for causal-conv1d, compared with `torch.nn.functional.conv1d`."""
+    """The same for causal-conv1d, whose output is compared with that of `torch.nn.functional.conv1d`."""
     g = torch.Generator().manual_seed(0)
     t, b, w, taps = 20, 2, 16, 4
     inputs = [torch.randn(*shape, generator=g).to(dtype) for shape in [(t, b, w), (w, 1, taps), (w,)]]

@@ -1,6 +1,7 @@
 """Teaching: everything that the chapters, the page "Explore" and the labs show, beyond the model itself.
 
-`plotting` draws figures, plays sound and prints source; `exercises` checks a reader's answers; `demos` computes what a
-slider shows; `notebook_parameters` checks the parameters that papermill injects. Nothing else in the package imports
-from here but `cli`. Needs the extra `book` (matplotlib, IPython). Begin with `plotting`, which every chapter uses.
+`plotting` draws figures, plays sound and prints source; `explorables` and, with audio, `listening` are the interactive
+figures; `exercises` checks a reader's answers; `demos` computes what a slider shows; `notebook_parameters` checks the
+parameters that papermill injects. Nothing else in the package imports from here but `cli`. Needs the extra `book`
+(matplotlib, IPython). Begin with `plotting`, which every chapter uses.
 """

@@ -11,8 +11,6 @@ import html
 import inspect
 import io
 import itertools
-import json
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,35 +21,15 @@ import matplotlib.image
 import numpy as np
 import soundfile
 import torch
-from cycler import cycler
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 from torch import Tensor
 from tqdm import tqdm
 
 from ..spectrogram import stft
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
-STYLE: dict[Any, Any] = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "axes.prop_cycle": cycler(color=COLOURS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "font.size": 10,
-    "image.cmap": "magma",
-}
-
-
-class Picture(Figure):
-    """A matplotlib Figure that a notebook displays under any matplotlib backend."""
-
-    def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.savefig(file, format="png", dpi=self.dpi)
-        return file.getvalue()
+from .picture import COLOURS, STYLE, Picture
 
 
 @contextmanager
@@ -73,6 +51,8 @@ def source(*objects: Callable[..., Any]) -> Markdown:
 def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
     """Audio players for signals (c, samples) by label, embedded as MP3; one factor scales all, so that levels compare.
 
+    The book's pages make one player of several signals of equal length (`book/_static/player.js`).
+
     Raises:
         ValueError: when a sample is NaN or infinite.
     """
@@ -86,48 +66,8 @@ def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
             f'<figure class="player"><figcaption>{name}</figcaption>'
             f'<audio controls preload="metadata" aria-label="{name}" src="{address}"></audio></figure>'
         )
-    return HTML("\n".join(players))
-
-
-def explorable(
-    kind: str, name: str, sliders: Mapping[str, Sequence[str]], settings: Sequence[Mapping[str, Any]], **common: Any
-) -> HTML:
-    """Interactive figure with sliders that works on a static page: all settings are precomputed and embedded.
-
-    Drawn by `book/_static/explore.js`, which the book's pages load; JupyterLab shows only the caption.
-
-    Args:
-        kind: "curves", "bands" or "listen", one of the script's kinds.
-        name: one word, unique on the page.
-        sliders: label → the words for its positions, from left to right; it starts in the middle.
-        settings: one for each combination of positions, the last slider's fastest: a `caption` and the data to draw.
-        common: data shared by all settings.
-
-    Raises:
-        ValueError: when there are not as many settings as combinations.
-    """
-    count = math.prod(len(values) for values in sliders.values())
-    if len(settings) != count:
-        raise ValueError(f"the sliders have {count} combinations of positions, and there are {len(settings)} settings")
-    controls, start = [], 0
-    for i, (label, values) in enumerate(sliders.items()):
-        middle = len(values) // 2
-        start = start * len(values) + middle
-        words = html.escape(json.dumps(list(values), ensure_ascii=False), quote=True)
-        controls.append(
-            f'<div class="control"><label for="{name}-{i}">{html.escape(label)}</label>'
-            f'<input type="range" id="{name}-{i}" min="0" max="{len(values) - 1}" step="1" value="{middle}"'
-            f' data-values="{words}" aria-valuetext="{html.escape(values[middle])}" autocomplete="off">'
-            f'<output for="{name}-{i}">{html.escape(values[middle])}</output></div>'
-        )
-    data = json.dumps({"common": common, "settings": settings}, ensure_ascii=False, separators=(",", ":"))
-    data = data.replace("</", "<\\/")  # "</script" would end the element
-    return HTML(
-        f'<div class="explorable" id="{name}" data-kind="{kind}">{"".join(controls)}'
-        f'<p class="caption" aria-live="polite">{html.escape(settings[start]["caption"])}</p>'
-        f'<div class="drawing"><noscript>The drawing needs JavaScript.</noscript></div>'
-        f'<script type="application/json">{data}</script></div>'
-    )
+    group = "stems" if len({signal.shape[-1] for signal in signals.values()}) == 1 < len(signals) else "signals"
+    return HTML(f'<div class="{group}">{"".join(players)}</div>')
 
 
 def thumbnail(signal: Tensor, sample_rate: int = 44_100, *, top: float = 8_000.0, loudest: float | None = None) -> str:
@@ -194,7 +134,7 @@ def spectrograms(
     power = {label: stft(signal, n_fft, hop_length).abs().square().mean(0) for label, signal in signals.items()}
     loudest = max(float(values.max()) for values in power.values())
     bins = int(top / sample_rate * n_fft)
-    with _figure(len(signals), 1, 7.5, 1.9 * len(signals), sharex=True) as (figure, axes):
+    with _figure(len(signals), 1, 7.5, 2.2 * len(signals), sharex=True) as (figure, axes):
         for axis, (label, values) in zip(axes[:, 0], power.items(), strict=True):
             level = 10 * torch.log10(values[:bins] / loudest + 1e-9)
             extent = (0, values.shape[1] * hop_length / sample_rate, 0, top / 1000)
@@ -212,6 +152,8 @@ def lines(
     with _figure(1, 1, 7.5, height) as (figure, axes):
         for style, (label, (x, y)) in zip(itertools.cycle(("-", "--", "-.", ":")), series.items(), strict=False):
             axes[0, 0].plot(x, y, style, label=label)
+        if all(isinstance(x, range) for x, _ in series.values()):
+            axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, **limits)
         if len(series) > 1:
             axes[0, 0].legend(frameon=False)
@@ -259,18 +201,21 @@ def bars(values: Mapping[str, Sequence[float]], xlabel: str, *, mark: float | No
 def images(
     arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
 ) -> Figure:
-    """Heat maps side by side, row 0 on top unless `origin="lower"`; `options` go to matplotlib's imshow.
+    """Heat maps side by side with one scale and one colour bar; row 0 on top unless `origin="lower"`.
 
-    With `vmin` and `vmax`, all share one scale and one colour bar.
+    `options` go to matplotlib's imshow; without `vmin` and `vmax` the scale holds all values.
     """
-    with _figure(1, len(arrays), 7.5, height) as (figure, axes):
-        for axis, (label, array) in zip(axes[0], arrays.items(), strict=True):
-            image = axis.imshow(np.asarray(array), **{"aspect": "auto", "interpolation": "nearest", **options})
+    panels = {label: np.asarray(array) for label, array in arrays.items()}
+    scale = {
+        "vmin": min(float(np.nanmin(panel)) for panel in panels.values()),
+        "vmax": max(float(np.nanmax(panel)) for panel in panels.values()),
+    }
+    with _figure(1, len(panels), 7.5, height) as (figure, axes):
+        for axis, (label, panel) in zip(axes[0], panels.items(), strict=True):
+            way = "none" if panel.size < 40_000 else "auto"  # a large one is averaged over the pixels of the drawing
+            image = axis.imshow(panel, **{"aspect": "auto", "interpolation": way, **scale, **options})
             axis.set(title=label, xlabel=xlabel)
-            if not {"vmin", "vmax"} <= options.keys():
-                figure.colorbar(image, ax=axis, label=colour_label)
-        if {"vmin", "vmax"} <= options.keys():
-            figure.colorbar(image, ax=axes[0].tolist(), label=colour_label)
+        figure.colorbar(image, ax=axes[0].tolist(), label=colour_label)
         axes[0, 0].set_ylabel(ylabel)
     return figure
 
@@ -299,7 +244,7 @@ def cubes(x: Tensor, cuts: Sequence[str], *, sequence: int = 0) -> Figure:
         "band": (np.array([(0, 0), (0, high), (right, high + up)]), np.array((width / frames, 0)), frames),
     }
     size = float(x.abs().quantile(0.98))
-    options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "nearest", "aspect": "auto"}
+    options: dict[str, Any] = {"vmin": -size, "vmax": size, "interpolation": "none", "aspect": "auto"}
     with _figure(1, len(cuts), 7.5, 2.7) as (figure, axes):
         for axis, cut in zip(axes[0], cuts, strict=True):
             for values, origin, across, upwards in sides:
@@ -321,19 +266,23 @@ def cubes(x: Tensor, cuts: Sequence[str], *, sequence: int = 0) -> Figure:
 
 
 def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Figure:
-    """Band tables on a frequency axis: each band is a block from its lowest to its highest frequency."""
-    with _figure(1, 1, 7.5, 0.9 + 0.55 * len(tables)) as (figure, axes):
+    """Band tables on a frequency axis: each band is a block from its lowest to its highest frequency.
+
+    Dark and light only separate neighbours; over each table stand the widths of its narrowest and its widest band.
+    """
+    with _figure(1, 1, 7.5, 0.7 + 0.65 * len(tables)) as (figure, axes):
         axis = axes[0, 0]
-        for row, widths in enumerate(tables.values()):
+        for row, (label, widths) in enumerate(tables.items()):
             high = np.cumsum(widths) * sample_rate / 2 / (sum(widths) - 1)
-            size, colour = np.diff(high, prepend=0), [COLOURS[i % 2] for i in range(len(high))]
-            axis.barh(row, size, left=high - size, height=0.7, color=colour, edgecolor="white", linewidth=0.3)
+            size, colours = np.diff(high, prepend=0), [(COLOURS[0], 0.4 if i % 2 else 1) for i in range(len(high))]
+            axis.broken_barh(list(zip(high - size, size, strict=True)), (row - 0.25, 0.5), facecolors=colours)
+            axis.text(0, row - 0.32, f"{label}: {size.min():,.0f} to {size.max():,.0f} Hz wide")
         axis.set_xscale("symlog", linthresh=1000, linscale=1.2)
         ticks = [0, 250, 500, 750, 1000, 2000, 4000, 8000, 16_000]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set(yticks=range(len(tables)), yticklabels=list(tables))
-        axis.set_xlabel("frequency (Hz): linear to 1 kHz, logarithmic above")
-        axis.invert_yaxis()
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set(yticks=[], xlim=(0, sample_rate / 2), ylim=(len(tables) - 0.6, -0.75))
+        axis.set_xlabel("frequency (Hz): logarithmic above 1 kHz")
+        axis.spines["left"].set_visible(False)
     return figure
 
 

@@ -34,7 +34,7 @@ ANSWER = {
     "mystnb": {"code_prompt_show": "Answer", "code_prompt_hide": "Hide the answer"},
 }
 # What bsmamba2.teaching.plotting offers that is no figure, and so needs no alternative text.
-NOT_FIGURES = {"source", "audio", "explorable", "thumbnail", "sound", "progress", "decibels", "table"}
+NOT_FIGURES = {"source", "audio", "thumbnail", "sound", "progress", "decibels", "table"}
 
 
 # --- table of contents and files --------------------------------------------------------------------------

@@ -45,11 +45,14 @@ NO_CHAPTER = {
     "atomic_write.py",
     "cli",
     "experiments/benchmark",
-    "experiments/gpu_check",
+    "experiments/gpu_check.py",
     "checkpoints/safe_pickle.py",
     "checkpoints/state_dict.py",
     "teaching/demos.py",
+    "teaching/explorables.py",
+    "teaching/listening.py",
     "teaching/notebook_parameters.py",
+    "teaching/picture.py",
     "teaching/plotting.py",
 }
 

@@ -42,9 +42,9 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, initial_states
     assert B.shape == C.shape == (b, t, 1, B.shape[-1])
     assert {part.dtype for part in (dt, A, D, initial_states) if part is not None} == {torch.float32}
     assert B.dtype == C.dtype == x.dtype
-    assert return_final_states
     FAULT
-    return ssd.matrix(x, dt, A, B[:, :, 0], C[:, :, 0], D, initial_state=initial_states, return_state=True)
+    states = {"initial_state": initial_states, "return_state": return_final_states}
+    return ssd.matrix(x, dt, A, B[:, :, 0], C[:, :, 0], D, **states)
 """
 
 CONV = """
