@@ -66,7 +66,8 @@ help:
 	@echo 'make lint      style, types and workflows'
 	@echo 'make unit      the tests in tests/'
 	@echo 'make kernels   the tests of the fused GPU kernels, run on the CPU by an interpreter (Linux)'
-	@echo 'make gpu-kernels  compile the fused kernels for six GPUs, without one: hours; continues where it stopped (Linux)'
+	@echo 'make gpu-kernels  compile the fused kernels for six GPUs and track the memory of training, without one: hours;'
+	@echo '                  continues where it stopped (Linux)'
 	@echo 'make gpu       check and time everything on an NVIDIA GPU, in at most eight minutes: gpu_check/'
 	@echo 'make attack    run the commands on hostile and damaged input (Linux)'
 	@echo 'make chapters  run the chapters and labs that have changed, and compare their tagged outputs'
@@ -174,6 +175,7 @@ kernels: $(ENV)
 
 gpu-kernels: $(ENV)
 	$(INSTALL_KERNELS)
+	$(BIN)/python tests/gpu/tracked_cost.py --write book/data/cost.json
 	$(BIN)/python tests/gpu/triton_launches.py --write book/data/gpu_kernels.json
 else
 kernels gpu-kernels:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         "a batch, forward and backward": f"{cost.step / 1e12:,.3f} TFLOP",
         "memory, weights and optimiser": f"{cost.state / 1e9:,.2f} GB",
         "memory, activations": f"{cost.activations / 1e9:,.2f} GB",
-        "memory, fused scan, on a GPU": f"{cost.scratch / 1e9:,.2f} GB",
+        "memory, on top for a moment": f"{cost.scratch / 1e9:,.2f} GB",
         "memory, together": f"{cost.memory / 1e9:,.2f} GB",
     }
     if args.peak_tflops and args.bandwidth:

@@ -1,9 +1,9 @@
 """Cost of training: parameters, floating-point operations, memory, and the time of a step on a given device.
 
 Torch counts the operations (`FlopCounterMode`), on one sequence of each axis, and autograd's saved tensors, both on
-fake tensors, which have shapes and no data. The model is accelerated with the backend "chunked", which runs on a CPU
-without a compiler: the compiled kernels compute the same matrix products in chunks of other lengths, and save as much
-or less.
+fake tensors, which have shapes and no data. The mixers are those of the backend "chunked", which needs no compiler: the
+compiled kernels compute the same matrix products in chunks of other lengths, and save as much or less.
+`tests/gpu/tracked_cost.py` compares the memory with PyTorch's own tracker.
 Only matrix products count as operations, two for each multiplication and addition; transforms and element-wise work
 appear in the time, as memory traffic.
 
@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
 from ..dual_path import DualPath
-from ..kernels import accelerate
+from ..kernels.blockwise import BlockwiseMamba2
 from ..kernels.chunked import chunked
 from ..kernels.triton import FULL_CHUNK, SHORT_CHUNK
-from ..losses import bsmamba2_loss
+from ..losses import WINDOWS
+from ..mamba2 import Mamba2
 from ..model import BSMamba2
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -41,7 +42,8 @@ TRAINING_STATE = 20
 class Gpu:
     """Peaks of a GPU from its data sheet: matrix products in FLOP/s by type, bandwidth in bytes/s, memory in bytes.
 
-    bfloat16 products are dense, with sums in float32; float32 ones run without TF32, which is PyTorch's default.
+    bfloat16 products are dense, with sums in float32; float32 ones run without TF32, which is PyTorch's default. A
+    driver reports 5 to 7 % more memory, because it counts in GiB.
     """
 
     bfloat16: float
@@ -58,7 +60,7 @@ GPUS = {
     "H100 80 GB": Gpu(989.4e12, 67e12, 3350e9, 80e9),
 }
 """NVIDIA's figures: white papers "Ampere GA102 GPU architecture" and "Ada GPU architecture", data sheets "A100 Tensor
-Core GPU" and "H100 Tensor Core GPU" (both SXM)."""
+Core GPU" and "H100 Tensor Core GPU" (both SXM). Checked on pages that quote them, which chapter "Scaling up" names."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Cost:
     step: float  #: operations of a step: forward, backward, and the recomputation by gradient checkpointing
     state: int  #: memory for weights, gradients, moments and moving average
     activations: float  #: memory for the tensors that the backward pass needs, at its highest
-    scratch: float  #: memory that mamba-ssm's scan takes on a GPU for a moment of its backward pass, for its states
+    scratch: float  #: memory on top for a moment, on a GPU: the loss, or a mixer's backward pass with mamba-ssm's scan
     traffic: float  #: bytes that a step moves through memory, an estimate
 
     def seconds(self, flops: float, bandwidth: float) -> float:
@@ -118,22 +120,29 @@ def training_cost(
         raise ValueError(f"seconds={seconds!r}: the loss needs more than 2048 samples, and these are {samples}")
     frames = samples // config.hop_length + 1
     forward = {part: batch * flops for part, flops in forward_flops(config, frames).items()}
-    recomputed = forward["time"] + forward["band"] if gradient_checkpointing else 0
+    tokens = batch * frames * len(config.freqs_per_bands)
+    # PyTorch does not repeat a layer's last product, the merge of the band block: no gradient needs its output.
+    recomputed = forward["time"] + forward["band"] - config.depth * tokens * 4 * config.dim**2
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in BSMamba2(config).parameters())
-    saved = activation_bytes(config, samples, dtype, loss_hop)
-    everything = activations = batch * (saved["ends"] + saved["loss"] + config.depth * saved["layer"])
+    saved = activation_bytes(config, batch, samples, dtype)
+    everything = sum(saved.values()) + (config.depth - 1) * saved["layer"]
+    kept = everything - saved["masks"]
     if gradient_checkpointing:
-        inputs = config.depth * frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]
-        activations = batch * (inputs + max(saved["layer"], saved["loss"]) + saved["ends"])
+        kept = config.depth * tokens * config.dim * BYTES[dtype] + saved["band split"]  # inputs of the layers
+    # After the forward pass comes the loss; then the masks are freed, and the last layer has its backward pass.
+    at_loss, in_mixer = kept + saved["masks"], kept + saved["layer"] * gradient_checkpointing
+    # STFT of the longest window: frames, spectrum, what is transformed back, twice, and moduli, half as large.
+    loss = 4 * 4.5 * max(WINDOWS) * batch * config.channels * (samples // loss_hop + 1)
+    activations = max(at_loss, in_mixer)
     return Cost(
         parameters=parameters,
         flops_per_second=sum(forward.values()) / batch / seconds,
         forward=forward,
-        step=sum(forward.values()) + batch * backward_flops(config, frames) + recomputed,
+        step=sum(forward.values()) + batch * backward_flops(config, frames) + gradient_checkpointing * recomputed,
         state=TRAINING_STATE * parameters,
         activations=activations,
-        scratch=batch * _scan_scratch(config, frames),
+        scratch=max(at_loss + loss, in_mixer + batch * _mixer_scratch(config, frames)) - activations,
         # Saved tensors are written once and read twice, so are their gradients; recomputed ones once more.
         traffic=(6 + 3 * gradient_checkpointing) * everything + 2 * TRAINING_STATE * parameters,
     )
@@ -205,50 +214,54 @@ def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[floa
 
 
 def _one_layer(config: ModelConfig) -> BSMamba2:
-    """A model with one dual-path layer, since all layers cost the same."""
+    """A model with one dual-path layer, since all layers cost the same; it takes all sequences at once, as on a GPU."""
     model = BSMamba2(dataclasses.replace(config, depth=1))
-    accelerate(model, "chunked")
+    for module in model.modules():
+        if isinstance(module, Mamba2):
+            module.__class__ = BlockwiseMamba2
     return model
 
 
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def _scan_scratch(config: ModelConfig, frames: int) -> float:
-    """Bytes of the states of all chunks in the backward pass of mamba-ssm's scan, for one example, on the larger axis.
+def _mixer_scratch(config: ModelConfig, frames: int) -> float:
+    """Bytes that the backward pass of a mixer takes for a moment, for one example, on the larger axis.
 
-    At its peak it holds them and their gradients in float32, both in the type of x, and the gradient of the last state.
+    mamba-ssm's scan holds for each chunk the state and its gradient in float32, and both in the type of x (float32 has
+    one copy less); for each sequence the last state. The convolution in PyTorch holds five copies of its input.
     """
     bands = len(config.freqs_per_bands)
 
-    def chunks(length: int) -> int:
-        return -(-length // (SHORT_CHUNK if length <= 2 * SHORT_CHUNK else FULL_CHUNK))
+    def state_bytes(sequences: int, length: int) -> int:
+        chunks = -(-length // (SHORT_CHUNK if length <= 2 * SHORT_CHUNK else FULL_CHUNK))
+        return sequences * (12 * chunks + 4) * config.inner * config.d_state
 
-    states = max(bands * chunks(frames), frames * chunks(bands))
-    return 16.0 * states * config.inner * config.d_state
+    convolution = 20 * frames * bands * (config.inner + 2 * config.d_state)
+    return max(state_bytes(bands, frames), state_bytes(frames, bands), convolution)
 
 
 @functools.cache
-def activation_bytes(
-    config: ModelConfig, samples: int, dtype: str = "float32", loss_hop: int = 147
-) -> dict[str, float]:
-    """Bytes of the tensors that autograd saves in the forward pass of one example, counted on at most a second of it.
+def activation_bytes(config: ModelConfig, batch: int, samples: int, dtype: str = "float32") -> dict[str, int]:
+    """Bytes of the tensors that autograd saves in the forward pass.
 
-    Returns: those of one dual-path `layer`, of the `loss`, and of the `ends`, everything else.
+    Returns: those of the `band split`, of one dual-path `layer`, and of the `masks` and all that follows them.
     """
-    short = min(samples, max(config.sample_rate, 2 * 2048))
-    short_frames = short // config.hop_length + 1
-    scale = (samples // config.hop_length + 1) / short_frames
-    with FakeTensorMode():
+    frames, bands, kind = samples // config.hop_length + 1, len(config.freqs_per_bands), getattr(torch, dtype)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         model = _one_layer(config)
-        mixture = torch.empty(1, config.channels, config.bins, short_frames, dtype=torch.complex64)
-        features = torch.empty(1, short_frames, len(config.freqs_per_bands), config.dim, requires_grad=True)
-        estimate = torch.empty(1, config.channels, short, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            whole = scale * _saved_bytes(lambda: model.apply_to_spectrogram(mixture))
-            layer = scale * _saved_bytes(lambda: model.layers[0](features))
-        loss = scale * _saved_bytes(lambda: bsmamba2_loss(estimate, torch.empty_like(estimate), hop_length=loss_hop))
-    return {"layer": layer, "loss": loss, "ends": whole - layer}
+        mixture = torch.empty(batch, config.channels, config.bins, frames, dtype=torch.complex64)
+        features = torch.empty(batch, frames, bands, config.dim, dtype=kind, requires_grad=True)
+
+        def masked() -> Tensor:
+            normed = model.final_norm(features)
+            return torch.stack([estimator(normed) for estimator in model.mask_estimators], dim=1) * mixture[:, None]
+
+        return {
+            "band split": _saved_bytes(lambda: model.band_split(mixture)),
+            "layer": _saved_bytes(lambda: model.layers[0](features)),
+            "masks": _saved_bytes(masked),
+        }
 
 
 def _saved_bytes(run: Callable[[], Tensor]) -> int:
