@@ -7,7 +7,6 @@ library's own results. Axis letters: see `bsmamba2.config`.
 from __future__ import annotations
 
 import itertools
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,23 +16,16 @@ from timeit import timeit
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import metrics, ssd
-from ..config import ModelConfig
-from ..data import Remixer
-from ..dual_path import BidirectionalBlock
-from ..experiments.sequence_layers import make_layer
-from ..kernels import accelerate
 from ..kernels.chunked import chunked
-from ..losses import WINDOWS
 from ..model import BSMamba2
 from ..separate import separate
 from ..spectrogram import istft, stft
-from ..synth import Song, synthesise, synthesise_songs
-from ..train import LOSSES, TrainConfig, Trainer
+from ..synth import Song, synthesise
 
 # --- bands ------------------------------------------------------------------------------------------------
 
@@ -242,89 +234,3 @@ def at_occupancy(model: BSMamba2, occupancy: float, *, seed: int = 7, seconds: f
     usdr, mixture_usdr = (metrics.usdr(song.vocals, signal) for signal in (estimate, song.mixture))
     leakage = metrics.silence_leakage(song.vocals, estimate, song.mixture, song.sample_rate)
     return OccupancyRun(song, estimate, usdr, mixture_usdr, leakage.relative)
-
-
-# --- ablation ---------------------------------------------------------------------------------------------
-
-SEQUENCE_LAYERS = {"Mamba-2": "mamba2", "LSTM": "lstm"}
-"""Name in the lab → kind of `experiments.sequence_layers`."""
-DIRECTIONS = ("both", "forwards only")
-
-TINY = ModelConfig(
-    dim=32, depth=1, freqs_per_bands=(4,) * 16 + (8,) * 8 + (16, 16, 33, 64), n_fft=512, hop_length=256,
-    sample_rate=16_000, d_state=16, headdim=16, expand=2,
-)  # fmt: skip
-"""Small enough to learn something within seconds: 16 kHz, 28 bands of 257 bins, 16 ms per frame."""
-
-
-def ablated_model(sequence_layer: str = "Mamba-2", directions: str = "both", config: ModelConfig = TINY) -> BSMamba2:
-    """A model with one of the `SEQUENCE_LAYERS`, of equal size, in one of the `DIRECTIONS`.
-
-    Without the backward layers, their half of each block passes its input on.
-
-    Raises:
-        ValueError: for a name that is not listed.
-    """
-    _require_choice("sequence_layer", sequence_layer, tuple(SEQUENCE_LAYERS))
-    _require_choice("directions", directions, DIRECTIONS)
-    model = BSMamba2(config, sequence_layer=make_layer(SEQUENCE_LAYERS[sequence_layer], config))
-    if directions == "forwards only":
-        for block in model.modules():
-            if isinstance(block, BidirectionalBlock):
-                block.set_submodule("backwards", nn.Identity())
-    return model
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """Result of training an ablated model: uSDR in dB, mean over unseen songs, where silence has 0 dB."""
-
-    sequence_layer: str
-    directions: str
-    loss: str
-    parameters: int
-    steps: int
-    seconds: float
-    usdr: float
-
-
-def ablate(
-    sequence_layer: str = "Mamba-2",
-    directions: str = "both",
-    loss: str = "published",
-    *,
-    steps: int = 60,
-    seed: int = 0,
-    config: ModelConfig = TINY,
-) -> Ablation:
-    """Train a small model on synthesised songs and score it on others; the same songs every time.
-
-    The loss is one of `bsmamba2.train.LOSSES`, the published one with a third of its frames, at a third of the cost;
-    the seed is that of the weights and of the order of the examples.
-
-    Raises:
-        ValueError: for a name that is not listed, or fewer than one step.
-    """
-    _require_choice("loss", loss, LOSSES)
-    training = TrainConfig(steps=steps, lr=4e-3, schedule="cosine", loss=loss, loss_hop=441, loss_windows=WINDOWS[1:])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ablated_model(sequence_layer, directions, config)
-    accelerate(model)
-    rate = config.sample_rate
-    seen = synthesise_songs(8, seed=1, seconds=3.0, sample_rate=rate)
-    unseen = synthesise_songs(6, seed=1_000_001, seconds=3.0, sample_rate=rate)
-    batches = Remixer(seen, rate, 4, seed=seed)
-    started = time.perf_counter()
-    for _ in Trainer(model.train(), training).run(batches):
-        pass
-    seconds = time.perf_counter() - started
-    model.eval()
-    scores = [metrics.usdr(song.vocals, separate(model, song.mixture)[0]) for song in unseen if song.vocal_segments]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Ablation(sequence_layer, directions, loss, parameters, steps, seconds, sum(scores) / len(scores))
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, choices))}")

@@ -49,6 +49,7 @@ NO_CHAPTER = {
     "checkpoints/safe_pickle.py",
     "checkpoints/state_dict.py",
     "teaching/demos.py",
+    "teaching/labs.py",
     "teaching/explorables.py",
     "teaching/listening.py",
     "teaching/notebook_parameters.py",

@@ -117,6 +117,15 @@ def test_every_lab_is_tried() -> None:
     assert [path.stem for path in LABS] == sorted([*MOVED, "ablation"])
 
 
+@pytest.mark.parametrize("path", LABS, ids=lambda path: path.stem)
+def test_controls_and_result_are_in_one_view(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["metadata"].get("jupyter", {}).get("source_hidden") for cell in code)
+    assert ["**Try:**" in "".join(cells[0]["source"]), "**Notice:**" in "".join(cells[0]["source"])] == [True, True]
+    assert "".join(cells[-1]["source"]).startswith("You should have noticed:")
+
+
 @pytest.mark.parametrize("name", MOVED)
 def test_lab_runs_and_follows_its_slider(lab: str, page: Page, name: str) -> None:
     shown = run_all(page, lab, name)
@@ -149,9 +158,21 @@ def test_ablation_trains_what_was_chosen(lab: str, page: Page) -> None:
     for count, layer in enumerate(("Mamba-2", "LSTM"), start=1):
         shown.get_by_label("Sequence layer").select_option(layer)
         shown.get_by_role("button", name="Train").click()
+        if count == 1:
+            expect(shown.get_by_role("status")).to_have_text("computing …")
+            expect(shown.locator(".widget-hprogress")).to_be_visible()
         expect(rows).to_have_count(count, timeout=180_000)  # some seconds, but for what else the machine does
         expect(rows.first).to_contain_text(layer)
         expect(shown.get_by_role("button", name="Train", exact=True)).to_be_enabled()
     scores = [row.locator("td").last.inner_text() for row in rows.all()]
     assert scores[0] != scores[1]
+    expect(shown.locator(".stale")).to_have_count(0)
+    expect(shown.locator("audio")).to_have_count(3)
+    expect(page.locator(".jp-CodeCell .jp-InputArea-editor:visible")).to_have_count(0)
+    trained = page.locator(
+        ".jp-Notebook .jp-OutputArea-output .widget-vbox", has=page.get_by_text("Change", exact=True)
+    )
+    trained.get_by_label("Change").select_option("Δ = 0 in rests")
+    expect(trained.locator("table tbody tr")).to_have_count(2, timeout=180_000)
+    expect(trained.locator("table tbody tr").first).to_contain_text("Δ = 0 in rests")
     assert_no_error(page)

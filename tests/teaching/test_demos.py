@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from functools import partial
 
 import pytest
@@ -14,8 +12,7 @@ from bsmamba2 import metrics
 from bsmamba2.bands import generate_bands, published_bands
 from bsmamba2.evaluation.evaluate import oracle_vocals
 from bsmamba2.synth import synthesise
-from bsmamba2.teaching import demos, plotting
-from bsmamba2.train import LOSSES
+from bsmamba2.teaching import demos, labs
 
 SONG = partial(synthesise, 7, seconds=1.5, occupancy=0.7)
 
@@ -143,12 +140,12 @@ def test_bad_state_trace(written: torch.Tensor, dt: torch.Tensor, A: float, mess
         demos.state_trace(written, dt, A)
 
 
-# --- occupancy and ablation -------------------------------------------------------------------------------
+# --- occupancy --------------------------------------------------------------------------------------------
 
 
 def test_occupancy_follows_the_slider() -> None:
     torch.manual_seed(0)
-    model = demos.ablated_model()
+    model = labs.ablated_model()
     none, some, all_ = (demos.at_occupancy(model, share, seconds=2.0) for share in (0.0, 0.5, 1.0))
     assert [result.song.occupancy for result in (none, all_)] == [0, 1]
     assert some.song.occupancy == pytest.approx(0.5, abs=0.05)
@@ -157,57 +154,3 @@ def test_occupancy_follows_the_slider() -> None:
     assert math.isnan(all_.leakage)
     assert all_.mixture_usdr > some.mixture_usdr
     assert some.usdr == metrics.usdr(some.song.vocals, some.estimate)
-
-
-def test_ablated_models_lack_what_was_taken_away() -> None:
-    whole, forwards, lstm = (
-        demos.ablated_model(*names) for names in (("Mamba-2", "both"), ("Mamba-2", "forwards only"), ("LSTM", "both"))
-    )
-    sizes = [sum(part.numel() for part in model.parameters()) for model in (whole, forwards, lstm)]
-    assert sizes[1] < sizes[0]
-    assert sizes[2] == pytest.approx(sizes[0], rel=0.02)  # a comparison at about equal size
-    names = [{type(part).__name__ for part in model.modules()} for model in (whole, forwards, lstm)]
-    assert ["Mamba2" in found for found in names] == [True, True, False]
-    # A change at the end of a sequence reaches its beginning only by way of the layers that read backwards.
-    x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
-    later = x.clone()
-    later[:, -1] += 1
-    heard = [
-        (model.layers[0].time(later) - model.layers[0].time(x))[:, 0].abs().max() > 1e-6 for model in (whole, forwards)
-    ]
-    assert heard == [True, False]
-
-
-@pytest.mark.slow
-def test_ablation_repeats_and_differs_by_its_loss() -> None:
-    runs = [demos.ablate(loss=loss, steps=2) for loss in LOSSES]
-    assert [(run.loss, run.steps) for run in runs] == [(loss, 2) for loss in LOSSES]
-    assert len({run.usdr for run in runs}) == len(LOSSES) == 2
-    assert demos.ablate(steps=2).usdr == runs[0].usdr
-
-
-@pytest.mark.parametrize("field", ["sequence_layer", "directions", "loss"])
-def test_an_unknown_ablation_is_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field}='none' must be '"):
-        demos.ablate(**{field: "none"})
-
-
-# --- what a page gets -------------------------------------------------------------------------------------
-
-
-def test_explorable_carries_its_settings_and_starts_in_the_middle() -> None:
-    settings = [{"caption": f"{a} & {b} </script>"} for a in "xyz" for b in "uv"]
-    shown = plotting.explorable("curves", "one", {"A <b>": list("xyz"), "B": list("uv")}, settings, panels=[]).data
-    data = re.findall(r'<script type="application/json">(.*?)</script>', shown)
-    assert len(data) == 1
-    assert json.loads(data[0]) == {"common": {"panels": []}, "settings": settings}
-    assert 'aria-live="polite">y &amp; v &lt;/script&gt;</p>' in shown
-    assert re.findall(r'<label for="(.*?)">(.*?)</label><input type="range" id="(.*?)"', shown) == [
-        ("one-0", "A &lt;b&gt;", "one-0"),
-        ("one-1", "B", "one-1"),
-    ]
-
-
-def test_explorable_wants_every_setting() -> None:
-    with pytest.raises(ValueError, match="6 combinations of positions, and there are 5 settings"):
-        plotting.explorable("curves", "one", {"A": list("xyz"), "B": list("uv")}, [{"caption": ""}] * 5)
