@@ -4,7 +4,7 @@
     published   torch.save of {published name: tensor}, as `bs_mamba2_vocals.ckpt`
     lightning   torch.save of {"state_dict": {"model." + published name: tensor}, ...}, as the authors' file
 
-Wrappers and prefixes of other training programs are unwrapped (`state_dict`). Nothing in a file is ever executed
+Wrappers and prefixes of training programs are unwrapped (`state_dict`). Nothing in a file is ever executed
 (`safe_pickle`). Book: "The whole model". Sources: the authors' code (github.com/EuiYeonKim/BSMamba2, 42eb8c8) and,
 for the EMA entry, the callback of the training code that it builds on (amanteur/BandSplitRNN-PyTorch,
 src/utils/callbacks.py, from NVIDIA NeMo).

@@ -115,7 +115,7 @@ INSTRUMENTAL = ("instrumental", "accompaniment")
 def load_tracks(folder: str | os.PathLike[str], stems: Sequence[str] = ("vocals",)) -> EvalSet:
     """List the tracks of a folder in MUSDB18-HQ's layout: `test/<track>/{mixture,vocals,drums,bass,other}.wav`.
 
-    The folder may also be `test` itself, any other folder of such tracks, or one track. The files of a track are read
+    The folder may also be `test` itself, any folder of such tracks, or one track. The files of a track are read
     when it is evaluated: those of the stems, and the mixture, or the four stems to add up when there is none. The set
     is called MUSDB18-HQ's test set when there are 50 complete tracks in a folder `test`; their names are not checked.
 

@@ -308,7 +308,7 @@ def self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | 
 
     Runs it in short chunks and in long ones, forward and backward, and compares outputs, state and gradients
     with the loop in float64 on the CPU. Once for each device and type in a process. Running out of memory
-    says nothing about the kernel: that error is raised as it is, and the next call tries again.
+    says nothing about the kernel: that error is raised unchanged, and the next call tries again.
     """
     g = torch.Generator().manual_seed(0)
 

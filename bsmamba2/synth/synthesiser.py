@@ -2,7 +2,7 @@
 
     seed → score → vocals, drums, bass, other → equaliser, room → (random production) → levels → Song
 
-Every part draws from a random generator of its own, so that switching an option leaves the other parts as they are.
+Every part draws from a random generator of its own, so that switching an option leaves the other parts unchanged.
 """
 
 import math
