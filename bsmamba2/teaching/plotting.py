@@ -149,10 +149,11 @@ def lines(
     series: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str, *, height: float = 3.0, **limits: Any
 ) -> Figure:
     """Line plot of several curves; `limits` go to matplotlib's Axes.set (xscale, ylim, …)."""
+    points = {label: tuple(pair) for label, pair in series.items()}  # a zip can be read only once
     with _figure(1, 1, 7.5, height) as (figure, axes):
-        for style, (label, (x, y)) in zip(itertools.cycle(("-", "--", "-.", ":")), series.items(), strict=False):
+        for style, (label, (x, y)) in zip(itertools.cycle(("-", "--", "-.", ":")), points.items(), strict=False):
             axes[0, 0].plot(x, y, style, label=label)
-        if all(isinstance(x, range) for x, _ in series.values()):
+        if all(isinstance(x, range) for x, _ in points.values()):
             axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set(xlabel=xlabel, ylabel=ylabel, **limits)
         if len(series) > 1:

@@ -30,3 +30,8 @@ def test_cubes_show_three_sides_and_outline_a_sequence() -> None:
 def test_another_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="cut='depth'"):
         plotting.cubes(torch.zeros(2, 2, 2), ["depth"])
+
+
+def test_lines_of_pairs_that_are_read_once() -> None:
+    figure = plotting.lines({"a": zip((1, 5), (3, 9), strict=True)}, "x", "y")
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 3], [5, 9]]
