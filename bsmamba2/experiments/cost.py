@@ -120,16 +120,15 @@ def training_cost(
         raise ValueError(f"seconds={seconds!r}: the loss needs more than 2048 samples, and these are {samples}")
     frames = samples // config.hop_length + 1
     forward = {part: batch * flops for part, flops in forward_flops(config, frames).items()}
-    tokens = batch * frames * len(config.freqs_per_bands)
-    # PyTorch does not repeat a layer's last product, the merge of the band block: no gradient needs its output.
-    recomputed = forward["time"] + forward["band"] - config.depth * tokens * 4 * config.dim**2
+    backward = batch * backward_flops(config, frames, gradient_checkpointing=gradient_checkpointing)
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in BSMamba2(config).parameters())
     saved = activation_bytes(config, batch, samples, dtype)
     everything = sum(saved.values()) + (config.depth - 1) * saved["layer"]
     kept = everything - saved["masks"]
     if gradient_checkpointing:
-        kept = config.depth * tokens * config.dim * BYTES[dtype] + saved["band split"]  # inputs of the layers
+        inputs = batch * frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]  # of a layer
+        kept = config.depth * inputs + saved["band split"]
     # After the forward pass comes the loss; then the masks are freed, and the last layer has its backward pass.
     at_loss, in_mixer = kept + saved["masks"], kept + saved["layer"] * gradient_checkpointing
     # STFT of the longest window: frames, spectrum, what is transformed back, twice, and moduli, half as large.
@@ -139,7 +138,7 @@ def training_cost(
         parameters=parameters,
         flops_per_second=sum(forward.values()) / batch / seconds,
         forward=forward,
-        step=sum(forward.values()) + batch * backward_flops(config, frames) + gradient_checkpointing * recomputed,
+        step=sum(forward.values()) + backward,
         state=TRAINING_STATE * parameters,
         activations=activations,
         scratch=max(at_loss + loss, in_mixer + batch * _mixer_scratch(config, frames)) - activations,
@@ -161,9 +160,15 @@ def forward_flops(config: ModelConfig, frames: int, *, gradients: bool = True) -
     return {part: forward for part, (forward, _) in _model_flops(config, frames, gradients).items()}
 
 
-def backward_flops(config: ModelConfig, frames: int) -> float:
-    """Floating-point operations of the backward pass for one example."""
-    return sum(backward for _, backward in _model_flops(config, frames, True).values())
+def backward_flops(config: ModelConfig, frames: int, *, gradient_checkpointing: bool = False) -> float:
+    """Floating-point operations of the backward pass for one example, with what checkpointing computes again in it.
+
+    PyTorch does not repeat a layer's last product, the merge of the band block, because no gradient needs its output.
+    """
+    parts = _model_flops(config, frames, True)
+    merges = config.depth * frames * len(config.freqs_per_bands) * 4 * config.dim**2
+    recomputed = parts["time"][0] + parts["band"][0] - merges if gradient_checkpointing else 0.0
+    return sum(backward for _, backward in parts.values()) + recomputed
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ssd
 from ..dual_path import DualPath
+from ..experiments.cost import GPUS
 from ..mamba2 import Mamba2
 from . import demos
 
@@ -369,11 +370,10 @@ def reach() -> HTML:
 
 # --- roofline ---------------------------------------------------------------------------------------------
 
-MACHINES = {  # FLOP/s, bytes/s, bytes per number: an example, and two GPUs from their data sheets
-    "CPU": (100e9, 10e9, 4),
-    "RTX 4090": (165e12, 1.008e12, 2),
-    "A100 80 GB": (312e12, 2.039e12, 2),
+MACHINES = {"CPU": (100e9, 10e9, 4)} | {
+    name: (GPUS[name].bfloat16, GPUS[name].bandwidth, 2) for name in ("RTX 4090", "A100 80 GB")
 }
+"""FLOP/s, bytes/s and bytes per number of an example, and of two GPUs."""
 
 
 def scan_cost(chunk: int, fused: bool, *, h: int = 16, p: int = 64, n: int = 128) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 from sight import DESK, PHONE
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "book" / "_ext"))
+from pipeline import EXPLORABLES
 
 SLIDERS = {
     "bands": ["Number of bands"],
@@ -22,18 +26,6 @@ SLIDERS = {
     "bits": ["Significand bits", "Loss per frame, Δ|A|"],
     "leak": ["How much is sung", "Leak louder by"],
     "occupancy": ["How much is sung"],
-}
-# The chapter that asks the question.
-HOME = {
-    "bands": "03_bands",
-    "scan": "05_scan",
-    "decay": "05_scan",
-    "reach": "07_dual_path",
-    "chunk": "09_chunks",
-    "roofline": "10_kernel",
-    "bits": "11_precision",
-    "leak": "14_measuring",
-    "occupancy": "14_measuring",
 }
 
 
@@ -80,7 +72,7 @@ def test_each_is_in_its_chapter_from_one_source(site: Path) -> None:
         assert len(element) == 1, f"{name} in {page}"
         return re.findall(r'<p class="question">.*?</p>|<label.*?</label>|<details.*?</details>', element[0])
 
-    for name, chapter in HOME.items():
+    for name, chapter in EXPLORABLES.items():
         assert len(parts("explore", name)) == 2 + len(SLIDERS[name])
         assert parts(chapter, name) == parts("explore", name)
 

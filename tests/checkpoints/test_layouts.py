@@ -15,7 +15,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from checkpoint_files import FIXTURE, LAYOUTS, TINY, assert_equal, lightning, published_weights
+from checkpoint_files import FIXTURE, LAYOUTS, TINY, assert_equal, lightning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,18 +24,6 @@ from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint, ss
 from bsmamba2.checkpoints import CheckpointError, layouts, read_checkpoint
 from bsmamba2.checkpoints.published_layout import expected_shapes, to_published
 from bsmamba2.checkpoints.state_dict import find_weights
-
-
-@pytest.fixture
-def published() -> dict[str, Tensor]:
-    return published_weights()
-
-
-@pytest.fixture
-def model() -> BSMamba2:
-    torch.manual_seed(0)
-    return BSMamba2(TINY)
-
 
 # Round trips
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_files import FIXTURE, TINY, assert_equal, lightning, published_weights
+from checkpoint_files import FIXTURE, TINY, assert_equal, lightning
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
@@ -25,17 +25,6 @@ from bsmamba2.checkpoints.published_layout import (
 @pytest.fixture
 def fixture() -> dict[str, Tensor]:
     return safetensors.torch.load_file(FIXTURE)
-
-
-@pytest.fixture
-def published() -> dict[str, Tensor]:
-    return published_weights()
-
-
-@pytest.fixture
-def model() -> BSMamba2:
-    torch.manual_seed(0)
-    return BSMamba2(TINY)
 
 
 @pytest.mark.parametrize("layout", ["published", "lightning", "safetensors"])

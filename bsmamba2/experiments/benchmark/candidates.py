@@ -107,9 +107,10 @@ def flops(case: Case, settings: Settings) -> float | None:
     config, gradients = ModelConfig.preset(settings.preset), case.mode == BACKWARD
     frames, bands = spectrogram_frames(case.seconds, config), len(config.freqs_per_bands)
     if case.part in ("model", "step"):
-        forward = cost.forward_flops(config, frames, gradients=gradients)
-        recomputed = forward["time"] + forward["band"] if settings.gradient_checkpointing else 0.0
-        example = sum(forward.values()) + gradients * (cost.backward_flops(config, frames) + recomputed)
+        example = sum(cost.forward_flops(config, frames, gradients=gradients).values())
+        if gradients:
+            checkpointing = settings.gradient_checkpointing
+            example += cost.backward_flops(config, frames, gradient_checkpointing=checkpointing)
         return example * (settings.batch * ACCUMULATED if case.part == "step" else 1)
     if case.part == "scan":
         return settings.sequences * sum(cost.scan_flops(config, frames, gradients=gradients))
