@@ -7,24 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import TINY
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig
 from bsmamba2.checkpoints import from_published
 
 FIXTURE = Path(__file__).parent / "data" / "published_model_small.safetensors"
-
-TINY = ModelConfig(
-    dim=16,
-    depth=1,
-    freqs_per_bands=(4, 8, 21, 32),
-    n_fft=128,
-    hop_length=32,
-    sample_rate=8000,
-    d_state=8,
-    headdim=8,
-    expand=2,
-)
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +39,3 @@ def tiny() -> BSMamba2:
     """A model of some thousand parameters, always the same."""
     torch.manual_seed(0)
     return BSMamba2(TINY).eval()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Largest error relative to the largest expected value (or to 1e-7, where float32 has underflowed)."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-7))

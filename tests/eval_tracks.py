@@ -7,7 +7,7 @@ from pathlib import Path
 
 import soundfile
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor
 
 from bsmamba2.evaluation import EvalProtocol, EvalSet, EvalTrack

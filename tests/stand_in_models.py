@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor, nn
 
 

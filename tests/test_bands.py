@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_model import TINY
 
 from bsmamba2 import BSMamba2
 from bsmamba2.bands import deinterleave, generate_bands, interleave, published_bands

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_model import TINY
 
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Batch, Remixer, Validation, find_windows, salient_windows

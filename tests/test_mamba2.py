@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from tiny_model import relative
 from torch import nn
 from torch.nn import functional
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, relative
+from tiny_model import TINY, relative
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, ModelConfig, ssd

@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import relative
 from torch import Tensor
 
 from bsmamba2 import ssd

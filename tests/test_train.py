@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 import torch
 from audio_files import found_in, wave
-from conftest import TINY
 from stand_in_models import Identity
+from tiny_model import TINY
 from torch import Tensor
 
 from bsmamba2 import BSMamba2

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from stand_in_models import Broken, Identity
+from tiny_model import TINY
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2

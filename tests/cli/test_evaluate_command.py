@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from eval_tracks import musdb
+from tiny_model import TINY
 
 from bsmamba2 import BSMamba2, ModelConfig, save_checkpoint
 from bsmamba2.bands import generate_bands

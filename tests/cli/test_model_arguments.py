@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import TINY
+from tiny_model import TINY
 
 from bsmamba2 import BSMamba2, save_checkpoint
 from bsmamba2.cli import model_arguments

@@ -14,8 +14,8 @@ import pytest
 import soundfile
 import torch
 from audio_files import device, pipe
-from conftest import TINY
 from eval_tracks import QUICK, RATE, TWO, musdb, signals, track, vocals_only
+from tiny_model import TINY
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, metrics

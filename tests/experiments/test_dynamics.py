@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor
 from torch.nn import functional
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, ModelConfig, save_checkpoint

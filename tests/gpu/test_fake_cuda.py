@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import TINY
 from fake_cuda import CUDA, fake_cuda
+from tiny_model import TINY
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, ModelConfig, losses, metrics, separate, ssd

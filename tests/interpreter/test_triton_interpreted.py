@@ -10,8 +10,8 @@ from interpreter import DEVICE, ON_GPU, on_device, ops, triton  # isort: skip  (
 
 import pytest
 import torch
-from conftest import TINY, relative
 from test_ssd import everything, problem
+from tiny_model import TINY, relative
 from torch import Tensor
 from torch.nn import functional
 

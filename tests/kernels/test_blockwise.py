@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import relative
+from tiny_model import relative
 from torch import Tensor
 
 from bsmamba2.dual_path import BidirectionalBlock, DualPath

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import relative
 from test_ssd import assert_same, problem
+from tiny_model import relative
 
 from bsmamba2 import ssd
 from bsmamba2.kernels import chunked

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import relative
 from torch import Tensor
 
 from bsmamba2 import ModelConfig, ssd

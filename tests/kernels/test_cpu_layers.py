@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, relative
+from tiny_model import TINY, relative
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ssd

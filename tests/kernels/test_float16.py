@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from tiny_model import relative
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, load_checkpoint

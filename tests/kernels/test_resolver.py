@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import TINY, relative
 from test_triton import Plant, conv_code, gpu, plant, scan_calls, scan_code  # noqa: F401
+from tiny_model import TINY, relative
 from torch import Tensor, nn
 
 from bsmamba2 import BSMamba2, load_checkpoint, save_checkpoint, ssd

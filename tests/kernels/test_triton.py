@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative
 from test_ssd import everything, problem
+from tiny_model import relative
 from torch import Tensor
 from torch.nn import functional
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor
 from torch.nn import functional
 

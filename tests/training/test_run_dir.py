@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from tiny_model import TINY
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, load_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from conftest import TINY
+from tiny_model import TINY
 
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Remixer, find_windows
