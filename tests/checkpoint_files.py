@@ -1,20 +1,18 @@
 """Checkpoint files that several tests write: a tiny model, the published weights, a Lightning checkpoint."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from tiny_model import TINY
 from torch import Tensor
-
-from bsmamba2 import ModelConfig
 
 FIXTURE = Path(__file__).parent / "data" / "published_model_small.safetensors"
 LAYOUTS = ("bsmamba2", "published", "lightning")
-TINY = ModelConfig(
-    dim=16, depth=2, freqs_per_bands=(2, 3, 4, 8), stems=("vocals", "rest"), n_fft=32, hop_length=8,
-    d_state=8, headdim=16, expand=2, mask_expand=2,
-)  # fmt: skip
+TWO_STEMS = dataclasses.replace(TINY, depth=2, stems=("vocals", "rest"), sample_rate=44_100)
+"""At the sample rate that is assumed of a file that does not store one."""
 
 
 @functools.cache

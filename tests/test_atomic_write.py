@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from checkpoint_files import LAYOUTS, TINY, assert_equal
+from checkpoint_files import LAYOUTS, TWO_STEMS, assert_equal
 
 from bsmamba2 import BSMamba2, load_checkpoint, save_checkpoint
 from bsmamba2.atomic_write import write_atomically
@@ -15,7 +15,7 @@ from bsmamba2.atomic_write import write_atomically
 @pytest.fixture
 def model() -> BSMamba2:
     torch.manual_seed(0)
-    return BSMamba2(TINY)
+    return BSMamba2(TWO_STEMS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -38,7 +38,7 @@ def test_a_save_that_fails_leaves_the_old_file(layout, target, error, model, tmp
 
     monkeypatch.setattr(target, fail)
     with pytest.raises(type(error)) as raised:
-        save_checkpoint(BSMamba2(TINY), path, layout=layout)
+        save_checkpoint(BSMamba2(TWO_STEMS), path, layout=layout)
     monkeypatch.undo()
     if isinstance(error, OSError):
         assert str(path) in str(raised.value)
@@ -52,7 +52,7 @@ def test_a_save_that_fails_leaves_the_old_file(layout, target, error, model, tmp
 def full_disk(tmp_path):
     folder = tmp_path / "small disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -67,7 +67,7 @@ def test_a_full_disk(layout, model, full_disk):
     save_checkpoint(model, path)
     before = path.read_bytes()
     with pytest.raises(OSError, match=r"cannot save .*No space left") as raised:
-        save_checkpoint(BSMamba2(dataclasses.replace(TINY, dim=64)), path, layout=layout)
+        save_checkpoint(BSMamba2(dataclasses.replace(TWO_STEMS, dim=64)), path, layout=layout)
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(path)
     assert path.read_bytes() == before
@@ -77,7 +77,7 @@ def test_a_full_disk(layout, model, full_disk):
 def test_saving_replaces_and_keeps_links_and_rights(model, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "m")
-    save_checkpoint(BSMamba2(TINY), tmp_path / "link")
+    save_checkpoint(BSMamba2(TWO_STEMS), tmp_path / "link")
     save_checkpoint(model, str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
     assert_equal(load_checkpoint(tmp_path / "real" / "m").state_dict(), model.state_dict())

@@ -97,6 +97,8 @@ def check_dependencies(project: dict[str, Any]) -> list[str]:
         for line in lines:
             requirement = Requirement(line)
             name = canonicalize_name(requirement.name)
+            if name == project["name"]:  # an extra that includes another
+                continue
             if name in pins:
                 said.append(f"{name} is pinned in {extra} and in {pins[name]}")
             pins[name] = extra

@@ -49,12 +49,15 @@ EXPLORABLES = {
     "bands": "03_bands",
     "scan": "05_scan",
     "decay": "05_scan",
+    "halflife": "06_mamba2",
     "reach": "07_dual_path",
     "chunk": "09_chunks",
     "roofline": "10_kernel",
     "bits": "11_precision",
+    "blind": "12_training",
     "leak": "14_measuring",
     "occupancy": "14_measuring",
+    "faults": "16_port",
 }
 """Name of an explorable on the Explore page → chapter."""
 

@@ -3,7 +3,8 @@
 // <div class="explorable" data-kind="curves|bands|grids|meters|listen"> holds range inputs, a .drawing, a .caption (a live
 // region) and a <script type="application/json">: {common, settings}. The settings cover all positions of the sliders, the
 // last slider fastest; each has a `caption`, in sentences, and the data that its kind draws. This script computes nothing
-// that a reader sees: bsmamba2.teaching.explorables does, and writes the elements.
+// that a reader sees: bsmamba2.teaching.explorables does, and writes the elements. Of kind "blind" are tests with a player
+// and a <select> for each hidden sound: see `blind`.
 "use strict";
 
 (() => {
@@ -59,19 +60,20 @@
 
   // --- kinds ---
 
-  // Lines over one pair of axes, panel below panel. A setting gives `mark`, a point on fixed lines, or `y`, new lines by
-  // panel and series, and then perhaps `at`, a point of its own.
+  // Lines over one pair of axes, panel below panel. A setting gives `y`, new lines by panel and series, `mark`, a point on
+  // the lines, and `at`, a point of its own, or some of these. The upward axis is logarithmic from `least` on, where a panel
+  // has it, else linear from 0.
   function curves(drawing, common, setting, width) {
     common.panels.forEach((panel, i) => {
       const height = 210, { svg, x, x0, y0, inner } = frame(drawing, panel, width, height);
-      const upward = scale("linear", 0, panel.most);
+      const upward = panel.least ? scale("log", panel.least, panel.most) : scale("linear", 0, panel.most);
       const y = (v) => y0 - (y0 - MARGIN.top) * upward(v);
       if (panel.shade) {
         const [from, to] = panel.shade.map(x);
         add(svg, "rect", { x: from, y: MARGIN.top, width: to - from, height: y0 - MARGIN.top, class: "shade" });
         add(svg, "text", { x: (from + to) / 2, y: MARGIN.top + 14, "text-anchor": "middle" }, panel.shadeLabel);
       }
-      for (const tick of ticks(panel.most)) {
+      for (const tick of panel.yticks || ticks(panel.most)) {
         add(svg, "line", { x1: x0, x2: x0 + inner, y1: y(tick), y2: y(tick), class: "grid" });
         add(svg, "text", { x: x0 - 6, y: y(tick) + 4, "text-anchor": "end" }, number(tick));
       }
@@ -90,6 +92,7 @@
       });
       if (setting.at) add(svg, "circle", { cx: x(setting.at[0]), cy: y(setting.at[1]), r: 6, class: "dot s1" });
     });
+    if (common.sound) play(drawing, common.label, common.sound);
   }
 
   // Rows of blocks on a hertz axis: one that moves, above one that stays.
@@ -230,5 +233,22 @@
     sliders.forEach((slider) => slider.addEventListener("input", draw));
   }
 
-  document.addEventListener("DOMContentLoaded", () => document.querySelectorAll(".explorable").forEach(start));
+  // Sounds without their names: once the answer is open, each guess is marked.
+  function blind(box) {
+    const answer = box.querySelector("details"), guesses = [...box.querySelectorAll("select")];
+    function mark() {
+      const right = guesses.filter((guess) => guess.value === guess.dataset.right);
+      for (const guess of guesses) {
+        const words = right.includes(guess) ? "right" : `it is ${guess.dataset.right}`;
+        guess.nextElementSibling.textContent = answer.open ? words : "";
+      }
+      box.querySelector(".caption").textContent = answer.open ? `Right guesses: ${right.length} of ${guesses.length}.` : "";
+    }
+    answer.addEventListener("toggle", mark);
+    guesses.forEach((guess) => guess.addEventListener("change", mark));
+  }
+
+  document.addEventListener("DOMContentLoaded", () => {
+    document.querySelectorAll(".explorable").forEach((box) => (box.dataset.kind === "blind" ? blind : start)(box));
+  });
 })();

@@ -87,7 +87,7 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
         elif id == b"LIST":  # libsndfile gives up where its contents are padded to four bytes
             patches[pos] = b"JUNK"
         elif id == b"fmt ":
-            format_tag, block = data.unpack("<H16xH", body)
+            format_tag, block = data.unpack(family.size[0] + "H16xH", body)
             block *= size >= 20 and format_tag in _ADPCM
         elif id == b"fact":
             (samples,) = data.unpack(family.size, body)

@@ -10,6 +10,7 @@ Sources: RFC 9639 (FLAC), ISO 14496-12 (MP4), RFC 9559 (Matroska), ISO 13818-1 (
 from __future__ import annotations
 
 import io
+import struct
 
 from .chunks import chunked_part, is_chunked
 from .mpeg_frames import first_frame, frame_part, junk_bytes
@@ -35,7 +36,8 @@ def find_parts(raw: io.FileIO) -> tuple[list[Part], range]:
     if not is_chunked(data, start):
         data.cut_off_tags()
     while start < data.size or not parts:
-        if parts and (junk := junk_bytes(data, start, sum(part.seconds for part in parts))):
+        is_frame_or_junk = parts and not _packets_end(data, start)
+        if is_frame_or_junk and (junk := junk_bytes(data, start, sum(part.seconds for part in parts))):
             return parts, range(start, start + junk)
         if len(parts) == MOST_PARTS:
             raise DamagedError(f"holds more than {MOST_PARTS:,} recordings end to end; split it")
@@ -59,13 +61,14 @@ def _find_part(data: FileBytes, start: int) -> tuple[Part, int]:
         return Part((range(start, end),), "matroska"), end
     if head.startswith((b"RIFF", _ASF)) and (end := _boxes_end(data, start)):
         return Part((range(start, end),)), end
-    if end := _packets_end(data, start):
+    if end := _flv_end(data, start) or _packets_end(data, start):
         return Part((range(start, end),), has_end=False), end
     if not head.startswith((b"RIFF", b"fLaC", b"\0\0\1")):  # AVI has frames within chunks
         first = first_frame(data, data.skip_tags(start))
         if first is not None:
             return frame_part(data, first)
-    end = data.size if head.startswith(b"wvpk") else data.next_file(start + 4)  # whose blocks begin like a file
+    # Blocks of WavPack begin like a file; NUT holds them, too.
+    end = data.size if head.startswith((b"wvpk", b"nut/")) else data.next_file(start + 4)
     seconds = 0.0
     if head.startswith(b"fLaC"):
         (fields,) = data.unpack(">Q", start + 18)  # rate, channels, bits, and samples: 0 where they are not known
@@ -83,10 +86,12 @@ def _mp4_end(data: FileBytes, start: int) -> int:
             (size,) = data.unpack(">Q", pos + 8)
         if kind == b"ftyp" and b"moov" in kinds:  # another file, whose offsets begin there
             break
+        if kind == b"moov" and kind in kinds:  # of a file without a head of its own
+            raise DamagedError("holds a second recording, of which players play the first; split it")
         if size == 0 and kind in _MP4_BOXES:  # to the end of the file
             return data.size
         is_cut = pos + size > data.size
-        if size < 8 or not kind.isascii() or (is_cut and kind not in _MP4_BOXES and {b"moov", b"mdat"} <= kinds):
+        if size < 8 or not kind.isalnum() or (is_cut and kind not in _MP4_BOXES and {b"moov", b"mdat"} <= kinds):
             break
         if is_cut:
             raise DamagedError(CUT)
@@ -109,21 +114,54 @@ def _matroska_end(data: FileBytes, start: int) -> int:
     return pos
 
 
+def _flv_end(data: FileBytes, start: int) -> int:
+    """Where the tags of an FLV file end, each with its size behind it; 0 for another file."""
+    if data.at(start, 4) != b"FLV\1":
+        return 0
+    pos = start + 13
+    while data.at(pos, 1) in (b"\x08", b"\x09", b"\x12"):
+        pos += 15 + int.from_bytes(data.at(pos + 1, 3), "big")
+    if pos > data.size:
+        raise DamagedError(CUT)
+    return pos
+
+
 def _packets_end(data: FileBytes, start: int) -> int:
-    """Where the packets of an MPEG transport or program stream end, which carry frames in pieces; 0 for neither."""
+    """Where the packets of an MPEG transport or program stream end, which carry frames in pieces; 0 for neither.
+
+    Raises:
+        DamagedError: when one stream of sound ends before another one begins, since FFmpeg reads only one.
+    """
+    places: dict[int, range] = {}  # of each stream of sound
     for place, size in ((0, 188), (4, 192)):  # .ts, and .m2ts with a time in front of each packet
         pos = start
-        while data.at(pos + place, 1) == b"G":
+        while (packet := data.at(pos + place, 188)).startswith(b"G"):
+            stream, flags, more = struct.unpack(">HBB", packet[1:5].ljust(4, b"\0"))
+            head = packet[5 + more if flags & 0x20 else 4 :][:4]
+            if stream & 0x4000 and b"\0\0\1\xbd" <= head < b"\0\0\1\xe0":
+                places[stream] = range(places.get(stream, range(pos, pos)).start, pos)
             pos += size
         if pos > start + 3 * size:
+            _check_places(places)
             return min(pos, data.size)
     pos = start
     while data.at(pos, 4) >= b"\0\0\1\xb9" and data.at(pos, 3) == b"\0\0\1":
-        kind, size, stuffing = data.unpack(">3xBH7xB", pos)
+        kind, size, flags, offset, stuffing = data.unpack(">3xBHBxB4xB", pos)
+        is_private = kind == 0xBD and flags >> 6 == 2  # AC-3, DTS and PCM of MPEG-2 share this number
+        stream = data.unpack(">B", pos + 9 + offset)[0] if is_private else kind
+        if stream in range(0x80, 0xA8) or kind in range(0xC0, 0xE0):
+            places[stream] = range(places.get(stream, range(pos, pos)).start, pos)
         is_mpeg2 = size >> 14 == 1
         pos += {0xB9: 4, 0xBA: 14 + stuffing % 8 if is_mpeg2 else 12}.get(kind, 6 + size)
-        pos = max(pos, data.skip_tags(pos) - 2)  # over zeros
+        pos = data.skip_tags(pos)
+    _check_places(places)
     return min(pos, data.size) if pos > start else 0
+
+
+def _check_places(places: dict[int, range]) -> None:
+    longest = max(places.values(), key=len, default=range(0))
+    if any(place.start > longest.stop or place.stop < longest.start for place in places.values()):
+        raise DamagedError("holds recordings end to end, as streams of their own; split it, or convert it to WAV")
 
 
 def _boxes_end(data: FileBytes, start: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,8 @@ import numpy as np
 import soundfile
 from av.stream import Discard
 
-from .source import AGAIN, DamagedError, Part, Splice
+from .mpeg_frames import MOST_JUNK
+from .source import AGAIN, DamagedError, FileBytes, Part, Splice
 
 BLOCK = 1 << 16
 """Samples read at a time in each channel, fewer where there are more than two."""
@@ -39,6 +41,12 @@ VORBIS_SPEAKERS = {
     8: "FL FC FR SL SR BL BR LFE",
 }
 """Number of channels → their speakers in Vorbis and Opus, in their order (RFC 7845, 5.1.1.2)."""
+
+_INDEX = re.compile(rb"INDX|\x06\x0e\x2b\x34|ID3 ")
+"""Chunks behind the sound that may be long: an index in RM and MXF, pictures in DFF."""
+
+_HEADS = {"spdif": 8, "smjpeg": 16, "adx": 18, "ast": 32}
+"""FFmpeg's names of formats → bytes around a packet that its size leaves out."""
 
 _LOSSLESS = ("pcm", "adpcm", "flac", "alac", "tta", "wavpack")
 
@@ -70,14 +78,26 @@ def open_decoder(raw: io.FileIO, part: Part) -> LibsndfileDecoder | FFmpegDecode
     return FFmpegDecoder(raw, part)
 
 
-def holds_sound(raw: io.FileIO, place: range) -> bool:
-    """Whether some bytes behind a recording are another one."""
+def junk_behind(raw: io.FileIO, place: range) -> int:
+    """How many bytes at a place behind a recording are left out: tags and zeros that come first are not counted.
+
+    Raises:
+        DamagedError: when another recording is there, or more than `MOST_JUNK` bytes that may be a damaged one.
+    """
+    data = FileBytes(raw)
+    place = range(data.skip_tags(place.start), place.stop)
+    if not place:
+        return 0
     try:
         with _open(Splice(raw, (place,)), "") as container:
             stream = container.streams.best("audio")
-            return stream is not None and next(container.decode(stream), None) is not None
+            if stream is not None and next(container.decode(stream), None) is not None:
+                raise DamagedError(f"holds another recording from byte {place.start:,} on; split it")
     except (av.FFmpegError, OSError):
-        return False
+        pass
+    if len(place) > MOST_JUNK and not _INDEX.search(data.at(place.start, 64)):
+        raise DamagedError(f"holds {len(place):,} bytes behind the sound, neither sound nor a tag; cut them off")
+    return len(place)
 
 
 class LibsndfileDecoder:
@@ -133,11 +153,11 @@ class FFmpegDecoder:
             self.frames += _length(frame)
         self.frames = part.length(self.frames, self.channels)
         _check_length(self.frames + self.rate * part.trimmed, self.rate, part.seconds - start)
-        stated, unit = (0.0, Fraction(1)) if part.seconds else _stated_duration(raw, part)
+        stated, unit = (0.0, Fraction(1)) if part.seconds else self._stated
         is_lossless = self._codec.startswith(_LOSSLESS)
-        # Durations may be rounded to 1/600 s; those of lossy sound may count an encoder's delay.
+        # Durations may be rounded to 1/600 s; those of lossy sound may count a delay, AVI whole packets.
         is_exact = is_lossless and unit * self.rate == 1 and part.decoder != "mp4"
-        tolerance = 0.0 if is_exact else 1 / 600 if is_lossless else 0.1
+        tolerance = 0.0 if is_exact else max(2 * float(unit), 1 / 600 if is_lossless else 0.1)
         _check_length(self.frames + self.rate * tolerance, self.rate, stated)
         if is_exact and 0 < stated * self.rate < self.frames - 0.5 and not part.walked:
             raise DamagedError(f"holds more than the {stated:.1f} s of sound that its head counts; export it again")
@@ -149,18 +169,20 @@ class FFmpegDecoder:
     def _decode(self) -> Iterator[av.AudioFrame]:
         is_flac, samples, expected, end, last = self._part.decoder == "flac", 0, 0, 0, b""
         try:
-            with _open(Splice(self._raw, self._part.pieces), self._part.decoder) as container:
+            # Without the file's size FFmpeg guesses no duration; of an MP3 it would not trim the padding.
+            source = Splice(self._raw, self._part.pieces, endless=self._part.decoder != "mp3")
+            with _open(source, self._part.decoder) as container:
                 stream = container.streams.best("audio")
                 if stream is None:
                     raise av.InvalidDataError(0, "no sound in it")
-                self._codec = stream.codec_context.name
+                self._codec, self._stated = stream.codec_context.name, _stated_duration(container, stream)
                 for other in container.streams if self._part.walked else ():
                     other.discard = Discard.default if other is stream else Discard.all
                 if is_flac:
                     stream.codec_context.options = {"err_detect": "crccheck+explode"}
                 for packet in container.demux():
                     if packet.size and packet.pos is not None:
-                        end = max(end, packet.pos + packet.size)
+                        end = max(end, packet.pos + packet.size + _HEADS.get(container.format.name, 0))
                     if packet.stream_index != stream.index:
                         continue
                     if packet.is_corrupt:
@@ -213,17 +235,12 @@ def _open_nothing(url: str, *_: object) -> NoReturn:
     raise PermissionError(f"{url}: named by another file")
 
 
-def _stated_duration(raw: io.FileIO, part: Part) -> tuple[float, Fraction]:
-    """Seconds that a container states, 0 for none, and their unit; FFmpeg would guess them from the file's size."""
-    try:
-        with _open(Splice(raw, part.pieces, endless=True), part.decoder) as container:
-            stream = container.streams.best("audio")
-            if stream.duration and stream.duration < 1 << 62:
-                return float(stream.duration * stream.time_base), stream.time_base
-            seconds = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
-            return seconds, Fraction(1, 1_000_000)
-    except (av.FFmpegError, OSError):
-        return 0.0, Fraction(1)
+def _stated_duration(container: Any, stream: Any) -> tuple[float, Fraction]:
+    """Seconds that a container states, 0 for none, and their unit."""
+    if stream.duration and stream.duration < 1 << 62:
+        return float(stream.duration * stream.time_base), stream.time_base
+    seconds = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
+    return seconds, Fraction(1, 1_000_000)
 
 
 def _flac_size(packet: bytes) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .containers import find_parts
 from .decoders import BLOCK as BLOCK
-from .decoders import FFmpegDecoder, LibsndfileDecoder, holds_sound, open_decoder, reason
+from .decoders import FFmpegDecoder, LibsndfileDecoder, junk_behind, open_decoder, reason
 from .source import FILE_START, DamagedError, open_regular
 
 SUFFIXES = (
@@ -46,7 +46,6 @@ RATES = (1_000, 768_000)
 LEAST_REST = 4096
 """Bytes behind the last packet of sound that an index or the padding of a container may take."""
 
-_MORE = "holds another recording from byte {:,} on; split it"
 _FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
 
 
@@ -108,16 +107,13 @@ class AudioReader:
         self._decoders: list[LibsndfileDecoder | FFmpegDecoder] = []
         try:
             parts, rest = find_parts(self._raw)
-            if holds_sound(self._raw, rest):
-                raise DamagedError(_MORE.format(rest.start))
-            junk = len(rest)
+            junk = junk_behind(self._raw, rest)
             for part in parts:
                 decoder = open_decoder(self._raw, part)
                 self._decoders.append(decoder)
                 self._check_header(decoder)
-                if holds_sound(self._raw, decoder.rest):
-                    raise DamagedError(_MORE.format(decoder.rest.start))
-                junk += len(decoder.rest) if len(decoder.rest) > LEAST_REST else 0
+                behind = junk_behind(self._raw, decoder.rest)
+                junk += behind if behind > LEAST_REST else 0
         except DamagedError as error:
             raise AudioError(f"{self.path}: {error}") from error
         except (soundfile.LibsndfileError, av.FFmpegError, OSError) as error:

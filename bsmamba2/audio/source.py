@@ -152,7 +152,8 @@ class FileBytes:
         return self.size
 
     def skip_tags(self, start: int) -> int:
-        """First place from `start` on with neither a tag (ID3, APE, Lyrics3) nor zeros."""
+        """First place from `start` on with neither a tag (ID3, APE, Lyrics3) nor zeros, but those that begin a file."""
+        first = start
         while start < self.size:
             head = self.at(start, 32).ljust(32, b"\0")
             if head.startswith(b"ID3"):
@@ -167,12 +168,12 @@ class FileBytes:
                 start += end.end()
             elif head.startswith(b"\0"):
                 block = self.at(start, 512)
-                zeros = len(block) - len(block.lstrip(b"\0"))
-                if self.at(start + zeros + 1, 4) == b"ftyp":  # three of them begin an MP4 file
-                    return start + max(0, zeros - 3)
-                start += zeros
+                start += len(block) - len(block.lstrip(b"\0"))
             else:
                 break
+        for zeros, head in ((3, b"\0{3}[\x08-\x80]ftyp"), (2, b"\0\0\1[\xb9-\xff]")):  # MP4, MPEG program stream
+            if start - zeros >= first and re.match(head, self.at(start - zeros, 8)):
+                return start - zeros
         return min(start, self.size)
 
     def cut_off_tags(self) -> None:

@@ -2,7 +2,7 @@
 
 `layouts` loads and saves; begin there. `published_layout` has the names, shapes and known files of the authors' model,
 `state_dict` finds the weights under the wrappers and prefixes of other training programs, and `safe_pickle` reads
-their pickles without running them. It needs safetensors and PyYAML.
+their pickles without running them. The package needs safetensors and PyYAML.
 """
 
 from .layouts import (

@@ -66,7 +66,7 @@ class Checkpoint:
         weights: `ema` for moving averages, else `raw`.
         config: as stored, as given, or inferred (see `read_checkpoint`).
         state: name → tensor, with exactly the names of `BSMamba2(config).state_dict()`.
-        metadata: further entries that `save_checkpoint` was given.
+        metadata: further entries that were passed to `save_checkpoint`.
         notes: lines for the user: the weights that were loaded, and the settings that were assumed.
     """
 
@@ -250,7 +250,7 @@ def _read_file(path: Path) -> tuple[FoundWeights, dict[str, str]]:
         if not head or (head[:2] == b"PK" and not zipfile.is_zipfile(path)):
             raise ValueError(f"is truncated: it ends after {path.stat().st_size:,} bytes")
         if head[:2] != b"PK" and head[:1] != b"\x80":
-            raise ValueError(f"is no checkpoint: safetensors and torch.save do not begin with {head!r}")
+            raise ValueError(f"is not a checkpoint: safetensors and torch.save do not begin with {head!r}")
         found = find_weights(load_pickle(path))
         if sum(tensor.nbytes for tensor in found.tensors.values()) > 8 * path.stat().st_size + (1 << 20):
             raise ValueError("has tensors that share their memory: save it again, with a clone of each tensor")
@@ -262,7 +262,7 @@ def _read_file(path: Path) -> tuple[FoundWeights, dict[str, str]]:
 
 
 def _serialize(state: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file with a hash, the same for the same content: the library shuffles the metadata."""
+    """The bytes of a safetensors file with a hash, and with sorted metadata, because the library shuffles them."""
     content = safetensors.torch.save(state, {**metadata, HASH_KEY: sha256_state(state, metadata)})
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -275,7 +275,7 @@ def _serialize(state: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 class _SkipInit(TorchFunctionMode):
     """Skip random initialisation: weights stay uninitialised memory until a checkpoint's replace them.
 
-    The paper's model then takes 0.05 s and no memory. (`torch.device("meta")` would import the compiler.)
+    Building the paper's model then takes 0.05 s and no memory. (`torch.device("meta")` would import the compiler.)
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,7 +81,7 @@ TENSORS = (  # every tensor of the model: our name, the published one, shape
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and shapes → the published ones; a name that is not ours stays, and so does the order."""
+    """Our names and shapes → the published ones; names that are not ours, and the order, stay unchanged."""
     return {
         _rename(name, _OURS): tensor.T.unsqueeze(-1).contiguous() if name.endswith(".merge.weight") else tensor
         for name, tensor in state.items()
@@ -89,7 +89,7 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and shapes → ours; a name that is not published stays, and so does the order."""
+    """Published names and shapes → ours; names that are not published, and the order, stay unchanged."""
     renamed = {_rename(name, _PUBLISHED): tensor for name, tensor in state.items()}
     return {
         name: tensor.squeeze(-1).T.contiguous() if name.endswith(".merge.weight") else tensor
@@ -113,7 +113,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def is_published(names: Iterable[str]) -> bool:
-    """Whether any of the names is one of the published layout."""
+    """Whether any of the names belongs to the published layout."""
     return any(_match(name, _PUBLISHED) for name in names)
 
 
@@ -191,7 +191,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any
 
     if not votes:
         names = ", ".join(f"{name:.60}" for name in sorted(shapes)[:3])
-        raise ValueError(f"of {len(shapes)} tensors none is of BSMamba2: {names}, …")
+        raise ValueError(f"none of {len(shapes)} tensors belongs to BSMamba2: {names}, …")
 
     def size(letter: str) -> int:
         if not votes[letter]:
@@ -287,7 +287,7 @@ def _match(name: str, side: int) -> tuple[tuple[str, str, str], dict[str, str]] 
 
 
 def _rename(name: str, side: int) -> str:
-    """The name on the other side; a name that is not of this side stays."""
+    """The name in the opposite layout; a name that does not belong to this layout stays unchanged."""
     matched = _match(name, side)
     if matched is None:
         return name

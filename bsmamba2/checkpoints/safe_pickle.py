@@ -45,8 +45,8 @@ def load_pickle(source: Path | BinaryIO) -> Any:
         source: a path, or a file open for reading in which `seek` works.
 
     Raises:
-        ValueError: when the file is cut short, damaged (its CRC-32 are checked), would unpack to far more than its
-            own size, or is not from `torch.save`.
+        ValueError: when the file is cut short, damaged (the CRC-32 checksums are tested), would unpack to far more than
+            its own size, or is not from `torch.save`.
         OSError: when the file cannot be opened.
     """
     if isinstance(source, Path):
@@ -62,7 +62,7 @@ def load_pickle(source: Path | BinaryIO) -> Any:
 
 
 class _Refused(ValueError):
-    """A fault with a message of its own."""
+    """A fault with its own message."""
 
 
 def _load_zip(file: BinaryIO) -> Any:
@@ -166,7 +166,7 @@ _STORAGES = {
 
 
 def _find_global(module: object, name: object) -> object:
-    """A function that rebuilds, a data type, or a placeholder; nothing is imported or looked up elsewhere."""
+    """A function that rebuilds a tensor, a data type, or a placeholder; nothing is imported or looked up elsewhere."""
     if not isinstance(module, str) or not isinstance(name, str):
         return Skipped("a global without a name")
     if (module, name) in _FUNCTIONS:
@@ -273,7 +273,7 @@ class _Machine:
         if not isinstance(function, FunctionType) or type(arguments) is not tuple or len(arguments) > 16:
             self._skip([function])
             return
-        try:  # one of _FUNCTIONS: no other gets here
+        try:  # one of _FUNCTIONS: nothing else gets here
             self.stack.append(function(*arguments))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             self.stack.append(Skipped(f"a tensor that cannot be rebuilt ({type(error).__name__})"))

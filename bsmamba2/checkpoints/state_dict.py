@@ -50,7 +50,7 @@ def find_weights(content: Any) -> FoundWeights:
         content: as `safe_pickle.load_pickle` returns it, or name → tensor.
 
     Raises:
-        ValueError: when there are no tensors, or one of the model's is not a tensor.
+        ValueError: when there are no tensors, or an entry of the model is not a tensor.
     """
     if not isinstance(content, dict) or not content:
         name = f"an object of {content.name}" if isinstance(content, Skipped) else f"a {type(content).__name__}"
@@ -76,11 +76,12 @@ def find_weights(content: Any) -> FoundWeights:
             return FoundWeights(tensors, [], lightning)
     name, value = next(iter(entries.items()), ("", None))
     name = PREFIX.sub("", name, count=1) if isinstance(name, str) else name
-    raise ValueError(f"holds no tensors: entry {short_repr(name)} is no tensor but {_kind(value)}: save a state dict")
+    fault = f"entry {short_repr(name)} is not a tensor but {_kind(value)}"
+    raise ValueError(f"holds no tensors: {fault}: save a state dict")
 
 
 def _dicts(content: dict[Any, Any], averaged: bool, seen: set[int]) -> Iterator[tuple[bool, dict[Any, Any]]]:
-    """A dict and those that are wrapped in it, each with whether its weights are averages."""
+    """A dict and the dicts wrapped in it, each with a flag: whether its weights are averages."""
     seen.add(id(content))
     yield averaged, content
     for key in WRAPPERS:
@@ -99,7 +100,7 @@ def _groups(entries: dict[Any, Any]) -> dict[str, dict[str, Tensor]]:
         if isinstance(value, Tensor):
             groups.setdefault(name.removesuffix(rest), {})[rest] = value
         elif is_model_name(rest):
-            raise ValueError(f"is no state dict: entry {rest!r} is no tensor but {_kind(value)}")
+            raise ValueError(f"is not a state dict: entry {rest!r} is not a tensor but {_kind(value)}")
     return groups
 
 
@@ -117,7 +118,7 @@ def _lightning_ema(optimizer_states: object) -> list[Tensor]:
 
 
 def misfit(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], kind: str = "") -> str | None:
-    """A message that names missing, unexpected, misshapen and not floating-point tensors, or None."""
+    """A message that names tensors that are missing, unexpected, misshapen or not floating-point, or None."""
     faults = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [f"{name:.100}" for name in state if name not in expected],

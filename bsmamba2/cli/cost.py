@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..config import PRESETS, ModelConfig
+from ..train import PRECISIONS
 from .console import log, print_line
 
 DESCRIPTION = """\
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="size of the model (paper)")
     parser.add_argument("--batch", type=int, default=5, metavar="N", help="examples per batch and device (5)")
     parser.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of an example, in seconds (8)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of matrix products")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="type of matrix products")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers to save memory")
     parser.add_argument("--loss-hop", type=int, default=147, metavar="N", help="hop of the loss, in samples (147)")
     parser.add_argument("--peak-tflops", type=float, metavar="T", help="peak compute of the device, in 10^12 FLOP/s")
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         cost = training_cost(
-            ModelConfig.preset(args.preset), batch=args.batch, seconds=args.seconds, dtype=args.dtype,
+            ModelConfig.preset(args.preset), batch=args.batch, seconds=args.seconds, dtype=args.precision,
             gradient_checkpointing=args.gradient_checkpointing, loss_hop=args.loss_hop,
         )  # fmt: skip
     except ValueError as error:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if args.batches > 1:
             lines[f"{args.batches:,} batches"] = f"{seconds * args.batches / 3600:,.1f} h"
     for name, gpu in GPUS.items():
-        bound = cost.lower_bound(getattr(gpu, args.dtype), gpu.bandwidth)
+        bound = cost.lower_bound(getattr(gpu, args.precision), gpu.bandwidth)
         lines[name] = f"fits: {cost.fits(gpu.memory)}; a batch takes more than {bound:,.3f} s (computed, not measured)"
     print_line(*(f"{name + ':':<34}{text}" for name, text in lines.items()))
     return 0

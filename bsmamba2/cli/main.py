@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import expand_user
-from . import backends, console, cost, evaluate, separate, train
+from . import backends, console, cost, evaluate, export, separate, train
 from .console import escape, log, print_line, signals_as_interrupts
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": (evaluate, "score a checkpoint on tracks whose vocals are known"),
     "train": (train, "train a model, or resume a run that was stopped"),
     "cost": (cost, "estimate the operations, memory and time of training"),
+    "export": (export, "write a checkpoint as an ONNX file, for programs without PyTorch"),
     "backends": (backends, "list the implementations of the scan, and how to install the missing ones"),
 }
 

@@ -15,8 +15,8 @@ from ..separate import DTYPES
 from .console import log
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the model, its device and its backend."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the checkpoint."""
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="checkpoint in this project's or a published layout; default: the bundled one",
@@ -30,6 +30,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("auto", "ema", "raw"), default="auto",
         help="weights of a checkpoint that has both: raw, or ema, the moving averages (auto: ema if present)",
     )  # fmt: skip
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the checkpoint, its device and its backend."""
+    add_checkpoint_arguments(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; default: cuda, else cpu")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="auto",
@@ -40,6 +45,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the model's activations (float32); spectrograms and masks stay in float32",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="segments per batch (1)")
+
+
+def read_checkpoint(args: argparse.Namespace) -> checkpoints.Checkpoint:
+    """Read the checkpoint that the options choose, and log what a user should know about it.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be used.
+        OSError: for one that does not exist.
+    """
+    path = args.checkpoint or checkpoints.bundled_checkpoint()
+    if args.checkpoint is None:
+        log("bundled checkpoint: small, trained on synthesised songs only; --checkpoint names another")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
+    if path.is_file() and (known := describe_known_file(path)):
+        log(f"{path}: {known}")
+    checkpoint = checkpoints.read_checkpoint(path, weights=args.weights, config=args.config)
+    log(*checkpoint.notes)
+    return checkpoint
 
 
 def load_model(args: argparse.Namespace) -> BSMamba2:
@@ -58,19 +82,10 @@ def load_model(args: argparse.Namespace) -> BSMamba2:
     except Exception as error:  # torch raises a different type for each kind of missing device
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--device {args.device}: {reason}; use --device cpu") from error
-    path = args.checkpoint or checkpoints.bundled_checkpoint()
-    if args.checkpoint is None:
-        log("bundled checkpoint: small, trained on synthesised songs only; --checkpoint names another")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: does not exist; name a checkpoint file")
-    if path.is_file() and (known := describe_known_file(path)):
-        log(f"{path}: {known}")
     dtype = DTYPES[args.dtype]
     if slow := slow_dtype_warning(device, dtype):
         log(f"--dtype {args.dtype}: {slow}")
-    checkpoint = checkpoints.read_checkpoint(path, weights=args.weights, config=args.config)
-    log(*checkpoint.notes)
-    model = checkpoint.model().to(device)
+    model = read_checkpoint(args).model().to(device)
     acceleration = accelerate(model, args.backend, dtype=dtype)
     if acceleration.build_seconds is not None:
         kept = f"; it is kept in {acceleration.kept_in}" if acceleration.kept_in else ""

@@ -1,8 +1,8 @@
 """Evaluation: scores of a model on one song, and of a checkpoint on many tracks under a named protocol.
 
-Holds the protocols and published figures (`protocols`), the evaluation itself (`evaluate`), its tables and files
-(`report`). Needs a model, and songs whose stems are known: synthesised ones, or a folder in MUSDB18-HQ's layout.
-Begin with `score` for one song, with `evaluate.run` for a checkpoint; `bsmamba2 evaluate` does the latter.
+It contains the protocols and published figures (`protocols`), the evaluation itself (`evaluate`), and its tables and
+files (`report`). It needs a model and songs with known stems: synthesised ones, or a folder in MUSDB18-HQ's layout.
+Begin with `score` for one song, or with `evaluate.run` for a checkpoint, as the command `bsmamba2 evaluate` does.
 Book: "Measuring".
 """
 

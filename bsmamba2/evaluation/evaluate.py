@@ -54,7 +54,7 @@ class SongScore:
 
 
 def oracle_vocals(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
-    """Oracle estimate: the vocals that the best real mask in [0, 1] gives (`masks.oracle_mask`), (c, samples)."""
+    """Oracle estimate: the mixture times the best real mask in [0, 1] (`masks.oracle_mask`), (c, samples)."""
     mixture = stft(song.mixture, n_fft, hop_length)
     mask = oracle_mask(stft(song.vocals, n_fft, hop_length), mixture)
     return istft(mask * mixture, song.mixture.shape[-1], n_fft, hop_length)
@@ -63,7 +63,7 @@ def oracle_vocals(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tenso
 def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float = 0.5) -> SongScore:
     """Score a model on one song: separate the mixture and compare the estimate of the vocals with the vocals.
 
-    The oracle has the model's own STFT. See `separate.separate` for segment and overlap.
+    The oracle uses the model's own STFT. See `separate.separate` for segment and overlap.
 
     Raises:
         ValueError: when the song is not at the model's sample rate, or the model has no stem `vocals`.
@@ -72,7 +72,7 @@ def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float =
     if song.sample_rate != config.sample_rate:
         raise ValueError(f"{song.name} is at {song.sample_rate} Hz, the model at {config.sample_rate} Hz")
     if "vocals" not in config.stems:
-        raise ValueError(f"the model gives the stems {', '.join(config.stems)}, and no vocals")
+        raise ValueError(f"the model separates {', '.join(config.stems)}, but not the vocals")
     stems = separate(model, song.mixture, segment=segment, overlap=overlap)
     estimate = stems[config.stems.index("vocals")]
     leakage = metrics.silence_leakage(vocals, estimate, song.mixture, song.sample_rate).relative
@@ -97,7 +97,7 @@ class EvalTrack:
     name: str  #: unique in its set
     identity: str  #: a text that changes when the sound does
     load: Callable[[], tuple[Tensor, dict[str, Tensor], int]]
-    """Reads it: mixture (c, samples), the reference of each stem by name (c, samples), sample rate in hertz."""
+    """Reads the track: mixture (c, samples), the reference of each stem by name (c, samples), sample rate in hertz."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ class EvalSet:
 
 
 INSTRUMENTAL = ("instrumental", "accompaniment")
-"""Stem names that stand for the mixture less the vocals, where a track has no file of that name."""
+"""Stem names that mean the mixture minus the vocals, if a track has no file of that name."""
 
 
 def load_tracks(folder: str | os.PathLike[str], stems: Sequence[str] = ("vocals",)) -> EvalSet:
     """List the tracks of a folder in MUSDB18-HQ's layout: `test/<track>/{mixture,vocals,drums,bass,other}.wav`.
 
     The folder may also be `test` itself, any folder of such tracks, or one track. The files of a track are read
-    when it is evaluated: those of the stems, and the mixture, or the four stems to add up when there is none. The set
-    is called MUSDB18-HQ's test set when there are 50 complete tracks in a folder `test`; their names are not checked.
+    when it is evaluated: the stems, and the mixture or, without a file of the mixture, the four stems to add up. The
+    set is called MUSDB18-HQ's test set if a folder `test` has 50 complete tracks; their names are not checked.
 
     Raises:
         ValueError: when there is no track, or no such folder.
@@ -163,7 +163,7 @@ def _folder_track(folder: TrackFolder, stems: Sequence[str]) -> EvalTrack:
 
 
 def tracks_of(songs: Sequence[Song], name: str = "") -> EvalSet:
-    """Evaluation set of songs in memory, synthesised ones for instance, with all their stems.
+    """Evaluation set of songs in memory, for example synthesised ones, with all their stems.
 
     Raises:
         ValueError: when there are none, or two have the same name.
@@ -187,15 +187,15 @@ def tracks_of(songs: Sequence[Song], name: str = "") -> EvalSet:
 class EvalRow:
     """Metrics of one stem of one track under one protocol; NaN where a metric is not defined (see `metrics`).
 
-    A stem that is silent throughout has no cSDR, uSDR and SI-SDR: uSDR would compare with almost no energy, and
-    `silence_leakage` is the metric to read.
+    A stem that is silent throughout has no cSDR, uSDR or SI-SDR, because uSDR would divide by almost no energy. Read
+    `silence_leakage` instead.
     """
 
     track: str
     stem: str = "vocals"
     segment: float  #: in seconds
     seconds: float  #: length of the track
-    occupancy: float  #: share of the track that lies in no silent region of the stem, 0 to 1
+    occupancy: float  #: fraction of the track outside the stem's silent regions, 0 to 1
     csdr: float  #: in dB, as `usdr` and `si_sdr`
     usdr: float
     si_sdr: float
@@ -205,10 +205,10 @@ class EvalRow:
     silence_leakage_dbfs: float  #: the same in dBFS
     onset_delay: float  #: median over the track's onsets, in milliseconds
     onset_error: float  #: median over the track's onsets, in dB
-    onsets: int  #: how many there are
-    onsets_missed: int  #: how many of them the estimate does not have
-    mixture_usdr: float  #: of the mixture taken as the estimate, in dB
-    compute_seconds: float  #: time of the separation, of all stems together
+    onsets: int  #: number of onsets
+    onsets_missed: int  #: number of onsets that the estimate does not have
+    mixture_usdr: float  #: uSDR of the mixture as the estimate, in dB
+    compute_seconds: float  #: time of the separation, for all stems together
 
 
 METRICS = (
@@ -233,8 +233,8 @@ def evaluate_track(
     """Evaluate one track: separate it and compute all metrics, for each stem of the model.
 
     Raises:
-        ValueError: when it cannot be read, or does not fit the model: another rate (nothing is resampled here),
-            other channels, a stem of the model that the track does not have.
+        ValueError: when the track cannot be read or does not fit the model: a different rate (nothing is resampled
+            here), different channels, or a stem of the model that the track does not have.
     """
     config = model.config
     mixture, references, rate = track.load()
@@ -242,7 +242,7 @@ def evaluate_track(
         fix = "convert the track first"
         raise ValueError(f"{track.name}: is at {rate} Hz, the model at {config.sample_rate} Hz; {fix}")
     if missing := [stem for stem in config.stems if stem not in references]:
-        raise ValueError(f"{track.name}: has no {', no '.join(missing)}, which the model gives; add it to the track")
+        raise ValueError(f"{track.name}: lacks {', '.join(missing)}, which the model separates; add it to the track")
     if mixture.shape[0] == 1:
         mixture = mixture.expand(config.channels, -1)
     started = time.perf_counter()
@@ -280,19 +280,19 @@ def run(
     segments: Sequence[float] = (), batch: int = 1, dtype: torch.dtype = torch.float32,
     log: Callable[[str], object] = print,
 ) -> Iterator[EvalRow | Failure]:  # fmt: skip
-    """Evaluate track by track, resumable: rows that are stored already are read, not computed again.
+    """Evaluate track by track. Stored rows are read, not computed again, so that an evaluation can be resumed.
 
-    The rows of a track, one for each stem, are one file, `rows/<key>/<track>.json` under `output`, written atomically.
-    The key is a hash of the checkpoint's, the protocol and the type: after a change of any of these, every row is
-    computed. A stored row is used while the track's `identity` is the one that it was computed from.
+    The rows of a track, one for each stem, form one file, `rows/<key>/<track>.json` in `output`, written atomically.
+    The key is a hash of the checkpoint's identity, the protocol and the type: after a change of any of these, every
+    row is computed again. A stored row is used only if the track's `identity` has not changed since then.
 
     Args:
         model, tracks, protocol: what is evaluated, and how.
-        checkpoint: identity of the model: `sha256_file` of its file, and what else decides which model the file gives.
-        output: folder, made if absent.
-        segments: further segment lengths in seconds, all else as in the protocol, whose own comes first.
+        checkpoint: identity of the model: `sha256_file` of its file, and anything else that selects the model in it.
+        output: folder, created if absent.
+        segments: further segment lengths in seconds; the protocol's own comes first.
         batch, dtype: as in `separate.separate`.
-        log: is called with a line for each stored file that is damaged, and therefore computed again.
+        log: called with a line for each damaged stored file, whose rows are then computed again.
 
     Yields:
         The rows, or the failure, for each segment length and track.
@@ -328,7 +328,7 @@ def run(
 
 
 ROW_VERSION = 3
-"""Raised when a metric of a row is computed differently: rows of other versions are not read."""
+"""Increased when a metric of a row is computed differently, because rows of older versions are not read."""
 
 
 def row_key(checkpoint: str, protocol: EvalProtocol, dtype: torch.dtype = torch.float32) -> str:
@@ -346,10 +346,10 @@ _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowEr
 
 
 def _stored_rows(path: Path, track: EvalTrack, segment: float, stems: Sequence[str]) -> list[EvalRow]:
-    """Read a track's stored rows; empty when there are none of this sound and these stems. Raises `_DAMAGED`."""
+    """Read a track's stored rows; empty if there are none for this sound and these stems. Raises `_DAMAGED`."""
     if not os.path.lexists(path):
         return []
-    if path.is_symlink() or not path.is_file():  # a pipe would wait for ever
+    if path.is_symlink() or not path.is_file():  # a pipe would wait forever
         raise ValueError("not a regular file")
     with path.open("rb") as file:
         text = file.read(MAX_ROW_BYTES + 1)
@@ -366,15 +366,15 @@ def _stored_rows(path: Path, track: EvalTrack, segment: float, stems: Sequence[s
         row = EvalRow(**{**values, **{name: undefined.get(values[name], values[name]) for name in METRICS}})
         check_settings(row)
         if not all(map(math.isfinite, (row.seconds, row.occupancy, row.compute_seconds))):
-            raise ValueError("a length, a share or a time is not finite")
+            raise ValueError("a length, a fraction or a time is not finite")
         if (row.track, row.segment) != (track.name, segment):
-            raise ValueError("of another track or segment length")
+            raise ValueError("of a different track or segment length")
         rows.append(row)
     return rows if [row.stem for row in rows] == [*stems] else []
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON, which every reader takes: null for NaN, "inf" and "-inf" for the infinities."""
+    """Strict JSON, which every parser accepts: null for NaN, "inf" and "-inf" for the infinities."""
 
     def strict(part: Any) -> Any:
         if isinstance(part, dict):

@@ -1,8 +1,8 @@
 """Evaluation protocols, and which published scores are comparable under each.
 
-A figure means something only together with its protocol: segment, overlap, which silent seconds are dropped, mean or
-median over tracks, and which tracks. `EvalProtocol` describes one, `PROTOCOLS` holds the named ones, and `compare`
-lists the differences from the protocol of each published figure.
+A score has a meaning only together with its protocol: segment, overlap, dropped silent seconds, tracks, and mean or
+median over tracks. `EvalProtocol` describes a protocol, `PROTOCOLS` has the named ones, and `compare` lists the
+differences from the protocol of each published figure.
 
 Book: "Measuring". Source of the figures: see `PUBLISHED`.
 """
@@ -25,11 +25,11 @@ class EvalProtocol:
 
     name: str
     segment: float = setting(8.0, "in seconds", within="(0, inf)")
-    overlap: float = setting(0.0, "share of a segment that the next one covers too; 0: no window", within="[0, 1)")
+    overlap: float = setting(0.0, "fraction of a segment that the next one also covers; 0: no window", within="[0, 1)")
     sources: tuple[str, ...] = ("vocals",)
-    """Evaluated together, the target first: `vocals` (or the stem in question), and perhaps `instrumental`, the mixture
-    less the target. A second in which one of them is silent is dropped from the cSDR."""
-    over_tracks: str = setting("mean", "the headline; both are always given", ("mean", "median"))
+    """Evaluated together, the target first: `vocals` (or the stem in question), and optionally `instrumental`, the
+    mixture minus the target. Seconds when one of the sources is silent are dropped from the cSDR."""
+    over_tracks: str = setting("mean", "average in the headline; both are always reported", ("mean", "median"))
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -48,7 +48,7 @@ PROTOCOLS = {
         EvalProtocol(name="two-sources", sources=SOURCES),
     )
 }
-"""`paper` is the authors' evaluation; each of the others changes one thing."""
+"""`paper` is the authors' evaluation; every other protocol changes one thing."""
 
 SEGMENTS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Segment lengths that the paper varies, in seconds."""
@@ -56,7 +56,7 @@ SEGMENTS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Published figures for vocals, in dB, with as much of their protocol as is stated; None: not stated."""
+    """Published figures for vocals, in dB, with the stated parts of their protocol; None: not stated."""
 
     model: str
     source: str
@@ -84,7 +84,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Published figures, and how their protocol differs: empty when comparable, then with a caveat in `note`."""
+    """Published figures and the differences of their protocol: none if comparable, perhaps with a `note`."""
 
     published: Published
     differs: tuple[str, ...]
@@ -94,7 +94,7 @@ class Comparison:
 def compare(tracks: str, protocol: EvalProtocol) -> list[Comparison]:
     """Compare a protocol, on the tracks of this name, with the protocol of each published figure.
 
-    A figure that does not state mean or median over tracks gets a note, not a difference: ours are given as both.
+    If only mean or median over tracks is not stated, this is a note and not a difference, because we report both.
     """
 
     def text(field: str, value: object) -> str:
@@ -109,7 +109,7 @@ def compare(tracks: str, protocol: EvalProtocol) -> list[Comparison]:
         for field, value in ours.items():
             theirs = getattr(published, field)
             if theirs is None and field == "over_tracks":
-                note = "mean or median over tracks: not said"
+                note = "mean or median over tracks: not stated"
             elif theirs is None:
                 differs.append(f"{field}: not stated there, {text(field, value)} here")
             elif theirs != value:

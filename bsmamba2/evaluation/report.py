@@ -25,7 +25,7 @@ from .protocols import EvalProtocol, compare
 
 @dataclass(frozen=True)
 class Average:
-    """Mean and median of one metric over tracks, NaN left out; NaN when none is left."""
+    """Mean and median of one metric over the tracks without NaN; NaN if there are none."""
 
     mean: float
     median: float
@@ -82,7 +82,7 @@ class Evaluation:
         return [row for row in self.rows if (row.segment, row.stem) == (segment, stem)]
 
     def _groups(self, split: Callable[[str], dict[str, list[EvalRow]]]) -> dict[str, list[EvalRow]]:
-        """Groups of each stem's rows, without the empty ones; the stem leads their names unless it is only vocals."""
+        """The non-empty groups of each stem's rows; names begin with the stem, unless `vocals` is the only one."""
         lead = {stem: "" if self.stems == ["vocals"] else f"{stem}, " for stem in self.stems}
         return {lead[stem] + name: rows for stem in self.stems for name, rows in split(stem).items() if rows}
 
@@ -91,7 +91,7 @@ class Evaluation:
         return self._groups(lambda stem: {f"{segment:g} s": self.at(segment, stem) for segment in self.segments})
 
     def _table(self, groups: dict[str, list[EvalRow]]) -> list[dict[str, Any]]:
-        """A line for each group: mean or median over tracks, as the protocol has it."""
+        """A line for each group: mean or median over tracks, as in the protocol."""
         return [
             {"": name, "tracks": len(rows)}
             | {metric: getattr(average(rows, metric), self.protocol.over_tracks) for metric in METRICS}
@@ -107,7 +107,7 @@ class Evaluation:
         return self._table(self._groups(lambda stem: by_occupancy(self.at(self.protocol.segment, stem), stem)))
 
     def comparison_table(self) -> list[dict[str, Any]]:
-        """This model's vocals, then each published model's: its figures only where the protocol is the same."""
+        """A line for this model's vocals, then for each published model: figures only if the protocol is the same."""
         rows = self.at(self.protocol.segment)
         missing = len(self.tracks.tracks) - len(rows)
         tracks = f"{self.tracks.name} but {missing} that failed" if missing else self.tracks.name

@@ -1,11 +1,11 @@
 """Cost of training: parameters, floating-point operations, memory, and the time of a step on a given device.
 
-Torch counts the operations (`FlopCounterMode`), on one sequence of each axis, and autograd's saved tensors, both on
-fake tensors, which have shapes and no data. The mixers are those of the backend "chunked", which needs no compiler: the
-compiled kernels compute the same matrix products in chunks of other lengths, and save as much or less.
+We count operations (torch's `FlopCounterMode`, on one sequence of each axis) and the tensors that autograd saves, both
+on fake tensors, which have shapes but no data. The mixers are those of the backend "chunked", which needs no compiler:
+the compiled kernels compute the same matrix products in chunks of different lengths, and save no more.
 `tests/gpu/tracked_cost.py` compares the memory with PyTorch's own tracker.
-Only matrix products count as operations, two for each multiplication and addition; transforms and element-wise work
-appear in the time, as memory traffic.
+Only matrix products count as operations, two for each multiply-add; transforms and element-wise work appear in the
+time, as memory traffic.
 
 Book: "Scaling up". Axis letters: see `bsmamba2.config`.
 """
@@ -76,13 +76,14 @@ class Cost:
     step: float  #: operations of a step: forward, backward, and the recomputation by gradient checkpointing
     state: int  #: memory for weights, gradients, moments and moving average
     activations: float  #: memory for the tensors that the backward pass needs, at its highest
-    scratch: float  #: memory on top for a moment, on a GPU: the loss, or a mixer's backward pass with mamba-ssm's scan
+    scratch: float  #: additional temporary memory, on a GPU: the loss, or a mixer's backward pass with mamba-ssm's scan
     traffic: float  #: bytes that a step moves through memory, an estimate
 
     def seconds(self, flops: float, bandwidth: float) -> float:
-        """Estimated time of a step on a device with this peak in FLOP/s and this one in bytes/s.
+        """Estimated time of a step on a device with these peaks, in FLOP/s and in bytes/s.
 
-        Matrix products at their peak, then everything else at the memory's peak: real devices reach neither.
+        It assumes all matrix products at the first peak, then all memory traffic at the second; real devices reach
+        neither.
         """
         return self.step / flops + self.traffic / bandwidth
 
@@ -92,14 +93,15 @@ class Cost:
         return self.state + self.activations + self.scratch
 
     def lower_bound(self, flops: float, bandwidth: float) -> float:
-        """Time that a step must exceed on a device with these peaks: computed, not measured.
+        """Time that a step must exceed on a device with these peaks: calculated, not measured.
 
-        All products, or the activations written and read once, whichever takes longer; as if the rest took no time.
+        It is the time of all products, or of writing and reading the activations once, whichever is longer; we assume
+        that everything else takes no time.
         """
         return max(self.step / flops, 2 * self.activations / bandwidth)
 
     def fits(self, memory: float) -> str:
-        """Whether a step fits into so many bytes: yes, no, or perhaps, where the estimate's 10 % and 1 GB decide."""
+        """Whether a step fits into `memory` bytes: yes, no, or perhaps (within the margin of 10 % and 1 GB)."""
         least, most = 0.9 * self.memory, 1.1 * self.memory + 1e9  # PyTorch's context takes most of a gigabyte
         return "yes" if most < memory else "no" if least > memory else "perhaps"
 
@@ -161,7 +163,7 @@ def forward_flops(config: ModelConfig, frames: int, *, gradients: bool = True) -
 
 
 def backward_flops(config: ModelConfig, frames: int, *, gradient_checkpointing: bool = False) -> float:
-    """Floating-point operations of the backward pass for one example, with what checkpointing computes again in it.
+    """Floating-point operations of the backward pass for one example, with the operations that checkpointing repeats.
 
     PyTorch does not repeat a layer's last product, the merge of the band block, because no gradient needs its output.
     """
@@ -209,7 +211,7 @@ def _model_flops(config: ModelConfig, frames: int, gradients: bool) -> dict[str,
 
 
 def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[float, float]:
-    """Operations of a forward and a backward pass that occur so many times."""
+    """Operations of a forward and a backward pass, times `times`."""
     with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as forward:
         output = run()
     with FlopCounterMode(display=False) as backward:
@@ -231,10 +233,11 @@ def _one_layer(config: ModelConfig) -> BSMamba2:
 
 
 def _mixer_scratch(config: ModelConfig, frames: int) -> float:
-    """Bytes that the backward pass of a mixer takes for a moment, for one example, on the larger axis.
+    """Temporary bytes of a mixer's backward pass, for one example, on the larger axis.
 
-    mamba-ssm's scan holds for each chunk the state and its gradient in float32, and both in the type of x (float32 has
-    one copy less); for each sequence the last state. The convolution in PyTorch holds five copies of its input.
+    mamba-ssm's scan stores for each chunk the state and its gradient in float32, and both in the type of x (one copy
+    less with float32), and for each sequence the last state. The convolution in PyTorch stores five copies of its
+    input.
     """
     bands = len(config.freqs_per_bands)
 

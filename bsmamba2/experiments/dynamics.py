@@ -7,12 +7,10 @@ writes them. Book: "Inside the trained model". Axis letters: see `bsmamba2.confi
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from ..mamba2 import Mamba2
 from ..model import BSMamba2
 from ..spectrogram import istft, stft
 from ..synth import Song, synthesise
+from .benchmark.tables import machine
 from .silence import score
 
 SEED, SONGS = 4_000_000, 20
@@ -116,7 +115,7 @@ def decode(model: BSMamba2, features: Tensor, mixture: Tensor) -> tuple[Tensor, 
 def conditions(dt: Tensor, sung: Tensor) -> dict[str, Change]:
     """The interventions on a mixer's Δ, (b, t, h), by name, with heads counted from 1; `sung` is (t,) bool.
 
-    "sing h", "rest h": held at the mean while somebody sings, and while nobody does. "open h": in the rests, times the
+    "sing h", "rest h": held at the mean while somebody sings, and while nobody does. "open h": in silence, times the
     ratio of these two means of the head under test. "exchange h g". "no state": Δ = 0 for all heads.
     """
     heads = range(dt.shape[-1])
@@ -152,8 +151,7 @@ if __name__ == "__main__":
     about = {
         "command": "python -m bsmamba2.experiments.dynamics FILE",
         "commit": subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip(),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "date": str(date.today()),
+        "machine": machine(),
         "rows": {name: [row[name] for row in found] for name in found[0]},
     }
     Path(sys.argv[1]).write_text(json.dumps(about) + "\n", encoding="utf-8")

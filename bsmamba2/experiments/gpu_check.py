@@ -5,10 +5,10 @@
 
 environment → self-tests → kernels' tests → parts of the model → training step → loading → separation → training
 
-A part yields rows, name → value, or raises `SkipPart` with the reason; most are parts of `benchmark`, which measures
-them. Each has a time limit, and the results are written after each. Needs PyTorch, NumPy and safetensors; mamba-ssm and
-Triton for the fused kernels, pytest and hypothesis for their tests, soundfile, av and soxr for loading and training. No
-network. **Not run on a GPU yet.**
+A part yields rows, name → value, or raises `SkipPart` with the reason; `benchmark` measures most of the parts. Each has
+a time limit, and the results are written after each part. The check needs PyTorch, NumPy and safetensors; mamba-ssm and
+Triton for the fused kernels; pytest and hypothesis for their tests; soundfile, av and soxr for loading and training. It
+needs no network. **Not run on a GPU yet.**
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SkipPart(Exception):
 
 
 class OutOfTime(BaseException):
-    """The time of a part is over; raised by an alarm, anywhere, so that no part catches it as a failure of its own."""
+    """The time of a part is over. An alarm raises it at any point; no part may catch it as its own failure."""
 
 
 class Check:
@@ -66,7 +66,7 @@ class Check:
         device: to measure on.
         tiny: toy sizes, to test the check itself.
         deadline: of the part, on the monotonic clock in seconds.
-        results: all that is known so far, for JSON.
+        results: all results so far, for JSON.
         preset, backend: of the model, for training and separation.
         dtypes: to measure, the most important first.
     """
@@ -158,7 +158,7 @@ def kernel_tests(check: Check) -> Iterator[Row]:
 
 
 def step(check: Check) -> Iterator[Row]:
-    """Training steps: the published batch in several ways, and one that a loop over frames can do, before and after."""
+    """Training steps: the published batch with several options, and one small enough for a loop, before and after."""
     batch = 1 if check.tiny else 5
     published: Row = {"lengths": (8.0,), "batch": batch, "gradient_checkpointing": True, "compile": False}
     loop = {**published, "lengths": (1.0, 4.0), "batch": 1, "backends": ("recurrent", check.backend)}
@@ -208,7 +208,7 @@ def separation(check: Check) -> Iterator[Row]:
 
 
 def train(check: Check) -> Iterator[Row]:
-    """The command `train`, killed in the middle and started again: does it go on from its last state?"""
+    """The command `train`, killed in the middle and started again: does it resume from its last state?"""
     _require("soundfile", "av", "soxr", "tqdm")
     flags: Row = {"steps": 10**6, "save-every": 10, "segment": 2, "batch": 8, "songs": 20}
     if check.tiny:
@@ -261,7 +261,7 @@ PARTS: dict[str, tuple[Callable[[Check], Iterator[Row]], float]] = {
     "separation": (separation, 20),
     "train": (train, 60),
 }
-"""Name → function, and the seconds after which it is cut short."""
+"""Name → function, and its time limit in seconds."""
 
 
 def _require(*modules: str) -> None:
@@ -305,7 +305,7 @@ def run(check: Check, folder: Path, names: Sequence[str] = tuple(PARTS), total: 
 
 
 def run_part(check: Check, function: Callable[[Check], Iterator[Row]], seconds: float, record: Row) -> None:
-    """Run a part for at most so many seconds, and note its rows, its state and the reason of a failure in a record."""
+    """Run a part for at most `seconds`, and store its rows, its state and the reason for a failure in a record."""
     started = time.monotonic()
     check.deadline = started + seconds
     record |= {"state": "done", "reason": ""}
@@ -320,7 +320,7 @@ def run_part(check: Check, function: Callable[[Check], Iterator[Row]], seconds: 
         record |= {"state": "skipped", "reason": str(error)}
     except (OutOfTime, subprocess.TimeoutExpired):
         record |= {"state": "cut short", "reason": f"after {seconds:.0f} s"}
-    except Exception as error:  # the parts after it run all the same
+    except Exception as error:  # the parts after it still run
         state = "out of memory" if is_out_of_memory(error) else "failed"
         record |= {"state": state, "reason": measuring.failure(error)}
     measuring.free(check.device)
@@ -329,7 +329,7 @@ def run_part(check: Check, function: Callable[[Check], Iterator[Row]], seconds: 
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime after so many seconds, where the system has alarms; Python raises it between two operations."""
+    """Raise OutOfTime after `seconds`, if the system has alarms; Python raises it between two operations."""
 
     def ring(*_: object) -> None:
         raise OutOfTime
@@ -384,7 +384,7 @@ def before_and_after(parts: Mapping[str, Any]) -> list[Row]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: a heading, before and after, and a table for each part."""
+    """The results as Markdown: a heading, the table of before and after, and a table for each part."""
     machine, toy = results["machine"], " at toy size, which says nothing about speed" if results["tiny"] else ""
     place = machine["gpu"] if results["device"].startswith("cuda") else f"a CPU ({machine['processor']})"
     versions = f"torch {machine['torch']}, bsmamba2 {results['bsmamba2']}"

@@ -1,6 +1,6 @@
 """Grid of training runs: one notebook, run once for every point of a parameter grid, several runs at a time.
 
-grid → points → one papermill process each, here or on a Dask cluster → each run's summary, or its error
+grid → points → one papermill process each, on this machine or on a Dask cluster → each run's summary, or its error
 
 A run that fails does not stop the others. A run that has finished is not repeated, and one that was interrupted
 resumes, as its `bsmamba2.training.run_dir` does. papermill writes the names of parameters into the notebook as code, so
@@ -33,7 +33,7 @@ import yaml
 class GridPoint:
     """One run of the grid."""
 
-    name: str  #: the parameters of the grid, as the folder is called: `lr=0.001,seed=0`
+    name: str  #: the values of the grid's parameters, also the folder's name: `lr=0.001,seed=0`
     parameters: dict[str, Any]  #: all parameters of the notebook
     folder: Path  #: with `run.ipynb`, `parameters.yaml`, `log.txt`, and the notebook's own results
 
@@ -54,10 +54,10 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
     Args:
         grid: parameter → its values.
         fixed: parameters that all runs share.
-        folder: of the grid.
+        folder: the grid's folder.
 
     Raises:
-        ValueError: for an empty grid, a name that is not an identifier, a value that YAML has no plain type for, a
+        ValueError: for an empty grid, a name that is not an identifier, a value without a plain type in YAML, a
             parameter without a list of values, or two points with the same name.
     """
     _check_plain({**grid, **fixed})
@@ -76,7 +76,7 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
         points.append(GridPoint(name, {**fixed, **varied, "output_dir": str(path)}, path))
     for name, repeated in Counter(point.name for point in points).items():
         if repeated > 1:
-            raise ValueError(f"grid: {name} stands there twice")
+            raise ValueError(f"grid: {name} occurs twice")
     return points
 
 
@@ -113,7 +113,7 @@ def check_parameters(parameters: Mapping[str, Any], notebook: Path) -> None:
 
 
 def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, scheduler: str = "") -> Iterator[Result]:
-    """Run a grid, `workers` runs at a time here, or on the Dask cluster with this scheduler's address.
+    """Run a grid, `workers` runs at a time on this machine, or on the Dask cluster with this scheduler's address.
 
     Yields each result as it arrives. The workers of a cluster need this package, and the folders at the same paths.
     Dask over `tcp://` has no authentication: anyone who reaches the port of a scheduler or a worker can run code there.
@@ -153,9 +153,9 @@ def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, s
 
 
 def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> Result:
-    """Run one point of a grid in a process of its own, unless it has finished before.
+    """Run one point of a grid in its own process, unless it has finished before.
 
-    The notebook takes the parameters, and writes `summary.json` into `output_dir`. `threads` are those of the process.
+    The notebook gets the parameters, and writes `summary.json` into `output_dir`. The process uses `threads` threads.
     """
     check_parameters(point.parameters, notebook)
     parameters, summary_path = point.folder / "parameters.yaml", point.folder / "summary.json"

@@ -189,15 +189,15 @@ def state_trace(written: Tensor, dt: Tensor, A: float) -> StateTrace:
     return StateTrace(state, weights)
 
 
-def note_and_rest(
-    dt_sound: float, dt_rest: float, A: float, *, frames: int = 64, note: int = 4, rest: tuple[int, int] = (16, 48)
+def note_and_pause(
+    dt_sound: float, dt_pause: float, A: float, *, frames: int = 64, note: int = 4, pause: tuple[int, int] = (16, 48)
 ) -> StateTrace:
-    """State trace of a note of one frame, which adds 1, followed by sound, a rest (first frame, end) and sound.
+    """State trace of a note of one frame, which adds 1, followed by sound, a pause (first frame, end) and sound.
 
-    Δ is `dt_rest` in the rest and `dt_sound` outside; A is negative.
+    Δ is `dt_pause` in the pause and `dt_sound` outside; A is negative.
     """
     dt = torch.full((frames,), dt_sound)
-    dt[slice(*rest)] = dt_rest
+    dt[slice(*pause)] = dt_pause
     written = torch.zeros(frames)
     written[note] = 1
     return state_trace(written, dt, A)
@@ -222,7 +222,7 @@ class OccupancyRun:
 
 
 def at_occupancy(model: BSMamba2, occupancy: float, *, seed: int = 7, seconds: float = 4.0) -> OccupancyRun:
-    """Synthesise a song with the given share of singing, and separate it; the model's first stem is the vocals.
+    """Synthesise a song with the given fraction of singing, and separate it; the model's first stem is the vocals.
 
     The same seed keeps the accompaniment.
 

@@ -67,15 +67,22 @@ def explorable(
         )
     data = json.dumps({"common": common, "settings": settings}, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("</", "<\\/")  # "</script" would end the element
-    return HTML(
-        f'<div class="explorable" id="explore-{name}" data-kind="{kind}">'
-        f'<p class="question"><strong>Answer first.</strong> {html.escape(question)}</p>'
+    body = (
         f'<div class="controls" hidden>{"".join(controls)}</div>'
         f'<p class="caption" aria-live="polite">{html.escape(settings[first]["caption"])}</p>'
         f'<div class="drawing"><p>The page of the built book draws this, with sliders; '
         "the sentences above describe one position.</p></div>"
-        f'<details class="answer"><summary>What you should have noticed</summary><p>{html.escape(answer)}</p></details>'
-        f'<script type="application/json">{data}</script></div>'
+    )
+    script = f'<script type="application/json">{data}</script>'
+    return framed(kind, name, question, body, f"<p>{html.escape(answer)}</p>", script)
+
+
+def framed(kind: str, name: str, question: str, body: str, answer: str, script: str = "") -> HTML:
+    """The frame of every explorable: its question, its body, and the folded answer; all but the question is HTML."""
+    return HTML(
+        f'<div class="explorable" id="explore-{name}" data-kind="{kind}">'
+        f'<p class="question"><strong>Answer first.</strong> {html.escape(question)}</p>{body}'
+        f'<details class="answer"><summary>What you should have noticed</summary>{answer}</details>{script}</div>'
     )
 
 
@@ -190,14 +197,14 @@ def decay() -> HTML:
     steps = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
     rates = (-0.1, -1.0, -3.0, -16.0)
 
-    def setting(dt_sound: float, dt_rest: float, A: float) -> dict[str, Any]:
-        trace = demos.note_and_rest(dt_sound, dt_rest, A)
+    def setting(dt_sound: float, dt_pause: float, A: float) -> dict[str, Any]:
+        trace = demos.note_and_pause(dt_sound, dt_pause, A)
         before, after, last = (100 * float(trace.state[i]) for i in (15, 47, 63))
         return {
             "y": [[_rounded(trace.state)], [_rounded(trace.weights)]],
             "caption": f"{before:.0f} % of the note is left when the pause begins, {after:.0f} % when it ends, and "
             f"{last:.0f} % in the last frame. A frame of sound keeps {100 * math.exp(dt_sound * A):.1f} % of the "
-            f"state, a frame of the pause {100 * math.exp(dt_rest * A):.1f} %.",
+            f"state, a frame of the pause {100 * math.exp(dt_pause * A):.1f} %.",
         }
 
     frames = {

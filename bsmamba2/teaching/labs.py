@@ -19,9 +19,9 @@ from .. import metrics
 from ..bands import UnitNorm, generate_bands
 from ..config import ModelConfig
 from ..data import Remixer
-from ..dual_path import BidirectionalBlock
+from ..dual_path import BidirectionalBlock, SequenceLayer
 from ..experiments.dynamics import changed_steps, sung_frames
-from ..experiments.sequence_layers import count_parameters, make_layer
+from ..experiments.sequence_layers import count_parameters, make_layer, parameter_budget
 from ..kernels import accelerate
 from ..kernels.chunked import chunked
 from ..losses import WINDOWS
@@ -35,8 +35,34 @@ from ..train import LOSSES, Step, TrainConfig, Trainer
 
 RATE, BINS = 8_000, 129
 
+
+class GRU(nn.Module):
+    """A gated recurrent unit (causal) with a state of `width`, and a Linear back to d = `dim`."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(dim, width, batch_first=True)
+        self.out_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, length, d) → (b, length, d)."""
+        return self.out_proj(self.gru(x)[0])
+
+
+def make_gru(config: ModelConfig) -> SequenceLayer:
+    """A constructor of GRU layers whose number of parameters is the nearest to that of the Mamba-2 mixer."""
+    dim, budget = config.dim, parameter_budget(config)
+    width = min(range(1, budget), key=lambda w: abs(3 * w * (dim + w + 2) + w * dim - budget))
+    return partial(GRU, dim, width)
+
+
 OPTIONS: dict[str, dict[Any, Any]] = {
-    "sequence_layer": {"Mamba-2": "mamba2", "attention": "attention", "LSTM": "lstm"},
+    "sequence_layer": {
+        "Mamba-2": partial(make_layer, "mamba2"),
+        "attention": partial(make_layer, "attention"),
+        "LSTM": partial(make_layer, "lstm"),
+        "GRU": make_gru,
+    },
     "directions": {"both": 2, "forwards only": 1},
     "norm": {"unit norm": UnitNorm, "RMS norm": RMSNorm},
     "mask": {
@@ -46,7 +72,7 @@ OPTIONS: dict[str, dict[Any, Any]] = {
     },
     "bands": {count: generate_bands(count, BINS) for count in (16, 4, 8, 32)},
     "layers": {1: 1, 2: 2},
-    "state": {32: 32, 4: 4, 128: 128},
+    "state": {32: 32, 2: 2, 128: 128},
     "loss": {name: name for name in LOSSES},
 }
 """What the ablation lab can change: option → its choices (as the lab shows them) → value. The first is the default."""
@@ -65,7 +91,7 @@ def ablated_model(**choices: Any) -> BSMamba2:
         dim=32, depth=value["layers"], freqs_per_bands=value["bands"], n_fft=2 * (BINS - 1), hop_length=BINS - 1,
         sample_rate=RATE, d_state=value["state"], headdim=32, expand=2,
     )  # fmt: skip
-    model = BSMamba2(config, sequence_layer=make_layer(value["sequence_layer"], config))
+    model = BSMamba2(config, sequence_layer=value["sequence_layer"](config))
     model.mask_estimators[0].register_forward_hook(lambda module, features, mask: value["mask"](mask))
     for name, module in list(model.named_modules()):
         if isinstance(module, UnitNorm):
@@ -110,7 +136,7 @@ class Ablation:
 def ablate(
     *, steps: int = 80, seed: int = 0, on_step: Callable[[Step], Any] = lambda step: None, **choices: Any
 ) -> Ablation:
-    """Train a tiny model on synthesised songs and score it on others, with one thread; the same songs every time.
+    """Train a tiny model on synthesised songs and score it on unseen ones, with one thread; the songs never change.
 
     Args:
         steps: of two examples of one second each.
@@ -163,14 +189,20 @@ REMOVED = {
     "no forward layers along time": "time.forwards",
 }
 """Change → the submodule of every dual-path layer that passes its input on."""
+SHUFFLED = {
+    "layers along time: frames shuffled": ("time", 1),
+    "layers along bands: bands shuffled": ("band", 1),
+    "layers along time: bands shuffled": ("time", 0),
+}
+"""Change → block of every dual-path layer, and the axis of its input, (sequences, length, d), that is shuffled."""
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Δ held at its mean": lambda sung, dt: dt.mean(1, keepdim=True).expand_as(dt),
-    "Δ = 0 in rests": lambda sung, dt: dt * sung[:, None],
+    "Δ = 0 in silence": lambda sung, dt: dt * sung[:, None],
 }
 """Change → Δ of all mixers along time, (b, t, h), from the frames in which somebody sings, (t,), and their own Δ."""
 DECAY_BITS = {f"decay in {bits} bits": bits for bits in (8, 6, 4)}
 """Change → significand bits of the decay exp(Δ·A) in all mixers along time; 8 are those of bfloat16."""
-CHANGES = ("none", *REMOVED, *STEPS, *DECAY_BITS)
+CHANGES = ("none", *REMOVED, *SHUFFLED, *STEPS, *DECAY_BITS)
 
 
 @contextmanager
@@ -188,6 +220,10 @@ def changed_model(model: BSMamba2, change: str, sung: Tensor) -> Iterator[None]:
                 stack.callback(layer.set_submodule, REMOVED[change], layer.get_submodule(REMOVED[change]))
                 layer.set_submodule(REMOVED[change], nn.Identity())
                 continue
+            if change in SHUFFLED:
+                block, axis = SHUFFLED[change]
+                stack.enter_context(shuffled(layer.get_submodule(block), axis))
+                continue
             for name, frames in (("forwards", sung), ("backwards", sung.flip(0))):
                 mixer = cast(Mamba2, layer.get_submodule(f"time.{name}.mixer"))
                 if change in STEPS:
@@ -199,13 +235,27 @@ def changed_model(model: BSMamba2, change: str, sung: Tensor) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shuffled(block: nn.Module, axis: int) -> Iterator[None]:
+    """A block gets its input in random order along an axis; its output is put back into the original order."""
+
+    def order(x: Tensor) -> Tensor:
+        return torch.randperm(x.shape[axis], generator=torch.Generator().manual_seed(0))
+
+    with (
+        block.register_forward_pre_hook(lambda _, inputs: inputs[0].index_select(axis, order(inputs[0]))),
+        block.register_forward_hook(lambda _, __, y: y.index_select(axis, order(y).argsort())),
+    ):
+        yield
+
+
 def scan_with_rounded_decay(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, bits: int
 ) -> Tensor:
     """Chunked scan whose decay per frame, exp(Δ·A), is rounded to `bits` significand bits; shapes: `bsmamba2.ssd`."""
     fraction, exponent = torch.frexp((dt * A).exp())
     rounded = torch.ldexp((fraction * 2**bits).round(), exponent - bits)
-    # The step that has the rounded decay, in place of Δ; then the input is scaled, so that Δ · x is as before.
+    # The step with the rounded decay replaces Δ, and the input is scaled to keep Δ · x.
     step = (rounded.clamp(min=1e-30).log() / A).clamp(min=1e-6 * dt)
     y: Tensor = chunked(x * (dt / step)[..., None], step, A, B, C)
     return y if D is None else y + D[:, None] * x
@@ -213,14 +263,14 @@ def scan_with_rounded_decay(
 
 @dataclass(frozen=True)
 class ChangedRun:
-    """A trained model with a change: estimated vocals (c, samples), uSDR, and their level in the rests, both in dB.
+    """A trained model with a change: estimated vocals (c, samples), uSDR, and their level in silence, both in dB.
 
     The level is relative to the mixture's, in the samples outside `Song.vocal_segments`; NaN without any.
     """
 
     estimate: Tensor
     usdr: float
-    rests: float
+    level_in_silence: float
 
 
 @torch.inference_mode()
@@ -233,10 +283,9 @@ def with_change(model: BSMamba2, song: Song, change: str) -> ChangedRun:
     hop_length = model.config.hop_length
     with changed_model(model, change, sung_frames(song, song.samples // hop_length + 1, hop_length)):
         estimate = model(song.mixture[None])[0, 0]
-    rests = ~sung_frames(song, song.samples, 1)
-    power = [signal[:, rests].square().mean() for signal in (estimate, song.mixture)]
-    level = 10 * float(torch.log10(power[0] / power[1]))
-    return ChangedRun(estimate, metrics.usdr(song.vocals, estimate), level)
+    silent = ~sung_frames(song, song.samples, 1)
+    power = [signal[:, silent].square().mean() for signal in (estimate, song.mixture)]
+    return ChangedRun(estimate, metrics.usdr(song.vocals, estimate), 10 * float(torch.log10(power[0] / power[1])))
 
 
 # --- view of a lab ----------------------------------------------------------------------------------------
@@ -245,7 +294,7 @@ def with_change(model: BSMamba2, song: Song, change: str) -> ChangedRun:
 def lab(show: Callable[..., Any], controls: Mapping[str, Any], *, button: str = "") -> Any:
     """Controls (ipywidgets) by name, a status line, and the output of `show`, which gets their values by name.
 
-    `show` runs at once and at every change, or, with a `button` (its label), whenever that is pressed. Meanwhile the
+    `show` runs immediately and at every change, or, with a `button` (its label), when that is pressed. Meanwhile the
     status line says "computing …", the last output is grey, and the button is disabled.
     """
     from ipywidgets import HTML, Box, Button, Layout, Output, VBox  # type: ignore[import-untyped]

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import html
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from IPython.display import HTML
 from torch import Tensor
+from torch.nn import functional
 
-from .. import metrics
+from .. import metrics, ssd
 from ..bands import generate_bands, published_bands
+from ..checkpoints import bundled_checkpoint, load_checkpoint
+from ..dual_path import DualPath
+from ..experiments import dynamics
+from ..kernels import restore
+from ..mamba2 import Mamba2
 from ..model import BSMamba2
+from ..spectrogram import istft, stft
 from ..synth import Song, excerpt, synthesise
 from . import demos, plotting
-from .explorables import explorable, numbers
+from .explorables import explorable, framed, numbers
 
 # --- bands ------------------------------------------------------------------------------------------------
 
@@ -184,4 +196,168 @@ def occupancy(model: BSMamba2) -> HTML:
         {"How much is sung": [f"{share:.0%}" for share in shares]},
         [setting(share, run) for share, run in zip(shares, runs, strict=True)],
         labels=labels,
+    )
+
+
+# --- half-lives of trained heads --------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def halflife() -> HTML:
+    """Half-lives of three heads of the bundled checkpoint over the real excerpt, and what each keeps of its state."""
+    song, model = excerpt(), load_checkpoint(bundled_checkpoint())
+    last, frame = len(model.layers) - 1, model.config.hop_length / song.sample_rate  # seconds
+    A_log: Tensor = model.layers[last].time.forwards.mixer.A_log  # type: ignore[union-attr,assignment]
+    loss = dynamics.record_steps(model, song.mixture)[last, "forwards"].mean(0) * A_log.exp()  # Δ·|A|, (t, h)
+    half_lives = math.log(2) * frame / loss
+    left = ssd.decay_matrix(-loss.double().T.cumsum(-1))  # (h, t, t)
+    sung = dynamics.sung_frames(song, len(loss), model.config.hop_length)
+    (_, pause), (back, _) = song.vocal_segments
+    heads, moments, phrase, end = (1, 2, 5), range(0, len(loss), 10), round(pause / frame), round(back / frame)
+
+    def setting(head: int, moment: int) -> dict[str, Any]:
+        curve = left[head - 1, :, moment]  # (t,)
+        later = f"{100 * curve[end]:.0f} % is left when the singer returns, and " if moment < end else ""
+        return {
+            "y": [[[round(value, 3) for value in values[::2].tolist()]] for values in (half_lives[:, head - 1], curve)],
+            "mark": moment // 2,
+            "caption": f"At {moment * frame:.1f} s, {'the singer' if sung[moment] else 'nobody'} sings, and head "
+            f"{head} has a half-life of {half_lives[moment, head - 1]:.2g} s. Of its state at this moment, {later}"
+            f"{100 * curve[-1]:.0f} % is left at the end.",
+        }
+
+    first, second, fifth = (f"{100 * left[head - 1, end, phrase]:.0f} %" for head in heads)
+    panel = {
+        "x": [round(i * frame, 2) for i in range(0, len(loss), 2)], "xlabel": "time (s)", "xscale": "linear",
+        "xlim": [0, 6.1], "xticks": list(range(7)), "shade": [pause, back], "shadeLabel": "pause", "series": [{}],
+    }  # fmt: skip
+    return explorable(
+        "curves",
+        "halflife",
+        f"The singer pauses from {pause:.1f} to {back:.1f} s. How much of its state does each of the three heads keep "
+        "through this pause: nearly everything, about half, or nothing? And whose half-life follows the singing?",
+        f"Head 1 keeps {first}, head 2 {second} and head 5 {fifth}. The half-life of head 1 is always a fraction of a "
+        "second, and that of head 5 always roughly as long as the pause. The half-life of head 2 follows the singing: "
+        "it is a few seconds while somebody sings, and about ten times as long in the pause. We computed all of them "
+        "from the mean Δ over the 32 bands.",
+        {"Head of the last layer": [f"head {head}" for head in heads],
+         "Moment": [f"{moment * frame:.1f} s" for moment in moments]},
+        [setting(*place) for place in itertools.product(heads, moments)],
+        start=(1, 5),
+        panels=[
+            {**panel, "title": "Half-life (s)", "least": 0.01, "most": 400, "yticks": [0.01, 0.1, 1, 10, 100],
+             "alt": "The half-life of the head over six seconds, logarithmic; the pause is shaded, the moment marked."},
+            {**panel, "title": "What is left of that state", "most": 1,
+             "alt": "A curve that is 1 at the moment and then falls, more slowly the longer the half-life is."},
+        ],
+        label="The excerpt",
+        sound=plotting.sound(song.mixture.mean(0, keepdim=True), song.sample_rate),
+    )  # fmt: skip
+
+
+# --- blind tests ------------------------------------------------------------------------------------------
+
+
+def blind_test(
+    name: str, question: str, answer: str, known: Mapping[str, Tensor], hidden: Sequence[tuple[Tensor, str, str]]
+) -> HTML:
+    """A blind test: a player of sounds, and for each hidden one a choice to make before the answer is opened.
+
+    Signals are (c, samples), the `known` ones by label; each hidden one has its right choice and words for the answer.
+    """
+    choices = sorted({right for _, right, _ in hidden}, key=lambda right: (len(right), right))  # 9 dB before 12 dB
+    options = '<option value="">no guess</option>' + "".join(f"<option>{choice}</option>" for choice in choices)
+    sounds, guesses, words = dict(known), "", ""
+    for i, (signal, right, what) in enumerate(hidden):
+        label = f"Sound {'ABCDEFGH'[i]}"
+        sounds[label] = signal
+        words += f"<li>{label}: {html.escape(what)}</li>"
+        guesses += (
+            f'<div class="control"><label for="explore-{name}-{i}">{label}</label>'
+            f'<select id="explore-{name}-{i}" data-right="{right}" autocomplete="off">{options}</select>'
+            "<span></span></div>"
+        )
+    return framed(
+        "blind",
+        name,
+        question,
+        plotting.audio(sounds).data + guesses,
+        f'<p class="caption" aria-live="polite"></p><ul>{words}</ul><p>{html.escape(answer)}</p>',
+    )
+
+
+@torch.inference_mode()
+def blind(model: BSMamba2) -> HTML:
+    """Four scores of one song to be guessed by ear: the vocals plus the error of a model's estimate, scaled."""
+    run = demos.at_occupancy(model, 0.75, seconds=3.0)
+    vocals, error = run.song.vocals, run.estimate - run.song.vocals
+    return blind_test(
+        "blind",
+        "Four estimates of the same vocals have 3, 6, 9 and 12 dB uSDR. Which one has which score? Choose a score for "
+        "each before you open the answer.",
+        "From one score to the next, the energy of the error halves. We took the error of the trained model on a song "
+        "that it had not been trained on, and scaled it. All four sounds therefore have the same kind of error, only "
+        "louder or quieter. Two models with the same uSDR can sound different, because their errors differ in kind.",
+        {"true vocals": vocals},
+        [(vocals + 10 ** ((run.usdr - score) / 20) * error, f"{score} dB", f"{score} dB") for score in (9, 3, 12, 6)],
+    )
+
+
+def planted(model: BSMamba2, mixture: Tensor) -> dict[str, Tensor]:
+    """Estimates (c, samples) of a model for a mixture (c, samples): the correct one, and one for each planted fault."""
+    lengths, silu = (model.config.n_fft, model.config.hop_length, model.config.win_length), functional.silu
+    X = stft(mixture[None], *lengths)
+    M = model.masks(X)
+    products = {
+        "correct": M * X,
+        "mask multiplied part by part": torch.complex(M.real * X.real, M.imag * X.imag),
+        "modulus of the mask limited to 1": M / M.abs().clamp(min=1) * X,
+    }
+
+    def forgetful(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        parts = zip(*(part.split(64, dim=1) for part in (x, dt, B, C)), strict=True)
+        return torch.cat([ssd.chunked(x, dt, A, B, C, D) for x, dt, B, C in parts], dim=1)
+
+    def coarse(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        rounded = ((dt * A).exp().bfloat16().float().log() / A).clamp(min=1e-9)  # the Δ of the rounded decay
+        return ssd.chunked(x * (dt / rounded)[..., None], rounded, A, B, C) + D[:, None] * x
+
+    for name, scan in {
+        "SiLU applied twice": lambda x, dt, A, B, C, D: ssd.chunked(silu(x), dt, A, silu(B), silu(C), D),
+        "state forgotten every 64 frames": forgetful,
+        "decay rounded to bfloat16": coarse,
+        "frames and bands scrambled": ssd.chunked,
+    }.items():
+        faulty = copy.deepcopy(model)
+        restore(faulty)
+        for part in faulty.modules():
+            if isinstance(part, Mamba2):
+                part.scan = scan
+            elif isinstance(part, DualPath) and name == "frames and bands scrambled":  # reshaped, not transposed
+                part.time.register_forward_pre_hook(lambda _, x: x[0].transpose(0, 1).reshape(x[0].shape))
+                part.time.register_forward_hook(lambda _, x, y: y.reshape(y.transpose(0, 1).shape).transpose(0, 1))
+        products[name] = faulty.masks(X) * X
+    return {name: istft(product[0], mixture.shape[-1], *lengths)[0] for name, product in products.items()}
+
+
+@torch.inference_mode()
+def faults(model: BSMamba2) -> HTML:
+    """Faults of a port, planted in a trained model, to be told by ear from a hidden copy of the correct output."""
+    song = synthesise(2029, seconds=3.0)
+    estimates = planted(model, song.mixture)
+    scores = {name: metrics.usdr(song.vocals, estimate) for name, estimate in estimates.items()}
+    near = sorted(abs(score - scores["correct"]) for score in scores.values())[-3]  # two are far off
+    return blind_test(
+        "faults",
+        "One of the sounds A to G equals the correct output; each of the others comes from a model with one planted "
+        "fault. Which sounds are faulty? Choose before you open the answer.",
+        "Two faults are easy to hear: the mask multiplied part by part, and the scrambled frames and bands. The other "
+        f"four change the output so little that the uSDR differs by at most {near:.1f} dB. Neither your ears nor the "
+        "score will find these four reliably, but a test does. We left out the faults of the port that do not change "
+        "the output of a given model, such as those in its training, its scores and its benchmark.",
+        {"correct output": estimates["correct"]},
+        [
+            (estimates[name], "correct" if name == "correct" else "faulty", f"{name}, uSDR {scores[name]:.1f} dB")
+            for name in sorted(estimates, key=lambda name: name[::-1])  # an order that gives nothing away
+        ],
     )

@@ -1,9 +1,9 @@
-"""Data augmentation: speed, EQ, stereo image, saturation, low-pass; and mixtures whose stems are of one song and place.
+"""Data augmentation: speed, EQ, stereo image, saturation, low-pass; and mixtures of stems from one excerpt of a song.
 
-stems → speed → CHANGES, each with its probability → the level they had → all: a low-pass filter → stems
+stems → speed → CHANGES, each with its probability → original level → one low-pass filter for all → stems
 
-Everything is drawn from one seed, so an example can be skipped without being read. Most changes were chosen because a
-model trained without them was worse on changed songs. The published model has none of this.
+All random numbers come from one seed, so an example can be skipped without being read. We chose most changes because
+they hurt a model that was trained without them. The published model has no augmentation.
 
 Book: "Beyond the published recipe". Axes: c channel, t sample.
 """
@@ -24,9 +24,9 @@ from ..data import Example, Remixer, Source
 
 SPEED_PROB, LOW_PASS_PROB = 0.5, 0.4
 SEMITONES = 4.0
-"""How far a stem is sped up or slowed down at most, pitch and formants with it."""
+"""Largest change of a stem's speed, up or down; pitch and formants change with it."""
 OCTAVES = np.array([-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 4.6])
-"""Where the random gains of `equalise` are, in octaves about 1 kHz."""
+"""Positions of the random gains of `equalise`, in octaves relative to 1 kHz."""
 
 
 # --- one function per change: a stem (c, t), the sample rate, random numbers → the stem ---------------------
@@ -62,13 +62,13 @@ def double_track(stem: Tensor, rate: int, rng: Generator) -> Tensor:
 
 
 def saturate(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Saturation, as of an amplifier, a tape or a compressor: tanh, driven −6 to 12 dB over the RMS."""
+    """Saturation, as in an amplifier, a tape or a compressor: tanh, driven at −6 to 12 dB relative to the RMS."""
     drive = 10 ** (rng.uniform(-6, 12) / 20)
     return torch.tanh(stem * (drive / _level(stem)))
 
 
 def roughen(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Vocal roughness: amplitude modulation at about 30 to 150 Hz, whose rate wanders, 10 to 60 % deep."""
+    """Vocal roughness: amplitude modulation with a depth of 10 to 60 % and a wandering rate of about 30 to 150 Hz."""
     samples = stem.shape[-1]
     points = max(2, round(samples / rate * 20))
     hertz = rng.uniform(30, 150) * 2 ** rng.normal(0, 0.3, points)
@@ -81,7 +81,7 @@ def change_speed(piece: Tensor, samples: int) -> Tensor:
     """Speed change by resampling in the frequency domain: a piece (c, t) becomes (c, `samples`)."""
     if piece.shape[-1] == samples:
         return piece
-    # A spectrum that is cut, or filled up with zeros, is the same sound in another number of samples.
+    # A truncated or zero-padded spectrum gives the same sound with a different number of samples.
     whole = torch.fft.rfft(piece)
     spectrum = whole.new_zeros(len(piece), samples // 2 + 1)
     bins = min(whole.shape[1], spectrum.shape[1])
@@ -90,7 +90,7 @@ def change_speed(piece: Tensor, samples: int) -> Tensor:
 
 
 def low_pass(stem: Tensor, rate: int, cutoff: float) -> Tensor:
-    """Low-pass filter, as lossy files and old recordings have: down to zero over 800 Hz around the cutoff, in hertz."""
+    """Low-pass filter, as in lossy files and old recordings: falls to zero over 800 Hz around the cutoff, in hertz."""
     hertz = torch.fft.rfftfreq(stem.shape[-1], 1 / rate)
     gains = ((cutoff + 400 - hertz) / 800).clamp(0, 1)
     return torch.fft.irfft(torch.fft.rfft(stem) * gains, stem.shape[-1])
@@ -114,9 +114,9 @@ class Augmentation:
 
     Args:
         seed: the same seed makes the same changes.
-        stems: how many there are.
-        voice: number of the stem that `double_track` and `roughen` are for.
-        coherent: the stems are of one song and place, so one speed holds for all.
+        stems: number of stems.
+        voice: number of the stem that `double_track` and `roughen` may change.
+        coherent: whether all stems come from one excerpt of one song, and therefore get one speed.
     """
 
     def __init__(self, seed: int, stems: int, *, voice: int = 0, coherent: bool = False) -> None:
@@ -125,15 +125,15 @@ class Augmentation:
         self.speeds: list[float] = (2 ** ((semitones[:1].repeat(stems) if coherent else semitones) / 12)).tolist()
 
     def lengths(self, samples: int) -> list[int]:
-        """How many samples of each stem must be read for `samples` of the example: more of one that is sped up."""
+        """Samples to read from each stem for `samples` of the example: more from a stem that is sped up."""
         return [round(samples * speed) for speed in self.speeds]
 
     def __call__(self, pieces: Sequence[Tensor], samples: int, rate: int) -> list[Tensor]:
         """Apply the changes: pieces (c, t), whose lengths are those of `lengths` → stems (c, samples).
 
-        A stem keeps its root mean square before the low-pass filter; a silent one stays silent.
+        A stem gets back its root mean square before the low-pass filter; a silent stem stays silent.
         """
-        rng, stems = copy.deepcopy(self._rng), []  # the next call does the same
+        rng, stems = copy.deepcopy(self._rng), []  # so that the next call does the same
         for i, piece in enumerate(pieces):
             own = np.random.default_rng(rng.integers(2**63))  # so that a silent stem changes nothing for the next one
             level = _level(piece)
@@ -153,19 +153,19 @@ class Augmentation:
 
 
 class AugmentedRemixer(Remixer):
-    """`Remixer` with coherent mixtures and augmentation, each for a share of the examples.
+    """`Remixer` with coherent mixtures and augmentation, each for a fraction of the examples.
 
-    Arguments are those of `Remixer`; the first target should be the voice, if that is one. And:
+    Arguments are those of `Remixer`, and the two below. If the voice is a target, it should be the first one.
 
     Args:
-        coherent_mix_prob: probability that an example's stems are all of the song and place that were drawn for the
-            first target, so in one key and time; dropout and gains stay each stem's own.
+        coherent_mix_prob: probability that all stems of an example come from the song and position drawn for the first
+            target, so that they share key and tempo; each stem still has its own dropout and gain.
         augment_prob: probability that an example is augmented, before the gains.
 
     Differs from the published model, where both probabilities are 0.
 
     Raises:
-        ValueError: when a stem has no salient window in any song, or one of the two is no probability.
+        ValueError: when a stem has no salient window in any song, or one of the two is not a probability.
     """
 
     def __init__(self, *args: Any, coherent_mix_prob: float = 0.0, augment_prob: float = 0.0, **options: Any) -> None:
@@ -176,7 +176,7 @@ class AugmentedRemixer(Remixer):
         self.coherent_mix_prob, self.augment_prob = coherent_mix_prob, augment_prob
 
     def skip(self, count: int) -> None:
-        """Draw `count` batches and read none."""
+        """Draw `count` batches without reading them."""
         for _ in range(count * self.batch):
             self.draw_augmentation(self.draw(self.generator), self.generator)
 
@@ -189,7 +189,7 @@ class AugmentedRemixer(Remixer):
         return sources
 
     def draw_augmentation(self, sources: Sequence[Source], generator: torch.Generator) -> Augmentation | None:
-        """Draw how an example is augmented, if it is."""
+        """Draw the augmentation of an example; None if it has none."""
         if not self.augment_prob or float(torch.rand((), generator=generator)) >= self.augment_prob:
             return None
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -198,7 +198,7 @@ class AugmentedRemixer(Remixer):
         return Augmentation(seed, len(sources), voice=self.targets[0], coherent=coherent)
 
     def example(self, generator: torch.Generator) -> Example:
-        """One mixture, its target, and where its stems are from."""
+        """One mixture, its target, and the sources of its stems."""
         sources = self.draw(generator)
         augmentation = self.draw_augmentation(sources, generator)
         if augmentation is None:
@@ -206,8 +206,8 @@ class AugmentedRemixer(Remixer):
         moved, pieces = [], []
         for i, length in enumerate(augmentation.lengths(self.samples)):
             track, start, gain = sources[i]
-            length = min(length, track.samples)  # more than there is: the whole track
-            start = min(start, track.samples - length)  # beyond the end: from earlier on
+            length = min(length, track.samples)  # longer than the track: use all of it
+            start = min(start, track.samples - length)  # past the end: start earlier
             moved.append((track, start, gain))
             pieces.append(track.crop(i, start, length))
         mixture, target, names = self.mix(augmentation(pieces, self.samples, moved[0][0].sample_rate), moved)
@@ -221,6 +221,6 @@ def _level(stem: Tensor) -> float:
 
 @cache
 def _octaves(samples: int, rate: int) -> np.ndarray:
-    """Octaves about 1 kHz of a spectrum's bins, (bins,); the lowest ones at 20 Hz."""
+    """The bins of a spectrum in octaves relative to 1 kHz, (bins,); bins below 20 Hz count as 20 Hz."""
     hertz = np.fft.rfftfreq(samples, 1 / rate)
     return np.log2(np.maximum(hertz, 20) / 1_000).astype(np.float32)

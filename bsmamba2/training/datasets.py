@@ -219,13 +219,13 @@ def find_active_windows(
     """
     known = _read_cache(cache, samples)
     paths = sorted({path for track in tracks for path in track.stems} | set(others))
-    missing = [path for path in paths if known.get(str(path), {}).get("stamp") != _stamp(path)]
+    missing = [path for path in paths if known.get(os.path.realpath(path), {}).get("stamp") != _stamp(path)]
     faults = []
     try:
         for number, path in enumerate(progress(missing) if missing else (), start=1):
-            known.pop(str(path), None)
+            known.pop(os.path.realpath(path), None)
             try:
-                known[str(path)] = _search_file(path, samples)
+                known[os.path.realpath(path)] = _search_file(path, samples)
             except (AudioError, OSError) as error:
                 faults.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
             if number % FILES_BETWEEN == 0:
@@ -235,7 +235,7 @@ def find_active_windows(
             _write_cache(cache, samples, known)
     windows: list[list[Window]] = [[] for _ in (tracks[0].stems if tracks else ())]
     for track in tracks:
-        entries = [known[str(path)] for path in track.stems if str(path) in known]
+        entries = [known[key] for key in map(os.path.realpath, track.stems) if key in known]
         if len(entries) == len(track.stems):
             searched = replace(track, sha256=tuple(entry["sha256"] for entry in entries))
             for stem, entry in zip(windows, entries, strict=True):

@@ -21,8 +21,8 @@ from .distributed import all_gather_object, all_reduce, world_size
 class DistributedTrainer(Trainer):
     """A trainer in each process of a process group; they step together, each with its own batches.
 
-    All begin with the first one's weights. Gradients are exchanged once a step, with the last of the accumulated
-    batches. Arguments and errors are those of `Trainer`.
+    All begin with the weights of the first process. Gradients are exchanged once per step, with the last of the
+    accumulated batches. Arguments and errors are those of `Trainer`.
     """
 
     def __init__(self, model: BSMamba2, config: TrainConfig, *, optimisers: Sequence[Optimizer] = ()) -> None:
@@ -44,6 +44,6 @@ class DistributedTrainer(Trainer):
 
 
 def make_trainer(model: BSMamba2, config: TrainConfig, *, optimisers: Sequence[Optimizer] = ()) -> Trainer:
-    """A `DistributedTrainer` where there is a process group, else a plain `Trainer`."""
+    """A `DistributedTrainer` if there is a process group, otherwise a plain `Trainer`."""
     kind = DistributedTrainer if world_size() > 1 else Trainer
     return kind(model, config, optimisers=optimisers)

@@ -18,22 +18,22 @@ import torch
 from torch import Tensor, distributed
 
 TIMEOUT = timedelta(hours=6)
-"""How long a collective waits, for a process that looks through a folder for instance. torchrun sees one that died."""
+"""How long a collective waits, for example for a process that searches a folder. torchrun notices dead processes."""
 
 
 @contextmanager
 def init_distributed(device: str = "auto") -> Iterator[torch.device]:
-    """Initialise the process group under `torchrun`, and destroy it at the end; without torchrun only pick the device.
+    """Initialise the process group under `torchrun`, and destroy it at the end; without torchrun only choose a device.
 
     Args:
-        device: `cpu`, `cuda`, `mps`, or `auto`: a GPU where there is one. On a machine with several GPUs each
-            process takes its own.
+        device: `cpu`, `cuda`, `mps`, or `auto`: a GPU if there is one. On a machine with several GPUs,
+            each process takes its own.
 
     Yields:
         The device of this process.
 
     Raises:
-        ValueError: for a device that is not there.
+        ValueError: for a device that this machine does not have.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -44,7 +44,7 @@ _WHOLE, _SECONDS = "[0, inf)", "(0, inf)"
 
 
 def _first_run(name: str, default: Any) -> Any:
-    """A setting of `TrainConfig` with another default."""
+    """A setting of `TrainConfig` with a different default."""
     inherited = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
     return dataclasses.field(default=default, metadata=inherited.metadata)
 
@@ -88,7 +88,7 @@ class JobConfig(TrainConfig):
     batch: int = setting(4, "examples per batch and process; published: 5", within=COUNT)
     optimiser: str = setting("adamw", "adamw, as published; or muon for the matrices", ("adamw", "muon"))
     backend: str = setting("auto", "kernels: auto, plain, cpu, triton", BACKENDS)
-    workers: int = setting(0, "processes that load data; 0 gives different examples from 1 or more", within=_WHOLE)
+    workers: int = setting(0, "processes that load data; examples for 0 differ from those for 1 or more", within=_WHOLE)
     seed: int = setting(0, "seed of the weights, the songs and the examples", within=_WHOLE)
     save_every: int = setting(100, "steps between states", within=COUNT)
     validate_every: int = setting(100, "steps between validations", within=COUNT)
@@ -175,7 +175,7 @@ class JobConfig(TrainConfig):
         return broadcast_object(found)
 
     def batches(self, training: Windows) -> Remixer | Loader:
-        """The data loader: examples from one random stream; by index with workers or several processes."""
+        """The data loader: examples from one random stream, or by index with workers or several processes."""
         remixer = AugmentedRemixer(
             training, self.samples, self.batch, targets=self.targets, seed=self.seed,
             coherent_mix_prob=self.coherent_mix_prob, augment_prob=self.augment_prob,
@@ -186,12 +186,12 @@ class JobConfig(TrainConfig):
         """Start a run in `output_dir`, or resume the run there; the first process logs the kernels on standard error.
 
         Raises:
-            ValueError: when `init` is not a checkpoint or of a different size; `FileNotFoundError` when it is missing.
+            ValueError: when `init` is not a checkpoint or has a different size; `FileNotFoundError` when it is missing.
                 A started run resumes without it, except with `preset: init`.
             BackendError: when `backend` cannot run here.
 
         Warns:
-            RuntimeWarning: when `precision` is bfloat16 and the processor has no such products.
+            RuntimeWarning: when `precision` is bfloat16 and the processor has no bfloat16 products.
         """
         place, dtype = device or torch.device("cpu"), getattr(torch, self.precision)
         if rank() == 0 and (slow := slow_dtype_warning(place, dtype)):
@@ -236,7 +236,7 @@ def _load_weights(model: BSMamba2, path: Path, config: str) -> str:
     if theirs != ours:
         changed = [name for name in ours if theirs[name] != ours[name]]
         differ = "; ".join(f"{name} {short_repr(theirs[name])}, not {short_repr(ours[name])}" for name in changed)
-        raise ValueError(f"init={str(path)!r} is of another size: {differ}. Use preset=init and as many stems")
+        raise ValueError(f"init={str(path)!r} has a different size: {differ}. Use preset=init and as many stems")
     model.load_state_dict(checkpoint.state)
     if rank() == 0:
         sys.stderr.writelines(f"init: {note}\n" for note in checkpoint.notes)

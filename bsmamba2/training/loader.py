@@ -27,27 +27,27 @@ SHARED_MEMORY = Path("/dev/shm")
 class Loader:
     """Data loader: a remixer's examples by number, in batches, for any number of workers and processes.
 
-    Example i is drawn from a generator of its own, seeded with (seed, i), in any process. So a run
-    repeats with any number of workers, no two of them draw the same, and n processes with batch b see
-    together what one process with batch n·b sees.
+    Example i is drawn from its own generator, seeded with (seed, i), in every process. A run is therefore reproducible
+    with any number of workers, no two workers draw the same example, and n processes with batch b together see the
+    same examples as one process with batch n·b.
 
     Args:
-        remixer: draws; its batch is that of one process.
-        workers: processes that read ahead; 0 reads when asked.
+        remixer: draws the examples; its batch is that of one process.
+        workers: processes that read ahead; with 0, examples are read when needed.
     """
 
     def __init__(self, remixer: Remixer, *, workers: int = 0) -> None:
         self.remixer, self.workers, self.skipped = remixer, workers, 0
 
     def skip(self, count: int) -> None:
-        """Go on after `count` more batches of every process."""
+        """Skip `count` more batches of every process."""
         self.skipped += count
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end, from the one after those that were skipped.
+        """Endless batches, beginning after the skipped ones.
 
         Raises:
-            OSError: when a file cannot be read any more; it names the file. Before the first batch, when those that
+            OSError: when a file can no longer be read; it names the file. Before the first batch, when the batches that
                 the workers read ahead do not fit into shared memory.
         """
         if self.workers:
@@ -71,13 +71,13 @@ class DistributedValidation(Validation):
     """`Validation` with its windows shared by the processes of a process group; one process scores all."""
 
     def __call__(self, model: BSMamba2) -> dict[str, float]:
-        """As of `Validation`, the same in every process."""
+        """As in `Validation`, with the same result in every process."""
         parts = all_gather_object(self.totals(model, rank(), world_size()))
         return self.means(model, [sum(totals) for totals in zip(*parts, strict=True)])
 
 
 def _check_shared_memory(remixer: Remixer, workers: int) -> None:
-    """Raise OSError if the batches of the workers are too large together: torch would wait for one without end."""
+    """Raise OSError if the workers' batches do not fit, because torch would then wait for a batch without end."""
     batches = (2 * workers + 2) * local_rank_and_size()[1]  # two wait in each worker; one is copied, one in use
     needed = batches * remixer.batch * (1 + len(remixer.targets)) * 2 * remixer.samples * 4  # float32, stereo
     if SHARED_MEMORY.exists() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
@@ -86,9 +86,10 @@ def _check_shared_memory(remixer: Remixer, workers: int) -> None:
 
 
 def _detach_process_group(worker: int) -> None:
-    """Give a worker a process group of its own: signals of a terminal and of torchrun go to whole groups.
+    """Give a worker its own process group, because signals from a terminal and from torchrun go to whole groups.
 
-    So it works on while its parent finishes a step. When the parent ends, it ends the worker, or the worker sees it.
+    The worker then continues while its parent finishes a step. When the parent ends, it stops the worker, or the worker
+    notices.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
@@ -97,7 +98,7 @@ def _detach_process_group(worker: int) -> None:
 
 
 class _IndexedDataset(Dataset):
-    """The batch of a remixer's examples with these numbers, whatever was drawn before."""
+    """Batches of a remixer's examples by their numbers, independent of all earlier draws."""
 
     def __init__(self, remixer: Remixer) -> None:
         self.remixer = remixer

@@ -15,22 +15,22 @@ from ..model import BSMamba2
 from ..train import TrainConfig, adamw
 
 NS_COEFFS = (3.4445, -4.775, 2.0315)
-"""Of one iteration of `newton_schulz`, the factors of X, X·Xᵀ·X and (X·Xᵀ)²·X: K. Jordan et al., "Muon", 2024."""
+"""Factors of X, X·Xᵀ·X and (X·Xᵀ)²·X in an iteration of `newton_schulz`. Source: K. Jordan et al., "Muon", 2024."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: momentum SGD whose updates are orthogonalised (`newton_schulz`), with a step size that suits AdamW's rates.
+    """Muon: momentum SGD with orthogonalised updates (`newton_schulz`), and a step size for AdamW's learning rates.
 
     K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step size after J. Liu
-    et al., "Muon is scalable for LLM training", arXiv:2502.16982. As `torch.optim.Muon` with
-    `adjust_lr_fn="match_rms_adamw"`, and with its states, except that on a CPU it orthogonalises in float32, because
-    a CPU without bfloat16 products takes 20 times as long for them.
+    et al., "Muon is scalable for LLM training", arXiv:2502.16982. It equals `torch.optim.Muon` with
+    `adjust_lr_fn="match_rms_adamw"`, states included, except that on a CPU it orthogonalises in float32, because
+    bfloat16 takes 20 times as long on a CPU without bfloat16 products.
 
     Args:
         params: matrices, or groups of them.
-        lr: step size, a factor of 0.2 times the root of a matrix's longer side.
-        weight_decay: by which a step shrinks a matrix, times `lr`.
-        momentum: share of the momentum that a step keeps; Nesterov's, so it is looked at once more.
+        lr: step size, multiplied by 0.2 times the root of a matrix's longer side.
+        weight_decay: fraction, times `lr`, by which a step shrinks a matrix.
+        momentum: fraction of the momentum that a step keeps (Nesterov momentum).
 
     Raises:
         ValueError: for a parameter that is not a matrix.
@@ -65,15 +65,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, iterations: int = 5) -> Tensor:
-    """Newton–Schulz orthogonalisation: the same singular vectors, singular values in 0.68–1.21.
+    """Newton–Schulz orthogonalisation: the same singular vectors, with singular values in 0.68–1.21.
 
-    So much of the singular values that are above a 500th of the matrix's norm (the root of the sum of their squares);
-    what is below grows 485-fold or less.
+    This range holds for singular values above 1/500 of the matrix's norm (the root of the sum of their squares);
+    smaller ones grow 485-fold or less.
 
     Args:
         matrix: (m, n).
-        dtype: of the products: float32 for a matrix on a CPU and bfloat16 elsewhere, if it is not given.
-        iterations: of an odd polynomial of the singular values.
+        dtype: of the products; by default float32 for a matrix on a CPU, and bfloat16 elsewhere.
+        iterations: how often an odd polynomial is applied to the singular values.
 
     Returns:
         (m, n), in `dtype`.
@@ -91,7 +91,7 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, iteration
 
 
 def muon_and_adamw(model: BSMamba2, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of all Linears, the first and last too, and AdamW for the other parameters."""
+    """Muon for the weights of all Linears, the first and last too, and AdamW for all other parameters."""
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     muon = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay)
     return [adamw(model, config, without=matrices), muon]

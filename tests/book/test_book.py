@@ -46,6 +46,7 @@ NO_CHAPTER = {
     "cli",
     "experiments/benchmark",
     "experiments/gpu_check.py",
+    "checkpoints/onnx_export.py",
     "checkpoints/safe_pickle.py",
     "checkpoints/state_dict.py",
     "teaching/demos.py",

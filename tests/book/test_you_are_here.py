@@ -51,7 +51,7 @@ def test_the_line_of_a_page() -> None:
         "glossary.html#term-band-split",
         "glossary.html#term-unit-norm",
     ]
-    assert "<strong>Play" not in pipeline.companions("16_port", anchors)
+    assert "<strong>Play" not in pipeline.companions("13_separating", anchors)
 
 
 def test_an_entry_of_the_glossary_leads_to_its_page() -> None:

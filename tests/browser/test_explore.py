@@ -20,13 +20,18 @@ SLIDERS = {
     "bands": ["Number of bands"],
     "scan": ["Frame i, reads", "Frame j, wrote"],
     "decay": ["Δ while there is sound", "Δ in the pause", "Decay rate of the head"],
+    "halflife": ["Head of the last layer", "Moment"],
     "reach": ["What has run", "Band you touch", "Frame you touch"],
     "chunk": ["Frames in a chunk"],
     "roofline": ["Machine", "Kernel", "Chunk"],
     "bits": ["Significand bits", "Loss per frame, Δ|A|"],
+    "blind": [f"Sound {letter}" for letter in "ABCD"],
     "leak": ["How much is sung", "Leak louder by"],
     "occupancy": ["How much is sung"],
+    "faults": [f"Sound {letter}" for letter in "ABCDEFG"],
 }
+BLIND = ("blind", "faults")
+"""Those with a choice for each hidden sound instead of sliders."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_all_are_known(explore: Page) -> None:
 def test_each_is_in_its_chapter_from_one_source(site: Path) -> None:
     def parts(page: str, name: str) -> list[str]:
         text = (site / "book" / f"{page}.html").read_text(encoding="utf-8")
-        element = re.findall(rf'<div class="explorable" id="explore-{name}".*?</script>', text, re.DOTALL)
+        element = re.findall(rf'<div class="explorable" id="explore-{name}".*?</details>', text, re.DOTALL)
         assert len(element) == 1, f"{name} in {page}"
         return re.findall(r'<p class="question">.*?</p>|<label.*?</label>|<details.*?</details>', element[0])
 
@@ -77,7 +82,9 @@ def test_each_is_in_its_chapter_from_one_source(site: Path) -> None:
         assert parts(chapter, name) == parts("explore", name)
 
 
-@pytest.mark.parametrize(("name", "label"), [(name, label) for name, labels in SLIDERS.items() for label in labels])
+@pytest.mark.parametrize(
+    ("name", "label"), [(name, label) for name, labels in SLIDERS.items() if name not in BLIND for label in labels]
+)
 def test_moving_changes_what_is_shown(explore: Page, name: str, label: str) -> None:
     box = explore.locator(f"#explore-{name}")
     slider = box.get_by_role("slider", name=label, exact=True)
@@ -137,6 +144,31 @@ def test_the_answer_is_folded_until_it_is_opened(explore: Page) -> None:
     details.locator("summary").focus()
     explore.keyboard.press("Enter")
     assert details.locator("p").is_visible()
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_a_blind_test_names_its_sounds_only_with_the_answer(explore: Page, name: str) -> None:
+    box, right = explore.locator(f"#explore-{name}"), []
+    for i, select in enumerate(box.locator("select").all()):
+        right.append(select.get_attribute("data-right") or "")
+        choices = select.locator("option").all_inner_texts()
+        assert choices[0] == "no guess"
+        assert set(choices[1:]) == {s.get_attribute("data-right") for s in box.locator("select").all()}
+        select.focus()
+        explore.keyboard.type(right[i] if i else next(choice for choice in choices[1:] if choice != right[0]))
+    marks, canvas = box.locator(".control span"), box.locator("canvas")
+    box.locator(".stems.ready").scroll_into_view_if_needed()
+    assert not canvas.is_visible()
+    assert not any(marks.all_inner_texts())
+    box.locator("summary").focus()
+    explore.keyboard.press("Enter")
+    box.get_by_text(f"Right guesses: {len(right) - 1} of {len(right)}.").wait_for()
+    assert marks.all_inner_texts() == [f"it is {right[0]}", *["right"] * (len(right) - 1)]
+    assert canvas.is_visible()
+    box.locator("select").first.select_option(right[0])
+    box.get_by_text(f"Right guesses: {len(right)} of {len(right)}.").wait_for()
+    box.locator("summary").click()
+    assert not any(marks.all_inner_texts())
 
 
 @pytest.mark.parametrize(("name", "count", "seconds"), [("bands", 11, 3), ("leak", 6, 2)])

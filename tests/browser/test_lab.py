@@ -172,7 +172,7 @@ def test_ablation_trains_what_was_chosen(lab: str, page: Page) -> None:
     trained = page.locator(
         ".jp-Notebook .jp-OutputArea-output .widget-vbox", has=page.get_by_text("Change", exact=True)
     )
-    trained.get_by_label("Change").select_option("Δ = 0 in rests")
+    trained.get_by_label("Change").select_option("Δ = 0 in silence")
     expect(trained.locator("table tbody tr")).to_have_count(2, timeout=180_000)
-    expect(trained.locator("table tbody tr").first).to_contain_text("Δ = 0 in rests")
+    expect(trained.locator("table tbody tr").first).to_contain_text("Δ = 0 in silence")
     assert_no_error(page)

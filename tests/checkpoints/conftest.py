@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoint_files import TINY, published_weights
+from checkpoint_files import TWO_STEMS, published_weights
 from torch import Tensor
 
 from bsmamba2 import BSMamba2
@@ -16,4 +16,4 @@ def published() -> dict[str, Tensor]:
 @pytest.fixture
 def model() -> BSMamba2:
     torch.manual_seed(0)
-    return BSMamba2(TINY)
+    return BSMamba2(TWO_STEMS)

@@ -6,7 +6,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_files import FIXTURE, TINY, assert_equal, lightning
+from checkpoint_files import FIXTURE, TWO_STEMS, assert_equal, lightning
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, ModelConfig, load_checkpoint, save_checkpoint
@@ -113,7 +113,7 @@ def test_names_of_the_paper_preset():
     ],
 )
 def test_configuration_from_the_tensors(changes, tmp_path):
-    config = dataclasses.replace(TINY, **changes)
+    config = dataclasses.replace(TWO_STEMS, **changes)
     save_checkpoint(BSMamba2(config), tmp_path / "model.ckpt", layout="published")
     inferred = load_checkpoint(tmp_path / "model.ckpt").config
     stems = config.stems if len(config.stems) == 1 else ("stem_0", "stem_1")
@@ -126,7 +126,7 @@ FOUR = ("drums", "bass", "other", "vocals")
 @pytest.mark.parametrize(
     "config",
     [
-        TINY,
+        TWO_STEMS,
         ModelConfig(),
         ModelConfig.preset("small", stems=FOUR, channels=1, d_conv=3, mask_expand=2),
         ModelConfig.preset("compact", win_length=1024),
@@ -198,16 +198,16 @@ def test_a_relative_of_the_model_is_called_by_its_name(kind, words, published, t
 
 
 def test_the_toolboxs_yaml_next_to_the_file_gives_hop_window_and_stems(model, tmp_path):
-    odd = dataclasses.replace(TINY, hop_length=4, win_length=16, sample_rate=48_000, stems=("drums", "bass"))
+    odd = dataclasses.replace(TWO_STEMS, hop_length=4, win_length=16, sample_rate=48_000, stems=("drums", "bass"))
     torch.save({"model_state_dict": to_published(BSMamba2(odd).state_dict())}, tmp_path / "m.ckpt")
     text = (
-        "audio: {sample_rate: 48000}\nmodel: {stft_n_fft: 32, stft_hop_length: 4, stft_win_length: 16, num_stems: 2}\n"
+        "audio: {sample_rate: 48000}\nmodel: {stft_n_fft: 128, stft_hop_length: 4, stft_win_length: 16, num_stems: 2}\n"
     )
     (tmp_path / "of_another_model.yaml").write_text("model: {stft_n_fft: 4096}")
     (tmp_path / "unrelated.yml").write_text("steps: 3")
     (tmp_path / "a.yaml").write_text("audio: {sample_rate: 48000}\nmodel: {sr: 44100, win: 20, feature_dim: 256}")
-    (tmp_path / "b.yaml").write_text("model: {dim: 16, stft_n_fft: 32, stft_hop_length: 2, num_bands: 60}")
-    assert read_checkpoint(tmp_path / "m.ckpt").config.hop_length == 8
+    (tmp_path / "b.yaml").write_text("model: {dim: 16, stft_n_fft: 128, stft_hop_length: 2, num_bands: 60}")
+    assert read_checkpoint(tmp_path / "m.ckpt").config.hop_length == 32
     (tmp_path / "Config.YML").write_text(text + "training: {instruments: [drums, bass]}")
     loaded = read_checkpoint(tmp_path / "m.ckpt")
     assert loaded.config == odd
@@ -215,11 +215,11 @@ def test_the_toolboxs_yaml_next_to_the_file_gives_hop_window_and_stems(model, tm
     assert note.endswith(f"n_fft, hop_length, win_length, sample_rate, stems from {tmp_path / 'Config.YML'}")
     (tmp_path / "z.yaml").write_text(text.replace("stft_hop_length: 4", "stft_hop_length: 8"))  # which is not known
     (note,) = read_checkpoint(tmp_path / "m.ckpt").notes
-    assert "hop_length=8, win_length=32, sample_rate=44100, stems=stem_0,stem_1 assumed" in note
+    assert "hop_length=32, win_length=128, sample_rate=44100, stems=stem_0,stem_1 assumed" in note
     (tmp_path / "m.yaml").write_text("hop_length: 5")  # its own name: this one alone counts
     loaded = read_checkpoint(tmp_path / "m.ckpt")
     assert loaded.config.hop_length == 5
-    assert "win_length=32" in loaded.notes[1]
+    assert "win_length=128" in loaded.notes[1]
     assert read_checkpoint(tmp_path / "m.ckpt", config=tmp_path / "Config.YML").config == odd
     with pytest.raises(CheckpointError, match=r"m\.ckpt: no usable configuration: .*do not fit n_fft=4096"):
         read_checkpoint(tmp_path / "m.ckpt", config=tmp_path / "of_another_model.yaml")
@@ -227,7 +227,7 @@ def test_the_toolboxs_yaml_next_to_the_file_gives_hop_window_and_stems(model, tm
 
 def test_given_configuration_wins_and_an_odd_size_needs_it(model, tmp_path):
     save_checkpoint(model, tmp_path / "a.ckpt", layout="published")
-    assert load_checkpoint(tmp_path / "a.ckpt", config=TINY).config == TINY
+    assert load_checkpoint(tmp_path / "a.ckpt", config=TWO_STEMS).config == TWO_STEMS
     odd = BSMamba2(ModelConfig(dim=16, depth=1, freqs_per_bands=(20, 29), n_fft=96, hop_length=24, headdim=16))
     save_checkpoint(odd, tmp_path / "b.ckpt", layout="published")
     with pytest.raises(CheckpointError, match=r"b\.ckpt.*power of two.*config="):

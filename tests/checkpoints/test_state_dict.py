@@ -75,7 +75,7 @@ def test_averages_are_told_from_the_raw_weights(published):
 
 def test_an_entry_of_the_model_that_is_not_a_tensor_is_named(published):
     for value, kind in ((3, "int"), (Skipped("a tensor larger than its storage"), "a tensor larger than its storage")):
-        with pytest.raises(ValueError, match=re.escape(f"entry 'final_norm.gamma' is no tensor but {kind}")):
+        with pytest.raises(ValueError, match=re.escape(f"entry 'final_norm.gamma' is not a tensor but {kind}")):
             find_weights({"model": published | {"final_norm.gamma": value}})
 
 

@@ -8,7 +8,7 @@ from bsmamba2.cli.main import main
 
 
 def test_the_command_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["cost", "--preset", "small", "--batch", "4", "--seconds", "1", "--dtype", "bfloat16"]
+    arguments = ["cost", "--preset", "small", "--batch", "4", "--seconds", "1", "--precision", "bfloat16"]
     arguments += ["--gradient-checkpointing"]
     assert main([*arguments, "--peak-tflops", "10", "--bandwidth", "500"]) == 0
     said = capsys.readouterr().out

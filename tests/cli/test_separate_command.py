@@ -372,9 +372,9 @@ def that_runs_code(path: Path) -> Path:
     [
         (lambda p: p, "does not exist; name a checkpoint file"),
         (lambda p: with_bytes(p, b""), "truncated"),
-        (lambda p: with_bytes(p, b"no weights"), "is no checkpoint"),
+        (lambda p: with_bytes(p, b"no weights"), "is not a checkpoint"),
         (folder, "is a folder"),
-        (of_another_model, "none is of BSMamba2"),
+        (of_another_model, "belongs to BSMamba2"),
         (that_runs_code, "nothing in it was run"),
     ],
 )

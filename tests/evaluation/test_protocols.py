@@ -30,7 +30,7 @@ def test_a_protocol_is_checked(changes: dict, message: str) -> None:
 def test_published_figures_are_comparable_under_the_same_protocol_only() -> None:
     same = compare(MUSDB, PROTOCOLS["paper"])
     assert [one.differs for one in same[:2]] == [(), ()]
-    assert same[0].note == "mean or median over tracks: not said"
+    assert same[0].note == "mean or median over tracks: not stated"
     assert same[0].published.csdr == 11.03
     assert any("segment: not stated there" in difference for difference in same[2].differs)
     for protocol, tracks, said in (

@@ -75,7 +75,7 @@ def test_an_evaluation_in_json_and_csv(tmp_path: Path) -> None:
     assert "11.03 dB cSDR and 10.70 dB uSDR reported" in table[2]["protocol"]
     same = replace(result, tracks=EvalSet(MUSDB, TWO.tracks)).comparison_table()
     assert [(line["csdr"], line["usdr"]) for line in same[2:]] == [(11.03, 10.70), (10.47, 10.29), (None, None)]
-    assert same[2]["protocol"] == "the same (mean or median over tracks: not said)"
+    assert same[2]["protocol"] == "the same (mean or median over tracks: not stated)"
     three = EvalSet(MUSDB, (*TWO.tracks, replace(TWO.tracks[0], name="c")))
     assert replace(result, tracks=three).comparison_table()[2]["protocol"].startswith("not comparable: tracks:")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +38,13 @@ CONFIG = ModelConfig(
 SAMPLES = 12_000
 
 
+class Shapes(FakeTensorMode):
+    """Tensors without numbers. `torch.istft` asks whether its windows add up to zero anywhere: they do not."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return False if func is torch.ops.aten.equal.default else super().dispatch(func, types, args, kwargs)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -47,14 +55,15 @@ SAMPLES = 12_000
     ],
 )
 def test_operations_are_those_that_torch_counts(config: ModelConfig) -> None:
-    model = BSMamba2(config)
-    accelerate(model, "chunked")
     frames = SAMPLES // config.hop_length + 1
-    with FlopCounterMode(display=False) as forward:
-        estimate = model(torch.randn(1, config.channels, SAMPLES))
+    with Shapes():
+        model = BSMamba2(config)
+        accelerate(model, "chunked")
+        with FlopCounterMode(display=False) as forward:
+            estimate = model(torch.randn(1, config.channels, SAMPLES))
+        with FlopCounterMode(display=False) as backward:
+            estimate.sum().backward()
     assert sum(forward_flops(config, frames).values()) == pytest.approx(forward.get_total_flops(), rel=0.03)
-    with FlopCounterMode(display=False) as backward:
-        estimate.sum().backward()
     assert backward_flops(config, frames) == pytest.approx(backward.get_total_flops(), rel=0.05)
 
 
@@ -107,11 +116,6 @@ def test_memory_is_what_training_uses(
     monkeypatch.setattr("bsmamba2.kernels.blockwise.BLOCK", 2**60)  # all sequences at once, as on a GPU
     monkeypatch.setattr(BlockwiseMamba2, "run_scan", lambda self, *inputs, **_: FusedScan.apply(*inputs))
     batch = 2
-    torch.manual_seed(0)
-    model = BSMamba2(CONFIG)
-    accelerate(model, "chunked")
-    model.gradient_checkpointing = gradient_checkpointing
-    mixture = torch.randn(batch, 2, SAMPLES)
     estimated = training_cost(
         CONFIG,
         batch=batch,
@@ -120,10 +124,15 @@ def test_memory_is_what_training_uses(
         gradient_checkpointing=gradient_checkpointing,
         loss_hop=441,
     )
-    with Memory() as memory:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            estimate = model(mixture)[:, 0]
-        bsmamba2_loss(estimate, mixture, hop_length=441).backward()
+    with Shapes():
+        model = BSMamba2(CONFIG)
+        accelerate(model, "chunked")
+        model.gradient_checkpointing = gradient_checkpointing
+        mixture = torch.randn(batch, 2, SAMPLES)
+        with Memory() as memory:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                estimate = model(mixture)[:, 0]
+            bsmamba2_loss(estimate, mixture, hop_length=441).backward()
     # Without a scan, what a layer's backward pass takes on top is the convolution: five copies in float32.
     tokens = batch * (SAMPLES // CONFIG.hop_length + 1) * len(CONFIG.freqs_per_bands)
     convolution = gradient_checkpointing * 20 * tokens * (CONFIG.inner + 2 * CONFIG.d_state)

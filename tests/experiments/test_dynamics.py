@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from bsmamba2 import BSMamba2
 from bsmamba2.experiments import dynamics
+from bsmamba2.experiments.benchmark.tables import machine
 from bsmamba2.experiments.silence import score
 from bsmamba2.kernels import accelerate
 from bsmamba2.mamba2 import Mamba2
@@ -171,7 +172,8 @@ def test_a_song_has_a_row_for_each_condition(model: BSMamba2, monkeypatch: pytes
 
 def test_the_committed_result_has_every_condition_of_every_song() -> None:
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    assert {"command", "commit", "machine", "date"} < data.keys()
+    assert {"command", "commit", "machine"} < data.keys()
+    assert {"processor", "threads", "python", "torch", "date"} < data["machine"].keys() <= machine().keys()
     rows = data["rows"]
     names = dynamics.conditions(torch.ones(1, len(SUNG), 6), SUNG)
     expected = [(song, name) for song in range(dynamics.SONGS) for name in names]

@@ -147,7 +147,7 @@ def test_a_grid_is_every_combination() -> None:
         ({"lr": 1.0e-3}, r"lr=0\.001 must be a list"),
         ({"schedule": "cosine"}, "schedule='cosine' must be a list"),
         ({"lr": []}, r"lr=\[\]"),
-        ({"lr": [1, 1]}, "lr=1 stands there twice"),
+        ({"lr": [1, 1]}, "lr=1 occurs twice"),
         ({"output_dir": ["a"]}, "output_dir"),
     ],
 )

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed._tools.runtime_estimator import RuntimeEstimator
 from tracked_cost import DTYPES, compare, tracked
 
 from bsmamba2 import BSMamba2, ModelConfig
+from bsmamba2.experiments.cost import GPUS, training_cost
 from bsmamba2.kernels import triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")
@@ -17,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 # The published widths, fewer bands, so that the test is quick.
 PAPER = ModelConfig.preset("paper", depth=2, freqs_per_bands=(85,) * 11 + (90,))
 SMALL = ModelConfig.preset("small", depth=1, freqs_per_bands=(85,) * 11 + (90,))
+STORED: dict[str, Any] = {"dtype": "bfloat16", "gradient_checkpointing": False}
+COST_MODEL = "operator-level-cost-model"
 RESULTS = Path(__file__).parents[2] / "book/data/cost.json"
 
 
@@ -38,6 +43,16 @@ def test_operations_are_equal(gradient_checkpointing: bool) -> None:
     kind: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": gradient_checkpointing}
     row = compare(SMALL, backend="chunked", seconds=1.5, batch=2, **kind)
     assert row["estimated_flops"] == row["tracked_flops"]
+
+
+@pytest.mark.parametrize(("gpu", "theirs"), [("A100 80 GB", "NVIDIA A100"), ("H100 80 GB", "NVIDIA H100")])
+def test_a_step_takes_longer_than_its_lower_bound(gpu: str, theirs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's `RuntimeEstimator` adds up the roofline of each operation by itself, which no fusion shortens."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    estimator = RuntimeEstimator(theirs)
+    tracked(SMALL, backend="chunked", seconds=1.5, batch=2, observer=estimator(COST_MODEL), **STORED)
+    bound = training_cost(SMALL, seconds=1.5, batch=2, **STORED).lower_bound(GPUS[gpu].bfloat16, GPUS[gpu].bandwidth)
+    assert 0 < bound < 1e-3 * estimator.total_runtime
 
 
 def test_a_tensor_kept_by_mistake_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

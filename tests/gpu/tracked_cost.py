@@ -11,6 +11,7 @@ all operations. Nothing is computed. Cells that the written file has already are
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import itertools
@@ -18,7 +19,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -70,7 +71,14 @@ def no_launches() -> Iterator[None]:
 
 
 def tracked(
-    config: ModelConfig, *, backend: str, seconds: float, batch: int, dtype: str, gradient_checkpointing: bool
+    config: ModelConfig,
+    *,
+    backend: str,
+    seconds: float,
+    batch: int,
+    dtype: str,
+    gradient_checkpointing: bool,
+    observer: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
 ) -> tuple[dict[str, int], int]:
     """Forward and backward of a batch: MemTracker's kind → bytes at the peak; operations, 0 with the fused scan.
 
@@ -87,15 +95,31 @@ def tracked(
         tracker.track_external(model)
         # The counter keeps each graph that is computed again, with all its tensors: its peak would be of no use.
         counter = FlopCounterMode(display=False) if backend == "chunked" else None
-        with counter or nullcontext(), tracker:
+        with counter or nullcontext(), observer, tracker:
             trainer.backward([(signal, signal)])
         peak = tracker.get_tracker_snapshot("peak")[CUDA]
     return {str(kind).split(".")[-1]: size for kind, size in peak.items()}, counter.get_total_flops() if counter else 0
 
 
+def tracked_by_depth(config: ModelConfig, depths: tuple[int, int] = (1, 2), **cell: Any) -> tuple[dict[str, int], int]:
+    """`tracked`, from two shallower models: all layers are alike, so bytes and operations grow by the same with each.
+
+    The trackers take a minute or more for a model of the published depth, whatever the batch, and much less for these.
+    """
+    if config.depth <= max(depths):
+        return tracked(config, **cell)
+    (few, few_flops), (more, more_flops) = (
+        tracked(dataclasses.replace(config, depth=depth), **cell) for depth in depths
+    )
+    layers = (config.depth - depths[0]) // (depths[1] - depths[0])
+    return {kind: few[kind] + layers * (more[kind] - few[kind]) for kind in few}, few_flops + layers * (
+        more_flops - few_flops
+    )
+
+
 def compare(config: ModelConfig, **cell: Any) -> dict[str, float]:
     """Tracked and estimated: what a batch adds to the weights and their state, in bytes; for `chunked`, operations."""
-    peak, flops = tracked(config, **cell)
+    peak, flops = tracked_by_depth(config, **cell)
     backend = cell.pop("backend")
     cost = training_cost(config, **cell)
     if backend == "chunked":

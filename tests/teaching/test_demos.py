@@ -110,7 +110,7 @@ def test_peak_memory_counts_what_lives_together() -> None:
 
 
 def test_the_state_fades_as_the_closed_form() -> None:
-    trace = demos.note_and_rest(0.1, 0.01, -3.0)
+    trace = demos.note_and_pause(0.1, 0.01, -3.0)
     assert trace.state[:4].eq(0).all()
     assert float(trace.state[4]) == pytest.approx(1)
     sound, rest = 11 + 16, 32  # frames of either between frame 4 and the last, which is frame 63

@@ -194,7 +194,7 @@ def test_bits_of_a_decay() -> None:
 def test_decay_shows_the_trace() -> None:
     _, settings = embedded(explorables.decay())
     assert len(settings) == 6 * 6 * 4
-    first = demos.note_and_rest(0.001, 0.001, -0.1)
+    first = demos.note_and_pause(0.001, 0.001, -0.1)
     assert settings[0]["y"][0][0] == pytest.approx(first.state.tolist(), abs=1e-3)
     kept = settings[(3 * 6 + 0) * 4 + 1]["caption"]  # Δ = 0.1 in sound, 0.001 in the pause, A = −1
     lost = settings[(3 * 6 + 5) * 4 + 1]["caption"]

@@ -21,7 +21,7 @@ PAGES = (
     "book/installation.md", "book/troubleshooting.md", "book/12_training.ipynb", "book/15_scaling.ipynb",
     "notebooks/train.ipynb",
 )  # fmt: skip
-COST = "bsmamba2 cost --batch 5 --dtype bfloat16 --gradient-checkpointing"
+COST = "bsmamba2 cost --batch 5 --precision bfloat16 --gradient-checkpointing"
 NODES = "--master-addr machine-0 --master-port 29500 -m bsmamba2 train ..."
 CONV1D = "CAUSAL_CONV1D_FORCE_BUILD=TRUE pip install --no-build-isolation --no-cache-dir causal-conv1d"
 TINY = (

@@ -446,3 +446,17 @@ def test_a_file_that_changes_during_the_run_is_named(folder: Path) -> None:
         soundfile.write(track.stems[0], np.zeros((3 * RATE, channels)), rate)
         with pytest.raises(OSError, match=rf"vocals\.wav: was changed.* {channels} channels at {rate} Hz"):
             track.crop(0, 0, 100)
+
+
+def test_a_relative_path_finds_the_windows_of_an_absolute_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = find_active_windows(look(folder)[0], WINDOW, tmp_path / "cache.json")[0]
+    monkeypatch.chdir(folder)
+    read_again: list[Path] = []
+    songs = look(Path())[0]
+    found = find_active_windows(
+        songs, WINDOW, tmp_path / "cache.json", progress=lambda paths: read_again.extend(paths) or paths
+    )[0]
+    assert not read_again
+    assert [[start for _, start in stem] for stem in found] == [[start for _, start in stem] for stem in first]

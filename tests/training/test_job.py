@@ -247,6 +247,7 @@ def test_hop_and_window_of_a_checkpoint_to_fine_tune(tmp_path: Path, capsys: pyt
     other.parent.mkdir()
     other.write_text('{"hop_length": 24, "win_length": 48}')
     arguments = ["--preset", "init", "--init", job["init"], "--config", str(other), "--loss-windows", "256", *SMALL]
+    arguments += ["--songs", "2", "--val-songs", "2", "--seconds-per-song", "2"]
     assert main(["train", *arguments, "--segment", "0.06", "--output-dir", str(tmp_path / "run")]) == 0
     assert f"init: {tmp_path / 'm.ckpt'}: hop_length, win_length from {other}" in capsys.readouterr().err.splitlines()
     tuned = load_checkpoint(tmp_path / "run" / "last.safetensors")

@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
     alone, hunted = tmp_path / "alone", tmp_path / "hunted"
     *none, seconds = killed(alone)
     assert none == [0, 0]
-    kills, resumed, _ = killed(hunted, 40, seed=3, seconds=seconds / 4)
+    kills, resumed, _ = killed(hunted, 12, seed=3, seconds=seconds / 4)
     assert kills >= resumed >= 5
     assert sorted(path.name for path in alone.iterdir()) == sorted(path.name for path in hunted.iterdir())
     for name in ("last.safetensors", "best.safetensors"):

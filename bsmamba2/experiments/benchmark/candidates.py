@@ -86,7 +86,7 @@ def unsupported_reason(case: Case, settings: Settings) -> str:
 
 
 def spectrogram_frames(seconds: float, config: ModelConfig) -> int:
-    """Frames of the spectrogram of so much audio."""
+    """Number of frames in the spectrogram of `seconds` of audio."""
     return round(seconds * config.sample_rate) // config.hop_length + 1
 
 
@@ -99,8 +99,8 @@ def units(case: Case, settings: Settings) -> float:
 def flops(case: Case, settings: Settings) -> float | None:
     """Floating-point operations of a scan, a mixer, a model or a training step, counted by `bsmamba2.experiments.cost`.
 
-    All candidates of a job get the number of the candidate "chunked": one that does the job with more operations has a
-    lower fraction of the machine's peak. None for the other parts and for BS-RoFormer.
+    All candidates of a job get the number of the candidate "chunked", so a candidate that needs more operations reaches
+    a lower fraction of the machine's peak. None for all other parts and for BS-RoFormer.
     """
     if case.part not in ("scan", "mixer", "model", "step") or case.candidate == "bs_roformer":
         return None
@@ -119,7 +119,7 @@ def flops(case: Case, settings: Settings) -> float | None:
 
 
 def least_bytes(case: Case, settings: Settings) -> float | None:
-    """Bytes that a scan or a convolution must at least move forward: each input read once, the output written once."""
+    """Least bytes that a scan or a convolution moves in a forward pass: each input read and the output written once."""
     config = ModelConfig.preset(settings.preset)
     values = {"scan": 2 * config.inner + 2 * config.d_state, "convolution": 2 * (config.inner + 2 * config.d_state)}
     if case.part not in values or case.mode == BACKWARD:
@@ -169,7 +169,7 @@ def prepare(case: Case, settings: Settings) -> Job:
         # In a model, the block around a mixer reads a few sequences at a time.
         blocks = partial(blockwise.block_by_block, mixer) if case.candidate in ("chunked", "cpu") else mixer
         return _job(blocks, x, list(mixer.parameters()), case, device)
-    # Scan and convolution get their inputs as the accelerated mixer has them, with the frames first in memory.
+    # As in the accelerated mixer, the inputs of scan and convolution have the frames first in memory.
     dtype = DTYPES[case.dtype]
     h, p, n = config.heads, config.headdim, config.d_state
     xBC = torch.randn(frames, settings.sequences, h * p + 2 * n, device=device).to(dtype)
@@ -198,7 +198,7 @@ CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {  # (t, b, w) → (t, b, w)
 
 
 def _torch_stft_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """The published loss as a row of PyTorch's operations, both signals transformed, with autograd's gradient."""
+    """The published loss as a sequence of PyTorch's operations: both signals transformed, and autograd's gradient."""
     spectral = sum(
         (stft(estimate, max(w, 2048), 147, w) - stft(target, max(w, 2048), 147, w)).abs().mean() for w in WINDOWS
     )
@@ -213,7 +213,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _accelerated(module: nn.Module, case: Case) -> nn.Module:
-    """The module with the backend that the candidate names; "matrix" and "recurrent" leave it as the core has it."""
+    """The module with the backend that the candidate names; "matrix" and "recurrent" leave it unchanged."""
     if case.candidate not in ("matrix", "recurrent"):
         accelerate(module, case.candidate, dtype=DTYPES[case.dtype])
     return module

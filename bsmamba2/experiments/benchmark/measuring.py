@@ -1,4 +1,4 @@
-"""Measuring: a trial of every case in a process of its own, then rounds in which the candidates take turns.
+"""Measuring: a trial of every case in its own process, then rounds with the candidates in turn.
 
 The trial finds the memory that a job takes, and skips cases that are too large or too slow. The others are timed in
 rounds, one after the other, with a matrix product (`GemmPeak`) before and after each run. On a machine whose speed
@@ -27,12 +27,12 @@ from .candidates import Job, flops, groups, prepare, units, unsupported_reason
 from .settings import DTYPES, Case, Measurement, Settings, Skipped
 
 MIN_RUN = 0.05  # seconds of a timed run: a shorter job is repeated within the run
-LONG = 120.0  # seconds of a separation from which on its trial is its only timing: it repeats the same work many times
+LONG = 120.0  # seconds; a longer separation is timed only in its trial, because it repeats the same work many times
 IMPORT_LIMIT = 600.0  # seconds that a trial's process may take for imports, compiling, weights and inputs
 GEMM_SIZE = {"cpu": 1536}  # rows of the matrix product on a device; others: 8192
 
 
-# --- a trial in a process of its own ----------------------------------------------------------------------
+# --- a trial in its own process ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _run_trial(case: Case, settings: Settings, threads: int, pipe: Connection) -
 
 
 def failure(error: BaseException) -> str:
-    """One line for a case that failed; when memory ran out, it begins with those words."""
+    """One line for a case that failed; it begins with "out of memory" if that is the reason."""
     line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return f"out of memory ({line})" if is_out_of_memory(error) else line
 
@@ -94,7 +94,7 @@ def failure(error: BaseException) -> str:
 
 
 def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
-    """Mean time of a call, in seconds; a GPU is waited for."""
+    """Mean time of a call, in seconds, with the GPU's work completed."""
     _wait(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -104,7 +104,7 @@ def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
 
 
 def observe(job: Job, device: torch.device) -> Trial:
-    """Time and memory of one call: of a GPU's tensors, elsewhere of the process."""
+    """Time and memory of one call. The memory is that of the tensors on a GPU, and that of the process elsewhere."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = _peak_memory(device)
@@ -128,7 +128,7 @@ def _wait(device: torch.device) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Give back the memory of jobs that are done, also that which PyTorch or the GNU C library keeps."""
+    """Release the memory of finished jobs, including memory that PyTorch or the GNU C library keeps."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

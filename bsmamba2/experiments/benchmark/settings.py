@@ -18,12 +18,12 @@ PARTS = ("scan", "convolution", "mixer", "model", "step", "separation", "loss", 
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("plain", "chunked", "cpu", "triton", "matrix", "recurrent", "auto")
-"""Those of `kernels.accelerate`, and the plain model with `ssd.matrix` or `ssd.recurrent` for its scan."""
+"""Those of `kernels.accelerate`, and the plain model with `ssd.matrix` or `ssd.recurrent` as its scan."""
 BASELINES = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
 }
-BASELINE_CHUNKS = (32, 64)  # of 32, 64, 128 and 256 the fastest of Hugging Face's mixer on the CPUs that were tried
+BASELINE_CHUNKS = (32, 64)  # the fastest of 32, 64, 128 and 256 for Hugging Face's mixer on the CPUs that we tried
 STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: arguments of `separate_stream`
     "end to end": {"overlap": 0.0},
     "overlapping by half": {"overlap": 0.5},
@@ -33,9 +33,9 @@ STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: arguments o
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure, checked on creation; a `ValueError` names the field that is wrong.
+    """Choice of measurements, checked on creation; a `ValueError` names the field that is wrong.
 
-    Candidates that cannot run here are listed as skipped. bfloat16 is autocast for whole modules, as in training.
+    Candidates that cannot run here are listed as skipped. For whole modules, bfloat16 means autocast, as in training.
     """
 
     lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  #: of the audio, in seconds
@@ -53,7 +53,7 @@ class Settings:
     compile: bool = False  #: `torch.compile` the layers of a training step
     limit: float = 60.0  #: seconds that one run may take
     memory: float = 12.0  #: gigabytes that one run may take beyond its inputs, on a CPU under Linux
-    isolated: bool = True  #: try each case in a process of its own first; without, `limit` and `memory` do not hold
+    isolated: bool = True  #: first try each case in its own process; if False, `limit` and `memory` do not hold
 
     def __post_init__(self) -> None:
         names = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
@@ -117,7 +117,7 @@ class Measurement(Case):
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Of the times; with a single round, its time twice."""
+        """Quartiles of the times, in seconds; for a single round, its time twice."""
         low, _, high = statistics.quantiles(self.times * (3 if len(self.times) == 1 else 1), n=4, method="inclusive")
         return low, high
 
@@ -135,7 +135,7 @@ class Measurement(Case):
         return statistics.median(self.flops / seconds / peak for seconds, peak in pairs)
 
     def ratio_to(self, other: Measurement) -> float:
-        """Its time as a multiple of that of another case of the same rounds, the median over the rounds."""
+        """Time of this case divided by that of a second case in the same rounds, as the median over the rounds."""
         return statistics.median(mine / theirs for mine, theirs in zip(self.times, other.times, strict=True))
 
 

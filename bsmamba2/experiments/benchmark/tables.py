@@ -18,7 +18,7 @@ from .settings import BACKWARD, Case, Measurement
 
 
 def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
-    """The measurements that the benchmark notebook wrote, and the machine and day they are from.
+    """The measurements that the benchmark notebook wrote, with their machine and date.
 
     Raises:
         ValueError: when the notebook did not write the file.
@@ -65,7 +65,7 @@ def case_columns(case: Case) -> dict[str, Any]:
 
 
 def digits(value: float) -> str:
-    """A number for a table: three digits, and more in front of the point."""
+    """A number for a table, with three significant digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -110,7 +110,7 @@ def loading_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, Any]:
-    """The machine, the versions and the day of a measurement."""
+    """The machine, the versions and the date of a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
