@@ -21,7 +21,7 @@ The file maps a spectrogram to masks, both in real numbers, for any number of fr
 
 The program that runs it computes the STFT, multiplies it by each mask (complex numbers), and inverts it. The file's
 metadata hold the sizes: "config" is a JSON object with sample_rate, channels, n_fft, hop_length, stems, ... The page
-"Use it" of the book has such a program in 25 lines."""
+"Use it" of the book has such a program, in NumPy."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
