@@ -12,6 +12,7 @@ from playwright.sync_api import BrowserContext
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 
+REACHABLE = "() => [...document.querySelectorAll('pre')].every(e => e.scrollWidth <= e.clientWidth || e.tabIndex === 0)"
 # axe-core walks through every element there is. Where many are made alike, three stay and stand for the rest: modules,
 # members of a module and of a class, entries of the index and of the contents to both sides of the text, and colours of
 # code. Formulas are MathJax's, some elements for every letter, and go.
@@ -132,6 +133,8 @@ def look(readers: BrowserContext, address: str) -> Sight:
     sight.wider = page.evaluate(WIDER)
     sight.scrolls += page.evaluate(SCROLLS)
     page.set_viewport_size(DESK)
+    # A moment after a change of width, the theme lets the keyboard reach the code that scrolls at this width.
+    page.wait_for_function(REACHABLE, timeout=5_000)
     page.evaluate(f"() => {{ {THREE} }}")
     page.evaluate(AXE_SCRIPT)
     sight.violations += _violations(page, "", {})

@@ -106,7 +106,7 @@ def play(page: Page) -> None:
 def sounds(page: Page, *amplitudes: float) -> None:
     """The three tones sound with these amplitudes, after a change of gain and the analyser's window have passed."""
     expected = pytest.approx(amplitudes, rel=0.06, abs=0.01)
-    deadline = monotonic() + 10
+    deadline = monotonic() + 30
     while page.evaluate(HEARD) != expected and monotonic() < deadline:
         page.wait_for_timeout(50)
     assert page.evaluate(HEARD) == expected

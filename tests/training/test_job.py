@@ -310,9 +310,9 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> Non
         with pytest.raises(RunError, match=message):
             dataclasses.replace(job, **changes).start(*windows)
     assert dataclasses.replace(job, backend="auto", compile=True).start(*windows).trainer.step == 1
-    with pytest.raises(ValueError, match="another size"):
+    with pytest.raises(ValueError, match="a different size"):
         dataclasses.replace(job, preset="compact", output_dir=str(tmp_path / "other")).start(*windows)
-    with pytest.raises(ValueError, match="another size"):
+    with pytest.raises(ValueError, match="a different size"):
         dataclasses.replace(job, depth=3, output_dir=str(tmp_path / "other")).start(*windows)
     with pytest.raises(FileNotFoundError):
         dataclasses.replace(job, init="absent.safetensors", output_dir=str(tmp_path / "other")).start(*windows)
