@@ -18,8 +18,10 @@ from .source import CUT, FILE_START, DamagedError, FileBytes, Part
 
 @dataclass(frozen=True)
 class _Family:
-    """How chunks are stored: place of the file's kind and of the first chunk, `struct` of id and size, padding."""
+    """How chunks are stored: FFmpeg's name, place of the file's kind and of the first chunk, `struct` of id and size,
+    padding, and the id of the sound."""
 
+    format: str
     kind: int
     first: int
     id: str
@@ -33,11 +35,11 @@ class _Family:
         return struct.calcsize(self.id + self.size[1])
 
 
-_WAV = _Family(8, 12, "<4s", "<I", 2, b"data")
-_RIFX = _Family(8, 12, ">4s", ">I", 2, b"data")  # a WAV of big-endian numbers
-_AIFF = _Family(8, 12, ">4s", ">I", 2, b"SSND")
-_CAF = _Family(4, 8, ">4s", ">q", 1, b"data")
-_W64 = _Family(24, 40, "<16s", "<Q", 8, b"data")  # its sizes count the head of the chunk
+_WAV = _Family("wav", 8, 12, "<4s", "<I", 2, b"data")
+_RIFX = _Family("wav", 8, 12, ">4s", ">I", 2, b"data")  # a WAV of big-endian numbers
+_AIFF = _Family("aiff", 8, 12, ">4s", ">I", 2, b"SSND")
+_CAF = _Family("caf", 4, 8, ">4s", ">q", 1, b"data")
+_W64 = _Family("w64", 24, 40, "<16s", "<Q", 8, b"data")  # its sizes count the head of the chunk
 _FAMILIES = {
     b"RIFF": _WAV, b"RF64": _WAV, b"BW64": _WAV, b"RIFX": _RIFX, b"FORM": _AIFF, b"caff": _CAF, b"riff": _W64
 }  # fmt: skip
@@ -121,8 +123,9 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
                 patches[size_at] = struct.pack(format, other - body)
             pos = other
     end = min(pos, data.size) if has_sound else data.size
-    decoder = "" if format_tag == _MP3 else "libsndfile"  # which claims more than it decodes
-    return _patched(start, min(end, stop), patches, decoder, has_size, samples, block), end
+    pieces = _patched(start, min(end, stop), patches)
+    with_libsndfile = format_tag != _MP3  # of which it claims more than it decodes
+    return Part(pieces, family.format, 0.0, 0.0, samples, block, with_libsndfile, has_end=has_size), end
 
 
 def _is_chunk(data: FileBytes, pos: int) -> bool:
@@ -169,15 +172,13 @@ def _check_rest(data: FileBytes, end: int) -> None:
         raise DamagedError(f"holds {data.size - end:,} bytes behind the sound that its head counts; export it again")
 
 
-def _patched(
-    start: int, end: int, patches: dict[int, bytes], decoder: str, has_end: bool, samples: int = 0, block: int = 0
-) -> Part:
-    """A part with different bytes at some places of the file."""
+def _patched(start: int, end: int, patches: dict[int, bytes]) -> tuple[bytes | range, ...]:
+    """Pieces of the file, with different bytes at some places."""
     pieces: list[bytes | range] = []
     for place in sorted(place for place in patches if place < end):
         pieces += [range(start, place), patches[place]]
         start = place + len(patches[place])
-    return Part((*pieces, range(start, end)), decoder, samples=samples, block=block, has_end=has_end)
+    return *pieces, range(start, end)
 
 
 def _au_part(data: FileBytes, start: int) -> tuple[Part, int]:
@@ -186,4 +187,5 @@ def _au_part(data: FileBytes, start: int) -> tuple[Part, int]:
     end = start + body + kept
     if not FILE_START.match(data.at(end, 64)):
         _check_rest(data, end)
-    return _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))}, "libsndfile", has_size), end
+    pieces = _patched(start, end, {start + 8: struct.pack(">I", min(kept, 0xFFFFFFFF))})
+    return Part(pieces, "au", libsndfile=True, has_end=has_size), end

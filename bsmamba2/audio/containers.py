@@ -13,67 +13,88 @@ import io
 import struct
 
 from .chunks import chunked_part, is_chunked
-from .mpeg_frames import first_frame, frame_part, junk_bytes
+from .mpeg_frames import check_junk, first_frame, frame_part
 from .ogg import ogg_part
-from .source import CUT, FILE_START, DamagedError, FileBytes, Part
+from .source import CONVERT, CUT, FILE_START, DamagedError, FileBytes, Part
 
 MOST_PARTS = 1000
 """Recordings in one file: each is opened, so that a small file of very many would take long."""
 
-_EBML = b"\x1a\x45\xdf\xa3"
-_ASF = b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"
+_FORMATS = {
+    b"fLaC": "flac", b"wvpk": "wv", b"TTA1": "tta", b"MAC ": "ape", b"FLV\1": "flv", b"AVI ": "avi",
+    b"\x1a\x45\xdf\xa3": "matroska", b"\x30\x26\xb2\x75": "asf",
+}  # fmt: skip
+"""First bytes of files → FFmpeg's names of their formats."""
+
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"moof", b"mfra", b"sidx", b"uuid")
+
+_HEAD, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
+_ELEMENTS = (
+    *(_HEAD, _SEGMENT, _CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367),
+    *(0xEC, 0xBF, 0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF),
+)
+"""Elements of Matroska that may follow each other in a segment, and in a cluster."""
 
 
 def find_parts(raw: io.FileIO) -> tuple[list[Part], range]:
     """Recordings in a file, in order, by its contents and never by its name; and where junk follows them.
 
     Raises:
-        DamagedError: for a file that is cut or damaged, or holds more than `MOST_PARTS` recordings.
+        DamagedError: for a file that is cut or damaged, of a format that is not supported, or of more than
+            `MOST_PARTS` recordings.
     """
     data, parts = FileBytes(raw), list[Part]()
     start = data.skip_tags(0) if data.at(0, 3) in (b"ID3", b"APE") else 0
     if not is_chunked(data, start):
         data.cut_off_tags()
     while start < data.size or not parts:
-        is_frame_or_junk = parts and not _packets_end(data, start)
-        if is_frame_or_junk and (junk := junk_bytes(data, start, sum(part.seconds for part in parts))):
-            return parts, range(start, start + junk)
+        found = _find_part(data, start, 2 if parts else 4096)
+        if found is None:
+            if not parts or FILE_START.match(data.at(start, 64)):
+                raise DamagedError(f"cannot be read as audio: its format is not supported; {CONVERT}")
+            check_junk(data, start, sum(part.seconds for part in parts))
+            return parts, range(start, data.size)
         if len(parts) == MOST_PARTS:
             raise DamagedError(f"holds more than {MOST_PARTS:,} recordings end to end; split it")
-        part, end = _find_part(data, start)
-        parts.append(part)
-        start = data.skip_tags(end)
+        parts.append(found[0])
+        start = data.skip_tags(found[1])
     return parts, range(0)
 
 
-def _find_part(data: FileBytes, start: int) -> tuple[Part, int]:
-    """The recording at `start`, and where it ends."""
-    head = data.at(start, 12)
+def _find_part(data: FileBytes, start: int, within: int) -> tuple[Part, int] | None:
+    """The recording at `start`, and where it ends; None for a format that is not supported.
+
+    Frames of MP3 or AAC may begin within some bytes of it.
+    """
     if is_chunked(data, start):
         return chunked_part(data, start)
+    head = data.at(start, 12)
     if head.startswith(b"OggS"):
         return ogg_part(data, start)
     if head[4:8] in _MP4_BOXES:
         end = _mp4_end(data, start)
         return Part((range(start, end),), "mp4"), end
-    if head.startswith(_EBML) and (end := _matroska_end(data, start)):
-        return Part((range(start, end),), "matroska"), end
-    if head.startswith((b"RIFF", _ASF)) and (end := _boxes_end(data, start)):
-        return Part((range(start, end),)), end
-    if end := _flv_end(data, start) or _packets_end(data, start):
-        return Part((range(start, end),), has_end=False), end
-    if not head.startswith((b"RIFF", b"fLaC", b"\0\0\1")):  # AVI has frames within chunks
-        first = first_frame(data, data.skip_tags(start))
-        if first is not None:
-            return frame_part(data, first)
-    # Blocks of WavPack begin like a file; NUT holds them, too.
-    end = data.size if head.startswith((b"wvpk", b"nut/")) else data.next_file(start + 4)
+    format, end, has_end = _FORMATS.get(head[8:] if head.startswith(b"RIFF") else head[:4], ""), 0, False
+    if format == "matroska":
+        end, has_end = _matroska_end(data, start)
+    elif format in ("asf", "avi"):
+        end = _boxes_end(data, start)
+        has_end = end > 0
+    elif format == "flv":
+        end = _flv_end(data, start)
+    elif not format and (end := _packets_end(data, start)):
+        format = "mpeg" if head.startswith(b"\0\0\1") else "mpegts"
+    if end:
+        return Part((range(start, end),), format, has_end=has_end), end
+    if not format:
+        first = first_frame(data, data.skip_tags(start), within)
+        return None if first is None else frame_part(data, first)
+    # Nothing shows where these end before they are decoded. Blocks of WavPack begin like a file.
+    end = data.size if format == "wv" else data.next_file(start + 4)
     seconds = 0.0
-    if head.startswith(b"fLaC"):
+    if format == "flac":
         (fields,) = data.unpack(">Q", start + 18)  # rate, channels, bits, and samples: 0 where they are not known
         seconds = (fields & (1 << 36) - 1) / max(1, fields >> 44)
-    format = {b"fLaC": "flac", _EBML: "matroska"}.get(head[:4], "")
     return Part((range(start, end),), format, seconds, has_end=seconds > 0, walked=False), end
 
 
@@ -100,18 +121,27 @@ def _mp4_end(data: FileBytes, start: int) -> int:
     return pos
 
 
-def _matroska_end(data: FileBytes, start: int) -> int:
-    """Where head and segment end; 0 for a segment of unknown size, of a live stream."""
-    pos = start
-    for _ in range(2):
-        width = 9 - (data.at(pos + 4, 1) or b"\1")[0].bit_length()
-        size = int.from_bytes(data.at(pos + 4, width), "big") & (unknown := (1 << 7 * width) - 1)
-        if size == unknown:
-            return 0
-        pos += 4 + width + size
+def _matroska_end(data: FileBytes, start: int) -> tuple[int, bool]:
+    """Where head and segment end, and whether the segment has a size: that of a live stream is followed to its end."""
+    pos, has_end, seen = start, True, set[int]()
+    while pos < data.size:
+        width = 9 - data.at(pos, 1)[0].bit_length()
+        id, size_at = int.from_bytes(data.at(pos, width), "big"), pos + width
+        if id not in _ELEMENTS or (id in (_HEAD, _SEGMENT) and id in seen):
+            break
+        seen.add(id)
+        width = 9 - (data.at(size_at, 1) or b"\1")[0].bit_length()
+        size = int.from_bytes(data.at(size_at, width), "big") & (unknown := (1 << 7 * width) - 1)
+        pos = size_at + width
+        if id in (_SEGMENT, _CLUSTER) and size == unknown:
+            has_end = False
+            continue
+        pos += size
+        if id == _SEGMENT:
+            break
     if pos > data.size:
         raise DamagedError(CUT)
-    return pos
+    return pos, has_end
 
 
 def _flv_end(data: FileBytes, start: int) -> int:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import io
-import re
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any, NoReturn
 
@@ -18,8 +17,7 @@ import numpy as np
 import soundfile
 from av.stream import Discard
 
-from .mpeg_frames import MOST_JUNK
-from .source import AGAIN, DamagedError, FileBytes, Part, Splice
+from .source import AGAIN, MOST_JUNK, DamagedError, FileBytes, Part, Splice
 
 BLOCK = 1 << 16
 """Samples read at a time in each channel, fewer where there are more than two."""
@@ -42,12 +40,6 @@ VORBIS_SPEAKERS = {
 }
 """Number of channels → their speakers in Vorbis and Opus, in their order (RFC 7845, 5.1.1.2)."""
 
-_INDEX = re.compile(rb"INDX|\x06\x0e\x2b\x34|ID3 ")
-"""Chunks behind the sound that may be long: an index in RM and MXF, pictures in DFF."""
-
-_HEADS = {"spdif": 8, "smjpeg": 16, "adx": 18, "ast": 32}
-"""FFmpeg's names of formats → bytes around a packet that its size leaves out."""
-
 _LOSSLESS = ("pcm", "adpcm", "flac", "alac", "tta", "wavpack")
 
 
@@ -67,14 +59,9 @@ def open_decoder(raw: io.FileIO, part: Part) -> LibsndfileDecoder | FFmpegDecode
         DamagedError: when less comes than the container claims.
         LibsndfileError, FFmpegError, OSError: when it cannot be decoded.
     """
-    if part.decoder == "libsndfile":
-        try:
+    if part.libsndfile:
+        with suppress(soundfile.LibsndfileError):
             return LibsndfileDecoder(raw, part)
-        except soundfile.LibsndfileError as error:
-            try:
-                return FFmpegDecoder(raw, replace(part, decoder=""))
-            except (av.FFmpegError, OSError):
-                raise error from None
     return FFmpegDecoder(raw, part)
 
 
@@ -84,18 +71,14 @@ def junk_behind(raw: io.FileIO, place: range) -> int:
     Raises:
         DamagedError: when another recording is there, or more than `MOST_JUNK` bytes that may be a damaged one.
     """
-    data = FileBytes(raw)
-    place = range(data.skip_tags(place.start), place.stop)
+    place = range(FileBytes(raw).skip_tags(place.start), place.stop)
     if not place:
         return 0
-    try:
-        with _open(Splice(raw, (place,)), "") as container:
-            stream = container.streams.best("audio")
-            if stream is not None and next(container.decode(stream), None) is not None:
-                raise DamagedError(f"holds another recording from byte {place.start:,} on; split it")
-    except (av.FFmpegError, OSError):
-        pass
-    if len(place) > MOST_JUNK and not _INDEX.search(data.at(place.start, 64)):
+    with suppress(av.FFmpegError, OSError), _open(Splice(raw, (place,)), None) as container:
+        stream = container.streams.best("audio")
+        if stream is not None and next(container.decode(stream), None) is not None:
+            raise DamagedError(f"holds another recording from byte {place.start:,} on; split it")
+    if len(place) > MOST_JUNK:
         raise DamagedError(f"holds {len(place):,} bytes behind the sound, neither sound nor a tag; cut them off")
     return len(place)
 
@@ -144,7 +127,7 @@ class FFmpegDecoder:
             if not self.frames:
                 self.rate, self.channels = frame.rate, frame.layout.nb_channels
                 self.layout, self._order = _wav_order(_names(frame.layout))
-                start = float(frame.pts * (frame.time_base or 0)) if frame.pts and part.decoder == "ogg" else 0.0
+                start = float(frame.pts * (frame.time_base or 0)) if frame.pts and part.format == "ogg" else 0.0
             elif (frame.rate, frame.layout.nb_channels) != (self.rate, self.channels):
                 raise DamagedError(
                     f"changes its rate or number of channels after {self.frames / self.rate:.1f} s; "
@@ -156,22 +139,22 @@ class FFmpegDecoder:
         stated, unit = (0.0, Fraction(1)) if part.seconds else self._stated
         is_lossless = self._codec.startswith(_LOSSLESS)
         # Durations may be rounded to 1/600 s; those of lossy sound may count a delay, AVI whole packets.
-        is_exact = is_lossless and unit * self.rate == 1 and part.decoder != "mp4"
+        is_exact = is_lossless and unit * self.rate == 1 and part.format != "mp4"
         tolerance = 0.0 if is_exact else max(2 * float(unit), 1 / 600 if is_lossless else 0.1)
         _check_length(self.frames + self.rate * tolerance, self.rate, stated)
         if is_exact and 0 < stated * self.rate < self.frames - 0.5 and not part.walked:
             raise DamagedError(f"holds more than the {stated:.1f} s of sound that its head counts; export it again")
         # The edit list of an MP4 may end in the last frame or two.
-        if stated and part.decoder == "mp4" and self.rate / 600 < self.frames - stated * self.rate < 4096:
+        if stated and part.format == "mp4" and self.rate / 600 < self.frames - stated * self.rate < 4096:
             self.frames = round(stated * self.rate)
         self.has_end = part.has_end or (stated > 0 and is_lossless)
 
     def _decode(self) -> Iterator[av.AudioFrame]:
-        is_flac, samples, expected, end, last = self._part.decoder == "flac", 0, 0, 0, b""
+        is_flac, samples, expected, end, last = self._part.format == "flac", 0, 0, 0, b""
         try:
             # Without the file's size FFmpeg guesses no duration; of an MP3 it would not trim the padding.
-            source = Splice(self._raw, self._part.pieces, endless=self._part.decoder != "mp3")
-            with _open(source, self._part.decoder) as container:
+            source = Splice(self._raw, self._part.pieces, endless=self._part.format != "mp3")
+            with _open(source, self._part.format) as container:
                 stream = container.streams.best("audio")
                 if stream is None:
                     raise av.InvalidDataError(0, "no sound in it")
@@ -182,7 +165,7 @@ class FFmpegDecoder:
                     stream.codec_context.options = {"err_detect": "crccheck+explode"}
                 for packet in container.demux():
                     if packet.size and packet.pos is not None:
-                        end = max(end, packet.pos + packet.size + _HEADS.get(container.format.name, 0))
+                        end = max(end, packet.pos + packet.size)
                     if packet.stream_index != stream.index:
                         continue
                     if packet.is_corrupt:
@@ -224,10 +207,10 @@ class FFmpegDecoder:
         _check_length(samples, self.rate, self.frames / self.rate)
 
 
-def _open(source: io.RawIOBase, format: str) -> Any:
+def _open(source: io.RawIOBase, format: str | None) -> Any:
     # Without a parser, packets of an MP4 keep the durations that its index states.
     options = {"fflags": "noparse"} if format == "mp4" else {}
-    return av.open(source, format=format or None, options=options, io_open=_open_nothing, metadata_errors="ignore")
+    return av.open(source, format=format, options=options, io_open=_open_nothing, metadata_errors="ignore")
 
 
 def _open_nothing(url: str, *_: object) -> NoReturn:
@@ -257,7 +240,7 @@ def _flac_size(packet: bytes) -> int:
 def _speakers(raw: io.FileIO, part: Part) -> list[str]:
     """Speakers of a file's channels, by FFmpeg's reading of its head."""
     try:
-        with _open(Splice(raw, part.pieces), "") as container:
+        with _open(Splice(raw, part.pieces), part.format) as container:
             return _names(container.streams.audio[0].layout)
     except (av.FFmpegError, OSError, IndexError):
         return []

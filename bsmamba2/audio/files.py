@@ -1,8 +1,9 @@
 """Read audio files block by block: libsndfile where it reads a format right, FFmpeg (through PyAV) for all others.
 
-libsndfile reads WAV, RF64, W64, AIFF, CAF, AU and Ogg Vorbis; FFmpeg FLAC, MP3, M4A (AAC, ALAC), Opus, WMA, WebM, and
-the sound of video files, whatever they are called. Samples come as float32, integers divided by their full scale, so
-that the file's full scale is 1. All that a file holds is read, or the file is refused: see `containers`.
+libsndfile reads WAV, RF64, W64, AIFF, CAF, AU and Ogg Vorbis; FFmpeg FLAC, MP3, AAC, M4A, Opus, WMA, WavPack, APE, TTA,
+and the sound of MP4, MOV, Matroska, WebM, AVI, WMV, FLV and MPEG videos, whatever the files are called. Other formats
+are refused. Samples come as float32, integers divided by their full scale, so that the file's full scale is 1. All that
+a file holds is read, or the file is refused: see `containers`.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
@@ -28,9 +29,9 @@ from .source import FILE_START, DamagedError, open_regular
 
 SUFFIXES = (
     *(".wav", ".wave", ".rf64", ".bw64", ".bwf", ".w64", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".flac"),
-    *(".ogg", ".oga", ".ogv", ".spx", ".opus", ".mp3", ".mp2", ".mpga", ".m4a", ".m4b", ".aac", ".ac3", ".eac3"),
-    *(".dts", ".wma", ".wv", ".ape", ".tta", ".amr", ".mka", ".weba", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm"),
-    *(".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    *(".ogg", ".oga", ".ogv", ".spx", ".opus", ".mp3", ".mp2", ".mpga", ".m4a", ".m4b", ".aac", ".wma", ".wv", ".ape"),
+    *(".tta", ".mka", ".weba", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg"),
+    *(".mpeg", ".ts", ".mts", ".m2ts"),
 )
 """Suffixes of the files that a folder is searched for, in any case."""
 
@@ -42,9 +43,6 @@ _PICTURES = (b"avif", b"heic", b"heix", b"mif1", b"crx ")
 
 RATES = (1_000, 768_000)
 """Lowest and highest sample rate that is accepted, in hertz: beyond them the header of a file is wrong."""
-
-LEAST_REST = 4096
-"""Bytes behind the last packet of sound that an index or the padding of a container may take."""
 
 _FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
 
@@ -112,8 +110,7 @@ class AudioReader:
                 decoder = open_decoder(self._raw, part)
                 self._decoders.append(decoder)
                 self._check_header(decoder)
-                behind = junk_behind(self._raw, decoder.rest)
-                junk += behind if behind > LEAST_REST else 0
+                junk += junk_behind(self._raw, decoder.rest)
         except DamagedError as error:
             raise AudioError(f"{self.path}: {error}") from error
         except (soundfile.LibsndfileError, av.FFmpegError, OSError) as error:

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .source import AGAIN, CUT, FILE_START, DamagedError, FileBytes, Part
+from .source import AGAIN, CUT, FILE_START, MOST_JUNK, DamagedError, FileBytes, Part
 
 _KBPS = {  # by MPEG 1 (or 2 and 2.5) and layer
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -28,9 +28,6 @@ _AAC = 4
 
 MOST_TAGS = 1000
 """Tags or zeros between the frames of one recording; a file with more is not an MP3 file."""
-
-MOST_JUNK = 1 << 16
-"""Bytes at the end of a file that are left out with a message; more may be a damaged part of the sound."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,15 @@ def first_frame(data: FileBytes, start: int, within: int = 4096) -> int | None:
     return None
 
 
-def junk_bytes(data: FileBytes, pos: int, seconds: float = 0.0) -> int:
-    """How many bytes from `pos` to the end of the file are neither sound nor another file.
+def check_junk(data: FileBytes, pos: int, seconds: float) -> None:
+    """Check that the bytes from `pos` to the end, behind some seconds of sound, may be left out.
 
     Raises:
         DamagedError: when they may be a damaged part of the sound: they are many, or frames follow them.
     """
-    if FILE_START.match(data.at(pos, 64)) or first_frame(data, pos) == pos:
-        return 0
     if data.size - pos > MOST_JUNK or first_frame(data, pos, MOST_JUNK) is not None:
         where = f"after {seconds:.1f} s" if seconds else f"at byte {pos:,}"
         raise DamagedError(f"is damaged or cut short {where}: neither a frame nor a tag follows; {AGAIN}")
-    return data.size - pos
 
 
 def frame_part(data: FileBytes, pos: int) -> tuple[Part, int]:
@@ -137,8 +131,8 @@ def frame_part(data: FileBytes, pos: int) -> tuple[Part, int]:
                 ranges.append(range(pos, end))
             frames += 1
         pos = end
-    if frame is None:
-        junk_bytes(data, pos, frames * first.samples / first.rate)
+    if frame is None and pos < data.size and not FILE_START.match(data.at(pos, 64)):
+        check_junk(data, pos, frames * first.samples / first.rate)
     return _part(ranges, tag, frames, first), pos
 
 

@@ -110,7 +110,7 @@ def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) ->
         pieces = (range(start, stream.page.start), bytes(page), range(stream.page.stop, end))
     has_end = bool(stream.flags & 4)
     if len(streams) == 1 and stream.head.startswith(b"\x01vorbis"):  # beside a picture it is FFmpeg's
-        return Part(pieces, "libsndfile", vorbis=True, has_end=has_end)
+        return Part(pieces, "ogg", libsndfile=True, vorbis=True, has_end=has_end)
     # FFmpeg knows at what position a recorded live stream begins, but not of FLAC: there the first page is not counted.
     start = int.from_bytes(stream.head[10:12], "little") if stream.is_opus else 0  # samples that Opus skips
     start = stream.first if stream.head.startswith(b"\x7fFLAC") else start

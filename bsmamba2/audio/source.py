@@ -14,7 +14,11 @@ from itertools import accumulate
 from typing import Any
 
 AGAIN = "get the whole file again"
+CONVERT = "convert it to WAV or FLAC"
 CUT = f"is cut short: its end is missing; {AGAIN}"
+
+MOST_JUNK = 1 << 16
+"""Bytes at the end of a file that are left out with a message; more may be a damaged part of the sound."""
 
 FILE_START = re.compile(
     rb"RIF[FX]....(?:WAVE|AVI )|(?:RF|BW)64....WAVE|riff\x2e\x91\xcf\x11|FORM....(?:AIF[FC]|8SVX|16SV)|caff\0[\x01\x02]"
@@ -36,22 +40,24 @@ class Part:
 
     Attributes:
         pieces: its bytes: ranges of the file, and bytes that stand in for others.
-        decoder: `libsndfile`, or FFmpeg's name of the format, or "" where FFmpeg finds the format itself.
+        format: FFmpeg's name of the format.
         seconds: sound that its frames claim, or where its Ogg pages claim that it ends; 0 where they claim nothing.
         trimmed: how much of it decoders may leave out, in seconds: an encoder's delay and padding.
         samples: its length in samples, where its container counts them; 0 where it does not.
         block: samples in a block, where the last block may be filled up, and writers may add one more.
+        libsndfile: whether libsndfile decodes it, where it can.
         vorbis: whether it is Vorbis, whose channels have an order of their own.
         has_end: whether the file shows where the sound ends: by a size, a count, or a mark.
         walked: whether the container was followed to its end, so that nothing else is among the pieces.
     """
 
     pieces: tuple[bytes | range, ...]
-    decoder: str = ""
+    format: str
     seconds: float = 0.0
     trimmed: float = 0.0
     samples: int = 0
     block: int = 0
+    libsndfile: bool = False
     vorbis: bool = False
     has_end: bool = True
     walked: bool = True
