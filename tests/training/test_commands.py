@@ -16,6 +16,7 @@ from pip._internal.commands import create_command
 from rehearsal import EVALUATE, ROOT, SEPARATE, TRAIN, make_musdb, start
 
 from bsmamba2.cli.main import COMMANDS, main
+from bsmamba2.training.job import JobConfig
 
 PAGES = (
     "book/installation.md", "book/troubleshooting.md", "book/12_training.ipynb", "book/15_scaling.ipynb",
@@ -90,8 +91,16 @@ def test_every_command_of_the_pages_is_in_the_list() -> None:
     assert found == {*RUN, *PARSED, *NOT_CHECKED}
 
 
-@pytest.mark.parametrize("command", sorted(PARSED))
-def test_commands_that_are_not_run_have_options_extras_and_files_that_exist(command: str) -> None:
+def test_every_option_in_the_text_about_training_on_gpus_exists() -> None:
+    page = (ROOT / "book/installation.md").read_text(encoding="utf-8")
+    section = page.partition("(train-on-gpus)=")[2].partition("\n## Other systems")[0]
+    named = set(re.findall(r"`(--[a-z-]+)", section))
+    assert "--workers" in named
+    assert named <= {"--nproc-per-node", *(f"--{name.replace('_', '-')}" for name in JobConfig.names())}
+
+
+@pytest.mark.parametrize("command", sorted({*PARSED, *RUN}))
+def test_commands_have_options_extras_and_files_that_exist(command: str) -> None:
     program, *arguments = (word for word in shlex.split(command) if not re.match("[A-Z1_]+=", word))
     if program == "pip":
         subcommand, *rest = arguments
