@@ -94,7 +94,7 @@ def assert_same(
 
 
 @CHUNKED
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     t=st.integers(1, 70),
     h=st.integers(1, 3),

@@ -46,8 +46,8 @@ def test_one_example_is_learned_by_heart(tiny: BSMamba2) -> None:
     g = torch.Generator().manual_seed(0)
     wave = torch.sin(torch.arange(3000) / 8000 * 2 * math.pi * 440).expand(1, 2, -1)
     pair = (wave + 0.5 * torch.randn(1, 2, 3000, generator=g), wave)
-    steps = list(Trainer(tiny, TrainConfig(steps=60, lr=1e-2, schedule="cosine")).run([pair] * 60))
-    assert [step.step for step in steps] == list(range(1, 61))
+    steps = list(Trainer(tiny, TrainConfig(steps=15, lr=1e-2, schedule="cosine")).run([pair] * 15))
+    assert [step.step for step in steps] == list(range(1, 16))
     assert steps[-1].loss < 0.5 * steps[0].loss
 
 
@@ -297,8 +297,8 @@ def test_stems_learn_their_own_targets() -> None:
     wave = torch.sin(torch.arange(3000) / 8000 * 2 * math.pi * 440).expand(1, 2, -1)
     other = 0.5 * torch.randn(1, 2, 3000, generator=torch.Generator().manual_seed(0))
     batch = (wave + other, torch.stack((wave, other), 1))
-    trainer = Trainer(two_stems(), TrainConfig(steps=60, lr=1e-2, schedule="cosine"))
-    steps = list(trainer.run([batch] * 60))
+    trainer = Trainer(two_stems(), TrainConfig(steps=15, lr=1e-2, schedule="cosine"))
+    steps = list(trainer.run([batch] * 15))
     assert steps[-1].loss < 0.6 * steps[0].loss
     with torch.no_grad():
         first, second = trainer.separate(batch[0])[0]

@@ -216,8 +216,9 @@ def decay() -> HTML:
         "decay",
         "In frame 4, a note adds 1 to a state of one number; frames 16 to 47 are a pause. Which two values of Δ let "
         "the note fade while there is sound but survive the pause? And which Δ in the pause erases it?",
-        "Only the product Δ·A matters in a frame. A Δ near zero in the pause, such as 0.001, holds the state for every "
-        "A, and a Δ of 1 erases it within a few frames. So a head can remember with any A, because it can choose Δ.",
+        "Only the product Δ·A matters in a frame. With A = −1, for example, a Δ of 0.1 lets the note fade to a third "
+        "while there is sound. A Δ near zero in the pause, such as 0.001, holds the state for every A, and a Δ of 1 "
+        "erases it within a few frames. So a head can remember with any A, because it can choose Δ.",
         {
             "Δ while there is sound": [f"Δ = {step:g}" for step in steps],
             "Δ in the pause": [f"Δ = {step:g}" for step in steps],

@@ -62,7 +62,7 @@ def bands() -> HTML:
         "One gain per band and frame can only turn a whole band up or down. How many bands are needed until you "
         "hardly hear the accompaniment any more? Is the published table better than a table by the rule with 62 bands?",
         f"The score rises steadily, from {scores[8]:.1f} dB with 8 bands to {scores[62]:.1f} dB with 62. Up to 96 "
-        f"bands it gains another {scores[96] - scores[62]:.1f} dB, and the model would be half as expensive again. "
+        f"bands it gains another {scores[96] - scores[62]:.1f} dB, and the model would cost about 50 % more. "
         f"The published table scores {scores[0]:.1f} dB, so the rule is nearly as good at the same size. The model is "
         "not limited to one gain: it estimates a separate mask value for every bin.",
         {"Number of bands": [f"{count} bands" for count in counts]},
@@ -189,8 +189,7 @@ def occupancy(model: BSMamba2) -> HTML:
         "listen",
         "occupancy",
         "The accompaniment stays the same, and the singer sings less and less. Does the uSDR rise or fall, although "
-        "the separation sounds no worse? Which sound is left in the estimate when nobody sings, and which "
-        "instrument does it resemble?",
+        "the separation sounds no worse? Which sound is left in the estimate when nobody sings?",
         "With less singing the uSDR falls, because the same leakage is compared with less energy of the voice. When "
         "nobody sings, the correct output is silence and the uSDR has no meaning; the silence leakage still has one.",
         {"How much is sung": [f"{share:.0%}" for share in shares]},

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from links import SITE
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from sight import DESK
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -83,16 +83,16 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def readers(browser: Browser) -> Iterator[BrowserContext]:
-    """What the pages are opened in: at a desk, in the light, without motion."""
-    context = browser.new_context(viewport=DESK, color_scheme="light", reduced_motion="reduce")
-    yield context
+def tab(browser: Browser) -> Iterator[Page]:
+    """The tab that pages are opened in, one after the other: opening a new one costs as much as the page itself."""
+    context = browser.new_context(color_scheme="light", reduced_motion="reduce")
+    context.set_default_timeout(30_000)
+    yield context.new_page()
     context.close()
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport=DESK)
-    context.set_default_timeout(20_000)
-    yield context.new_page()
-    context.close()
+def reader(tab: Page) -> Page:
+    """The tab at a desk, in the light, without motion."""
+    tab.set_viewport_size(DESK)
+    return tab

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 ROOT = Path(__file__).parents[2]
 LABS = sorted((ROOT / "book" / "labs").glob("*.ipynb"))
@@ -33,7 +33,7 @@ MOVED = {
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
+def lab(tmp_path_factory: pytest.TempPathFactory, tab: Page) -> Iterator[str]:
     """The address of a JupyterLab with the labs, its token in it; in a folder of its own, which it may write to."""
     if not RUN.is_dir():
         pytest.skip("there is no training run for the labs to play: make train")
@@ -69,6 +69,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[
                     time.sleep(0.25)
             else:
                 pytest.fail(f"JupyterLab did not start within a minute: {log.read_text()}")
+            tab.on("dialog", lambda dialog: dialog.accept())  # leave a changed notebook
             yield f"{address}|{token}"
         finally:
             server.terminate()
@@ -78,7 +79,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[
 def run_all(page: Page, lab: str, name: str) -> Any:
     """Open a lab and run it from the menu; the output area of its last cell that has one."""
     address, token = lab.split("|")
-    page.set_default_timeout(30_000)
     expect.set_options(timeout=30_000)
     page.goto(f"{address}/lab/tree/labs/{name}.ipynb?token={token}&reset")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
@@ -127,33 +127,33 @@ def test_controls_and_result_are_in_one_view(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_lab_runs_and_follows_its_slider(lab: str, page: Page, name: str) -> None:
-    shown = run_all(page, lab, name)
+def test_lab_runs_and_follows_its_slider(lab: str, reader: Page, name: str) -> None:
+    shown = run_all(reader, lab, name)
     labels = shown.locator(".widget-slider .widget-label").all_inner_texts()
     assert len(labels) == shown.locator(".widget-slider").count()
     assert all(label.strip() for label in labels)
 
     output = shown.locator(".widget-output")
     expect(output).to_have_text(re.compile(r"\S"))
-    page.wait_for_timeout(200)
-    expect(page.get_by_text("| Idle")).to_be_visible()
+    reader.wait_for_timeout(200)
+    expect(reader.get_by_text("| Idle")).to_be_visible()
     before = output.inner_text()
     assert before.strip()
     handle = slider(shown, MOVED[name])
     handle.focus()
-    page.keyboard.press("ArrowLeft")
+    reader.keyboard.press("ArrowLeft")
     expect(output).not_to_have_text(before, use_inner_text=True)
-    expect(page.get_by_text("| Idle")).to_be_visible()
+    expect(reader.get_by_text("| Idle")).to_be_visible()
     expect(output).to_have_text(re.compile(r"\S"))
     assert "Error" not in output.inner_text()
-    assert_no_error(page)
+    assert_no_error(reader)
 
 
-def test_ablation_trains_what_was_chosen(lab: str, page: Page) -> None:
-    shown = run_all(page, lab, "ablation")
+def test_ablation_trains_what_was_chosen(lab: str, reader: Page) -> None:
+    shown = run_all(reader, lab, "ablation")
     steps = slider(shown, "Steps")
     steps.focus()
-    page.keyboard.press("Home")
+    reader.keyboard.press("Home")
     rows = shown.locator("table tbody tr")
     for count, layer in enumerate(("Mamba-2", "LSTM"), start=1):
         shown.get_by_label("Sequence layer").select_option(layer)
@@ -168,11 +168,11 @@ def test_ablation_trains_what_was_chosen(lab: str, page: Page) -> None:
     assert scores[0] != scores[1]
     expect(shown.locator(".stale")).to_have_count(0)
     expect(shown.locator("audio")).to_have_count(3)
-    expect(page.locator(".jp-CodeCell .jp-InputArea-editor:visible")).to_have_count(0)
-    trained = page.locator(
-        ".jp-Notebook .jp-OutputArea-output .widget-vbox", has=page.get_by_text("Change", exact=True)
+    expect(reader.locator(".jp-CodeCell .jp-InputArea-editor:visible")).to_have_count(0)
+    trained = reader.locator(
+        ".jp-Notebook .jp-OutputArea-output .widget-vbox", has=reader.get_by_text("Change", exact=True)
     )
     trained.get_by_label("Change").select_option("Δ = 0 in silence")
     expect(trained.locator("table tbody tr")).to_have_count(2, timeout=180_000)
     expect(trained.locator("table tbody tr").first).to_contain_text("Δ = 0 in silence")
-    assert_no_error(page)
+    assert_no_error(reader)

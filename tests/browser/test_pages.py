@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from links import SITE, addresses, broken, pages
-from playwright.sync_api import BrowserContext, Page
+from playwright.sync_api import Page
 from sight import look
 
 # What the theme does and we cannot mend from outside: page → (rule of axe-core, selector) → why.
@@ -38,8 +38,8 @@ def test_there_are_pages_to_look_at(site: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_as_readers_want_it(book: str, site: Path, readers: BrowserContext, name: str) -> None:
-    sight = look(readers, f"{book}/{name}")
+def test_a_page_is_as_readers_want_it(book: str, site: Path, reader: Page, name: str) -> None:
+    sight = look(reader, f"{book}/{name}")
     assert [line for line in sight.console if not any(re.search(known, line) for known in CONSOLE)] == []
     assert sight.elsewhere == [], "asked for elsewhere"
     assert sight.missing == [], "asked for, and not there"
@@ -48,6 +48,7 @@ def test_a_page_is_as_readers_want_it(book: str, site: Path, readers: BrowserCon
     assert [player for player in sight.players if not player[0] or not player[1] > 0] == []
     assert sight.wider == [], "wider than a phone"
     assert sight.scrolls == [], "cut off, or to be scrolled sideways"
+    assert sight.figures == [], "hard to read"
     excused = set(THEME.get(name, ()))
     assert [found for found in sight.violations if found not in excused] == []
     assert excused <= set(sight.violations), "the theme has been mended: shorten the list"
@@ -81,29 +82,29 @@ def test_pictures_have_numbers_and_links_to_them_say_which(site: Path) -> None:
     assert len(numbered) == len(set(numbered)) > 50
 
 
-def test_the_first_page_leads_to_the_book(book: str, page: Page) -> None:
-    page.goto(f"{book}/index.html")
-    page.wait_for_url("**/book/index.html")
+def test_the_first_page_leads_to_the_book(book: str, reader: Page) -> None:
+    reader.goto(f"{book}/index.html")
+    reader.wait_for_url("**/book/index.html")
 
 
-def test_search_finds_band_split(book: str, page: Page) -> None:
-    page.goto(f"{book}/search.html?q=band+split")
-    page.wait_for_selector("#search-results li a")
+def test_search_finds_band_split(book: str, reader: Page) -> None:
+    reader.goto(f"{book}/search.html?q=band+split")
+    reader.wait_for_selector("#search-results li a")
     # Results come one after the other.
-    page.wait_for_function("/[1-9]\\d* page|found/.test(document.querySelector('#search-results').innerText)")
-    addresses = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.pathname)")
+    reader.wait_for_function("/[1-9]\\d* page|found/.test(document.querySelector('#search-results').innerText)")
+    addresses = reader.eval_on_selector_all("#search-results li a", "links => links.map(link => link.pathname)")
     assert any(address.endswith("03_bands.html") for address in addresses), addresses
 
 
-def test_search_finds_no_nonsense(book: str, page: Page) -> None:
-    page.goto(f"{book}/search.html?q=zyxwvut")
-    page.get_by_text("did not match any documents").wait_for()
+def test_search_finds_no_nonsense(book: str, reader: Page) -> None:
+    reader.goto(f"{book}/search.html?q=zyxwvut")
+    reader.get_by_text("did not match any documents").wait_for()
 
 
-def test_notebooks_can_be_downloaded(book: str, page: Page) -> None:
-    page.goto(f"{book}/book/03_bands.html")
-    with page.expect_download() as download:
-        page.eval_on_selector("a.btn-download-source-button", "link => link.click()")
+def test_notebooks_can_be_downloaded(book: str, reader: Page) -> None:
+    reader.goto(f"{book}/book/03_bands.html")
+    with reader.expect_download() as download:
+        reader.eval_on_selector("a.btn-download-source-button", "link => link.click()")
     text = Path(download.value.path()).read_text(encoding="utf-8")
     assert '"nbformat"' in text
 
@@ -137,8 +138,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_planted_faults_are_seen(faulty: Path, serve: Any, readers: BrowserContext) -> None:
-    sight = look(readers, f"{serve(faulty)}/index.html")
+def test_planted_faults_are_seen(faulty: Path, serve: Any, reader: Page) -> None:
+    sight = look(reader, f"{serve(faulty)}/index.html")
     assert any("planted" in line for line in sight.console)
     assert sight.elsewhere == ["https://cdn.example.org/x.js"]
     assert [address.rpartition("/")[2] for address in sight.missing if "favicon" not in address] == ["absent.png"]

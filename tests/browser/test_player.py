@@ -72,25 +72,36 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def open_page(browser: Browser, path: Path, **options: Any) -> Page:
+def new_tab(browser: Browser, **options: Any) -> Page:
     page = browser.new_context(**{"viewport": DESK, **options}).new_page()
     page.set_default_timeout(20_000)
-    errors: list[str] = []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.errors = []
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.add_init_script(PROBE)
-    page.goto(path.as_uri())
-    page.wait_for_function("document.querySelector('.clock')?.textContent.includes('of 20.0')")
-    page.errors = errors
     return page
 
 
-@pytest.fixture
-def player(browser: Browser, written: Path) -> Iterator[Page]:
-    page = open_page(browser, written)
+def open_page(page: Page, path: Path) -> None:
+    page.errors.clear()
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelector('.clock')?.textContent.includes('of 20.0')")
+
+
+@pytest.fixture(scope="module")
+def desk(browser: Browser) -> Iterator[Page]:
+    """One tab for all tests at a desk."""
+    page = new_tab(browser)
     yield page
-    assert page.errors == []
     page.context.close()
+
+
+@pytest.fixture
+def player(desk: Page, written: Path) -> Iterator[Page]:
+    desk.emulate_media(media="screen", reduced_motion="no-preference")
+    open_page(desk, written)
+    yield desk
+    assert desk.errors == []
 
 
 def time(page: Page) -> float:
@@ -107,9 +118,9 @@ def sounds(page: Page, *amplitudes: float) -> None:
     """The three tones sound with these amplitudes, after a change of gain and the analyser's window have passed."""
     expected = pytest.approx(amplitudes, rel=0.06, abs=0.01)
     deadline = monotonic() + 30
-    while page.evaluate(HEARD) != expected and monotonic() < deadline:
+    while (heard := page.evaluate(HEARD)) != expected and monotonic() < deadline:
         page.wait_for_timeout(50)
-    assert page.evaluate(HEARD) == expected
+    assert heard == expected
 
 
 def test_it_takes_the_place_of_the_players_and_starts_silent(player: Page) -> None:
@@ -230,7 +241,8 @@ def test_axe_finds_nothing_in_either_theme(player: Page) -> None:
 
 
 def test_a_phone_shows_it_whole_and_a_tap_moves_the_playhead(browser: Browser, written: Path) -> None:
-    page = open_page(browser, written, viewport=PHONE, has_touch=True, is_mobile=True)
+    page = new_tab(browser, viewport=PHONE, has_touch=True, is_mobile=True)
+    open_page(page, written)
     for _ in range(2):
         assert page.evaluate(WIDER) == []
         for control in page.locator(".controls :is(input, button)").all():
@@ -245,28 +257,29 @@ def test_a_phone_shows_it_whole_and_a_tap_moves_the_playhead(browser: Browser, w
     page.context.close()
 
 
-def test_with_reduced_motion_the_cursor_moves_once_a_second(browser: Browser, written: Path) -> None:
-    page = open_page(browser, written, reduced_motion="reduce")
-    play(page)
+def test_with_reduced_motion_the_cursor_moves_once_a_second(desk: Page, written: Path) -> None:
+    desk.emulate_media(reduced_motion="reduce")
+    open_page(desk, written)
+    play(desk)
     places = [0.0]
     while max(places) < 2:
-        page.wait_for_timeout(50)
-        places.append(time(page))
+        desk.wait_for_timeout(50)
+        places.append(time(desk))
     assert all(place.is_integer() for place in places), places
-    page.context.close()
 
 
-def test_without_scripts_or_on_paper_the_players_stay(browser: Browser, written: Path) -> None:
+def test_without_scripts_the_players_stay(browser: Browser, written: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(written.as_uri())
     assert [audio.is_visible() for audio in page.locator("audio").all()] == [True] * 3
     context.close()
-    page = open_page(browser, written)
-    page.emulate_media(media="print")
-    assert [caption.is_visible() for caption in page.locator("figcaption").all()] == [True] * 3
-    assert not page.locator(".controls").is_visible()
-    page.context.close()
+
+
+def test_on_paper_the_players_stay(player: Page) -> None:
+    player.emulate_media(media="print")
+    assert [caption.is_visible() for caption in player.locator("figcaption").all()] == [True] * 3
+    assert not player.locator(".controls").is_visible()
 
 
 def test_a_signal_that_cannot_be_decoded_leaves_the_players(browser: Browser, tmp_path: Path, written: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from tiny_model import TINY
 
 from bsmamba2.cli.main import main
+from bsmamba2.config import PRESETS
 
 
-def test_the_command_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["cost", "--preset", "small", "--batch", "4", "--seconds", "1", "--precision", "bfloat16"]
+def test_the_command_answers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "small", dataclasses.asdict(TINY))
+    arguments = ["cost", "--preset", "small", "--batch", "4", "--seconds", "0.3", "--precision", "bfloat16"]
     arguments += ["--gradient-checkpointing"]
     assert main([*arguments, "--peak-tflops", "10", "--bandwidth", "500"]) == 0
     said = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 from audio_files import found_in, wave
+from tiny_model import TINY
 from torch import Tensor
 
 from bsmamba2 import BSMamba2, save_checkpoint
 from bsmamba2.audio.writer import StemWriter
 from bsmamba2.cli import backends, console
 from bsmamba2.cli.main import main
+from bsmamba2.config import PRESETS
 
 
 @pytest.fixture
@@ -156,10 +159,13 @@ def test_a_full_disk_behind_standard_output_is_one_line(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("buffering", [-1, 1], ids=["block", "line"])
-@pytest.mark.parametrize("arguments", [["backends"], ["cost", "--preset", "small"], ["--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["backends"], ["cost", "--preset", "small", "--seconds", "0.3"], ["--help"], ["train", "--help"]]
+)
 def test_every_command_fails_when_its_output_is_lost(
     arguments: list[str], buffering: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(PRESETS, "small", dataclasses.asdict(TINY))
     with Path("/dev/full").open("w", buffering=buffering) as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         try:

@@ -223,7 +223,7 @@ def test_bad_input_is_one_line_and_the_others_are_done(
     bad = make(tmp_path)
     before = found_in(tmp_path)
     output = tmp_path / "out"
-    arguments = ["--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.1"]
+    arguments = ["--checkpoint", str(checkpoint), "-o", str(output), "--segment", "0.1", "--batch", "16"]
     code = main(["separate", str(bad), str(good), *arguments])
     said = capfd.readouterr()
     assert code == 1

@@ -1,10 +1,10 @@
-"""A program for `test_run_dir.py`: train a tiny model in a folder, as often killed as asked, until it has finished.
+"""A program for `test_run_dir.py`: train a tiny model in two folders, in one of them killed again and again.
 
-    python killed_run.py FOLDER KILLS SEED SECONDS
+    python killed_run.py ALONE HUNTED KILLS SEED
 
-Every attempt is a forked process that is sent SIGKILL after a random time of at most SECONDS; the last one is left
-alone. It prints how many were killed, how many went on from a state, and how long the last one took. One thread: what
-is compared afterwards are bits.
+Every attempt is a forked process. In HUNTED it is sent SIGKILL after a random time, at most a quarter of what the whole
+run took in ALONE, until KILLS have died; the last one is left alone. It prints how many were killed, and how many went
+on from a state. One thread: what is compared afterwards are bits.
 """
 
 from __future__ import annotations
@@ -57,35 +57,36 @@ def train(folder: Path) -> None:
         pass
 
 
-def main(folder: Path, kills: int, seed: int, seconds: float) -> None:
+def attempt(folder: Path, seconds: float | None = None) -> bool:
+    """Train in a forked process, which is killed after so many seconds; whether it finished."""
+    child = os.fork()
+    if not child:
+        try:
+            train(folder)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
+        sys.exit("an attempt failed by itself")
+    return not os.WIFSIGNALED(status)
+
+
+def main(alone: Path, hunted: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     Trainer(BSMamba2(TINY), TrainConfig(steps=1))  # imports what would take each attempt longer than its life
-    chance = random.Random(seed)
-    killed = 0
-    while True:
-        started = time.monotonic()
-        child = os.fork()
-        if not child:
-            try:
-                train(folder)
-            except BaseException as error:
-                print(repr(error), file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-        if killed < kills:
-            time.sleep(chance.uniform(0.0, seconds))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            killed += 1
-        elif os.WEXITSTATUS(status):
-            sys.exit("an attempt failed by itself")
-        else:
-            resumed = folder.parent / f"{folder.name}-resumed.txt"
-            went_on = len(resumed.read_text().splitlines()) if resumed.exists() else 0
-            print(killed, went_on, time.monotonic() - started)
-            return
+    started = time.monotonic()
+    assert attempt(alone)
+    seconds, chance, killed = (time.monotonic() - started) / 4, random.Random(seed), 0
+    while not attempt(hunted, chance.uniform(0.0, seconds) if killed < kills else None):
+        killed += 1
+    resumed = hunted.parent / f"{hunted.name}-resumed.txt"
+    print(killed, len(resumed.read_text().splitlines()) if resumed.exists() else 0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

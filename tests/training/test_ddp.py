@@ -23,8 +23,7 @@ def under_torchrun(folder: Path, batch: int) -> None:
         "TMPDIR": str(folder.parent),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(PROGRAM), str(folder), str(batch)]
+    command = [sys.executable, str(PROGRAM), str(folder), str(batch)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

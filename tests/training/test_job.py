@@ -24,7 +24,9 @@ from bsmamba2.training.job import JobConfig
 from bsmamba2.training.run_dir import RunError
 
 ROOT = Path(__file__).parents[2]
-SHORT = {"songs": 3, "val_songs": 3, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2}
+SHORT = {
+    "dim": 16, "depth": 1, "songs": 2, "val_songs": 2, "seconds_per_song": 3.0, "segment": 1.0, "batch": 1, "steps": 2
+}  # fmt: skip
 
 
 def write(folder: Path, song: Song, stems: tuple[str, ...] = STEMS) -> None:
@@ -274,20 +276,21 @@ def test_a_precision_that_the_processor_lacks_is_told(
     monkeypatch.setattr(
         bsmamba2.kernels.resolver, "slowdown", lambda device, dtype: longer if dtype == torch.bfloat16 else 0.0
     )
+    windows = JobConfig.from_mapping(SHORT).windows()
     for precision in ("float32", "bfloat16"):
         job = JobConfig.from_mapping({**SHORT, "precision": precision, "output_dir": str(tmp_path / precision)})
-        windows = job.windows()
         told = pytest.warns(RuntimeWarning, match="13 times as long .* take precision: float32")
         with told if warns and precision == "bfloat16" else nullcontext():
             job.start(*windows)
 
 
-def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
-    model = BSMamba2(ModelConfig.preset("small"))
+def test_a_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its import takes seconds
+    model = BSMamba2(ModelConfig.preset("small", dim=16, depth=1))
     save_checkpoint(model, tmp_path / "begin.safetensors")
     job = JobConfig(
-        init=str(tmp_path / "begin.safetensors"), songs=2, val_songs=2, seconds_per_song=3.0, batch=1, steps=1,
-        validation_windows=1, output_dir=str(tmp_path / "run"), lr=0.0, backend="plain",
+        init=str(tmp_path / "begin.safetensors"), dim=16, depth=1, songs=2, val_songs=2, seconds_per_song=3.0, batch=1,
+        steps=1, validation_windows=1, output_dir=str(tmp_path / "run"), lr=0.0, backend="plain",
     )  # fmt: skip
     windows = job.windows()
     run = job.start(*windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -60,22 +61,16 @@ def same(one: Any, two: Any) -> bool:
     return one == two
 
 
-def killed(folder: Path, kills: int = 0, seed: int = 0, seconds: float = 0.0) -> list[float]:
-    """How often it was killed, how often it went on from a state, and how long the last attempt took."""
-    command = [sys.executable, str(PROGRAM), str(folder), str(kills), str(seed), str(seconds)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [float(number) for number in done.stdout.split()]
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     alone, hunted = tmp_path / "alone", tmp_path / "hunted"
-    *none, seconds = killed(alone)
-    assert none == [0, 0]
-    kills, resumed, _ = killed(hunted, 12, seed=3, seconds=seconds / 4)
+    command = [sys.executable, str(PROGRAM), str(alone), str(hunted), "12", "3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kills, resumed = map(int, done.stdout.split())
     assert kills >= resumed >= 5
+    assert not (tmp_path / "alone-resumed.txt").exists()
     assert sorted(path.name for path in alone.iterdir()) == sorted(path.name for path in hunted.iterdir())
     for name in ("last.safetensors", "best.safetensors"):
         one, two = (read_checkpoint(folder / name) for folder in (alone, hunted))
@@ -179,30 +174,44 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+SMALL = "--dim 16 --depth 1 --val-songs 2 --seconds-per-song 2 --segment 0.5 --batch 1 --workers 2 --device cpu"
+SMALL += " --validation-windows 1 --backend plain --save-every 1"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, number: int) -> None:
+def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path) -> None:
     """As a terminal and torchrun send them: the processes that read ahead get it as well."""
-    flags = "--songs 3 --seconds-per-song 2 --val-songs 3 --batch 1 --workers 2 --validation-windows 1 --device cpu"
-    command = [sys.executable, "-m", "bsmamba2", "train", *flags.split(), "--output-dir", str(tmp_path)]
+    arguments = ["train", "--songs", "2", *SMALL.split(), "--save-every", "100", "--output-dir"]
+    program = f"""\
+import sys
+from bsmamba2.cli.main import main
+sys.exit(min(main({arguments!r} + [folder]) for folder in sys.argv[1:]))
+"""
+    folders = [tmp_path / signal.Signals(number).name for number in SIGNALS]
+    command = [sys.executable, "-c", program, *map(str, folders)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log = tmp_path / "steps.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 2):
-        time.sleep(0.05)
-    os.killpg(process.pid, number)
+    for number, folder in zip(SIGNALS, folders, strict=True):
+        log = folder / "steps.jsonl"
+        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 2):
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
-    assert "start it again to go on" in said
-    last = json.loads(log.read_text().splitlines()[-1])["step"]
-    assert [path.name for path in tmp_path.glob("state-*.pt")] == [f"state-{last:08d}.pt"]
+    assert said.count("start it again to go on") == 3
+    for folder in folders:
+        last = json.loads((folder / "steps.jsonl").read_text().splitlines()[-1])["step"]
+        assert [path.name for path in folder.glob("state-*.pt")] == [f"state-{last:08d}.pt"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "RuntimeError", "MemoryError", "allocator"])
-def test_a_run_that_fails_ends_though_processes_read_ahead(tmp_path: Path, error: str) -> None:
+def test_a_run_that_fails_ends_though_processes_read_ahead(tmp_path: Path) -> None:
     """Whoever holds on to the error holds on to them: they must end when their parent does."""
-    flags = "--songs 2 --val-songs 2 --seconds-per-song 2 --batch 1 --workers 2 --validation-windows 1 --device cpu"
-    raising = f"raise {error}('planted')" if error != "allocator" else "torch.empty(1 << 55)  # planted"
+    errors = {
+        "MemoryError": 'raise MemoryError("planted")',
+        "torch.OutOfMemoryError": 'raise torch.OutOfMemoryError("planted")',
+        "allocator": "torch.empty(1 << 55)",
+        "RuntimeError": 'raise RuntimeError("planted")',
+    }
     program = f"""\
 import sys, torch
 from bsmamba2.cli.main import main
@@ -210,46 +219,52 @@ from bsmamba2.train import Trainer
 
 def train_step(trainer, batches):
     if trainer.step == 1:
-        {raising}
+        exec(error)
     return whole(trainer, batches)
 
 whole, Trainer.train_step = Trainer.train_step, train_step
-sys.exit(main({["train", *flags.split(), "--save-every", "1", "--output-dir", str(tmp_path)]!r}))
+for name, error in {errors!r}.items():
+    print("run:", name, file=sys.stderr)
+    code = main({["train", "--songs", "2", *SMALL.split(), "--output-dir"]!r} + [{str(tmp_path)!r} + "/" + name])
+    assert code == 1
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert ("planted" if error != "allocator" else "allocate memory") in done.stderr
-    assert "last good state: " + str(tmp_path / "state-00000001.pt") in done.stderr
-    if error == "RuntimeError":
-        assert "Traceback" in done.stderr
-    else:
-        assert "Traceback" not in done.stderr
-        assert "a smaller batch" in done.stderr
+    runs = dict(run.split("\n", 1) for run in done.stderr.split("run: ")[1:])
+    assert runs.keys() == errors.keys()
+    for error, said in runs.items():
+        assert ("planted" if error != "allocator" else "allocate memory") in said
+        assert "last good state: " + str(tmp_path / error / "state-00000001.pt") in said
+        assert ("Traceback" in said) == (error == "RuntimeError")
+        assert ("a smaller batch" in said) == (error != "RuntimeError")
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_run_that_another_process_has_is_refused(tmp_path: Path) -> None:
-    program = f"""\
-import sys, time
-sys.path[:] = {sys.path!r}
-from test_run_dir import *
-steps = begin(Path({str(tmp_path)!r}), save_every=1).steps(noise())
-next(steps), next(steps)
-print("here", flush=True)
-time.sleep(60)
-"""
     early = begin(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "here\n"
-            late = begin(tmp_path)
-            with pytest.raises(RunError, match="another process trains in it"):
-                next(late.steps(noise()))
-        finally:
-            process.kill()
+    list(islice(begin(tmp_path, save_every=1).steps(noise()), 2))
+    late = begin(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    locked = fork.Event()
+    process = fork.Process(target=hold, args=(late, locked), daemon=True)
+    process.start()
+    try:
+        assert locked.wait(60)
+        with pytest.raises(RunError, match="another process trains in it"):
+            next(late.steps(noise()))
+    finally:
+        process.kill()
+        process.join()
     with pytest.raises(RunError, match="resumed at step 0, and another process has gone on to step 2"):
         next(early.steps(noise()))
     assert [step.step for step in late.steps(noise())] == [3, 4, 5, 6]  # the lock went with the process
+
+
+def hold(run: RunDir, locked: Any) -> None:
+    """Lock the run's folder until this process is killed."""
+    with run._exclusive():
+        locked.set()
+        time.sleep(60)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full here")

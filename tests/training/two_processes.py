@@ -1,4 +1,7 @@
-"""A program for `test_ddp.py`, started by torchrun: train a tiny model and say what each process saw."""
+"""A program for `test_ddp.py`: train a tiny model and say what each process saw.
+
+As a script, it runs in two processes that torchrun's launcher forks, so that torch is imported once.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from tiny_model import TINY
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bsmamba2 import BSMamba2
 from bsmamba2.data import Remixer, find_windows
@@ -102,4 +106,5 @@ def count_exchanges(exchanged, bucket):  # torch would refuse annotations that a
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    launch = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    elastic_launch(launch, main)(Path(sys.argv[1]), int(sys.argv[2]))
