@@ -216,9 +216,9 @@ def decay() -> HTML:
         "decay",
         "In frame 4, a note adds 1 to a state of one number; frames 16 to 47 are a pause. Which two values of Δ let "
         "the note fade while there is sound but survive the pause? And which Δ in the pause erases it?",
-        "Only the product Δ·A matters in a frame. With A = −1, for example, a Δ of 0.1 lets the note fade to a third "
-        "while there is sound. A Δ near zero in the pause, such as 0.001, holds the state for every A, and a Δ of 1 "
-        "erases it within a few frames. So a head can remember with any A, because it can choose Δ.",
+        "Only the product Δ·A matters for the fading. With A = −1, for example, a Δ of 0.1 lets the note fade to a "
+        "third while there is sound. A Δ near zero in the pause, such as 0.001, holds the state for every A, and a Δ "
+        "of 1 erases it within a few frames. So a head can remember with any A, because it can choose Δ.",
         {
             "Δ while there is sound": [f"Δ = {step:g}" for step in steps],
             "Δ in the pause": [f"Δ = {step:g}" for step in steps],
@@ -421,7 +421,7 @@ def roofline() -> HTML:
         "Only on the CPU (here one with 100 GFLOP/s and 10 GB/s), only from chunks of 64 on. The ridge points of the "
         "GPUs are so far to the right that the scan is memory-bound in every position, so the fastest chunk there is "
         "the one that moves the fewest bytes: unfused about 128, because longer chunks move more scores; fused the "
-        "longest, because the scores stay on the chip.",
+        "longest of these, because the scores stay on the chip.",
         {"Machine": list(MACHINES), "Kernel": ["unfused", "fused"], "Chunk": [f"{q} frames" for q in chunks]},
         [setting(*place) for place in itertools.product(MACHINES, (False, True), chunks)],
         start=(2, 0, 2),
