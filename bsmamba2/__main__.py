@@ -1,4 +1,4 @@
-"""Entry point of `python -m bsmamba2 COMMAND`, the same as the console script `bsmamba2`."""
+"""Entry point of `python -m bsmamba2 COMMAND`, equivalent to the console script `bsmamba2`."""
 
 import sys
 

@@ -10,14 +10,15 @@ from typing import IO
 
 
 def write_atomically(path: str | os.PathLike[str], payload: bytes | memoryview | str) -> None:
-    """Write a file atomically: to a temporary file in the same folder, flushed to the disk, then renamed.
+    """Write a file atomically: write a temporary file in the same folder, flush it to the disk and rename it.
 
     Args:
-        path: the file, replaced when it exists; its folder must exist. The target of a link is replaced, not the link.
-        payload: bytes, or text, written as UTF-8; bytes of names in other encodings become escapes.
+        path: the file, replaced if it exists; its folder must exist. The target of a link is replaced, not the link.
+        payload: bytes, or text, which is written as UTF-8; characters that UTF-8 cannot encode become escapes.
 
     Raises:
-        OSError: when it cannot be written, on a full disk for example; it names `path`, and an older file is unchanged.
+        OSError: if the file cannot be written, for example on a full disk. The error names `path`, and an existing file
+            is unchanged.
     """
     path = Path(os.path.realpath(path))
     payload = payload.encode(errors="backslashreplace") if isinstance(payload, str) else payload

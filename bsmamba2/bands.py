@@ -1,4 +1,4 @@
-"""Split a spectrogram into bands and give every band the same number of features.
+"""Split a spectrogram into bands and map every band to the same number of features.
 
 (b c f t) complex  →  (b t (f c 2)) real  →  K slices  →  unit norm, Linear  →  (b t k d)
 
@@ -17,32 +17,31 @@ from torch import Tensor, nn
 
 
 def published_bands() -> tuple[int, ...]:
-    """Bins in each of the 62 published bands, low to high; their sum is 1,025."""
+    """Number of bins in each of the 62 published bands, low to high; they sum to 1,025."""
     return (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)
 
 
 def generate_bands(count: int, bins: int = 1025, *, min_bins: int = 2, width_ratio: float = 100.0) -> tuple[int, ...]:
-    """A table of `count` bands that are narrow at the bottom and wide at the top.
+    """Generate a band table with `count` bands, narrow at low frequencies and wide at high frequencies.
 
-    The rule is that of the mel scale, linear below a knee and logarithmic above it. Edge number i is at
+    The edges follow a mel-like scale, linear below a knee and logarithmic above it. Edge i is at
 
-        edge_i = bins · (exp(u·i/count) − 1) / (exp(u) − 1),    u = ln(knee),
+        edge_i = bins · (exp(u·i/count) − 1) / (exp(u) − 1),    u = ln(width_ratio),
 
-    rounded to a whole bin, but never less than `min_bins` bins above the edge before it; the last
-    edge is `bins` itself. The widest band is then about `width_ratio` times as wide as the first would be
-    without the lower limit.
+    rounded to a whole bin, but at least `min_bins` bins above the previous edge; the last edge is `bins`.
+    The widest band is then about `width_ratio` times as wide as the first band would be without this lower limit.
 
     Args:
-        count: how many bands.
-        bins: frequency bins to cover.
-        min_bins: the least number of bins in a band.
-        width_ratio: ratio of widths between top and bottom, above 1.
+        count: number of bands.
+        bins: number of frequency bins to cover.
+        min_bins: smallest number of bins in a band.
+        width_ratio: width of the highest band relative to the lowest, above 1.
 
     Returns:
-        Bins in each band, low to high; they sum to `bins`.
+        Number of bins in each band, low to high; they sum to `bins`.
 
     Raises:
-        ValueError: when the bands do not fit into the bins.
+        ValueError: if the bands do not fit into the bins, or `width_ratio` is not above 1.
     """
     if count < 1 or min_bins < 1 or count * min_bins > bins:
         raise ValueError(f"{count} bands of at least {min_bins} bins do not fit into {bins} bins")
@@ -58,23 +57,23 @@ def generate_bands(count: int, bins: int = 1025, *, min_bins: int = 2, width_rat
 
 
 def interleave(spectrogram: Tensor) -> Tensor:
-    """Real features per frame, frequency-major, so that a band is one contiguous slice.
+    """Interleave a spectrogram into real features per frame, frequency-major, so that a band is a contiguous slice.
 
     Args:
         spectrogram: complex (b, c, f, t).
 
     Returns:
-        Real (b, t, f·c·2): for each bin, for each channel, the real and the imaginary part.
+        Real (b, t, f·c·2): the real and the imaginary part of each channel of each bin.
     """
     return torch.view_as_real(spectrogram).permute(0, 3, 2, 1, 4).flatten(2)
 
 
 def deinterleave(features: Tensor, channels: int) -> Tensor:
-    """The inverse of `interleave`.
+    """Inverse of `interleave`.
 
     Args:
         features: real (b, t, f·c·2).
-        channels: c.
+        channels: number of channels, c.
 
     Returns:
         Complex (b, c, f, t).
@@ -84,12 +83,12 @@ def deinterleave(features: Tensor, channels: int) -> Tensor:
 
 
 class UnitNorm(nn.Module):
-    """Scale a vector to length sqrt(dim), times a learned gain per feature.
+    """Scale a vector to length sqrt(dim), then multiply each feature by a learned gain.
 
         unit_norm(x) = x / max(‖x‖₂, 1e-12) · sqrt(dim) · gain
 
-    Not an RMS norm with its epsilon inside the root: that one lets near-silence fade out, this one
-    brings a frame at −180 dB to the same length as a loud one. Exact zeros stay zero.
+    An RMS norm with its epsilon inside the root lets near-silence fade out. This norm instead scales a frame
+    at −180 dB to the same length as a loud one. Exact zeros stay zero.
 
     Args:
         dim: length of the last axis.
@@ -105,15 +104,15 @@ class UnitNorm(nn.Module):
 
 
 class BandSplit(nn.Module):
-    """Spectrogram → one feature vector for each band and frame.
+    """Band split: map a spectrogram to one feature vector per band and frame.
 
-    Band k covers `bands[k]` bins, so 2·bins·c real numbers; its own `UnitNorm` and `Linear` turn them
-    into d features.
+    Band k covers `bands[k]` bins, that is, 2·bins·c real numbers. Each band has its own `UnitNorm` and `Linear`,
+    which map these numbers to d features.
 
     Args:
-        bands: bins in each band, low to high.
-        channels: c.
-        dim: d.
+        bands: number of bins in each band, low to high.
+        channels: number of channels, c.
+        dim: number of features, d.
     """
 
     def __init__(self, bands: Sequence[int], channels: int, dim: int) -> None:

@@ -1,6 +1,6 @@
 """Configuration of a model, frozen and validated (book: "The whole model").
 
-Axis letters used throughout the module, and in `book/notation.md`:
+Axis letters used throughout the package and in `book/notation.md`:
 
     b  batch             c  audio channel    f  frequency bin    t  frame
     k  band              d  feature          h  head             p  channel of a head
@@ -21,30 +21,30 @@ from .bands import generate_bands, published_bands
 from .settings import read_parameters, short_repr
 
 MOST_VALUES_PER_SECOND = 1 << 26
-"""Most mixer values per second of audio: 4.5 times the published model's (256 MB in float32)."""
+"""Limit of mixer values per second of audio (268 MB in float32): 4.7 times the number in the published model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of a `BSMamba2`, and nothing else.
+    """Architecture of a `BSMamba2`, without training settings.
 
-    The defaults are the published model (arXiv:2508.14556 and the authors' code). Every field is
-    checked on creation: `ValueError` names the field, its value and the accepted values.
+    The defaults are those of the published model (arXiv:2508.14556 and the authors' code). Every field is
+    checked on creation; a `ValueError` names the field, its value and the accepted values.
 
     Attributes:
-        dim: features per band and frame, `d`.
-        depth: dual-path layers; each runs along time, then along bands.
-        freqs_per_bands: bins in each band, low to high; their sum must be `n_fft // 2 + 1`.
-        stems: names of the sources that the model gives, in order.
-        channels: audio channels that are separated jointly, `c`.
-        sample_rate: in hertz. The model itself never reads it; files are converted to it.
+        dim: number of features per band and frame, `d`.
+        depth: number of dual-path layers; each runs along time, then along bands.
+        freqs_per_bands: number of bins in each band, low to high; their sum must be `n_fft // 2 + 1`.
+        stems: names of the sources that the model returns, in order.
+        channels: number of audio channels, separated jointly, `c`.
+        sample_rate: in hertz. The model itself does not use it; audio files are resampled to it.
         n_fft: STFT transform length, in samples.
         hop_length: samples between frames.
-        win_length: window length, in samples, where it is shorter than n_fft; None: n_fft.
+        win_length: window length, in samples, at most n_fft; None: n_fft.
         d_state: width of the state-space state, `n`.
-        headdim: channels that share one decay, `p`.
+        headdim: number of channels that share one decay, `p`.
         expand: inner width of a Mamba-2 mixer as a multiple of `dim`.
-        d_conv: taps of the causal convolution.
+        d_conv: number of taps of the causal convolution.
         mask_expand: hidden width of a mask estimator as a multiple of `dim`.
     """
 
@@ -78,7 +78,7 @@ class ModelConfig:
             fault = f"freqs_per_bands cover {covered} bins, but n_fft={self.n_fft} gives {self.bins}"
             raise ValueError(f"{fault}: make their sum n_fft // 2 + 1")
         shown = short_repr(self.stems)
-        for stem in self.stems:  # they become names of files
+        for stem in self.stems:  # they become file names
             if not isinstance(stem, str) or not re.fullmatch(r"[^/\\]{1,100}", stem) or not stem.isprintable():
                 raise ValueError(f"stems={shown} must be names of 1 to 100 printable characters, without / and \\")
         if len({stem.casefold() for stem in self.stems}) != len(self.stems):
@@ -118,11 +118,11 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
-        """A named size: `paper` (as published), `compact` (GPUs with little memory) or `small` (two CPU cores).
+        """Preset configuration: `paper` (as published), `compact` (GPUs with little memory) or `small` (two CPU cores).
 
         Args:
-            name: the preset.
-            changes: fields that replace the preset's own.
+            name: name of the preset.
+            changes: fields that override those of the preset.
 
         Raises:
             ValueError: for an unknown preset; `TypeError` for an unknown field.
@@ -137,7 +137,7 @@ class ModelConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The configuration from a mapping (parsed JSON); unknown or bad fields raise ValueError."""
+        """Create a configuration from a mapping (parsed JSON); unknown or invalid fields raise ValueError."""
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
@@ -146,13 +146,14 @@ class ModelConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Fields of a `ModelConfig` from a YAML or JSON file, for checkpoints that store none; absent fields stay absent.
+    """Read fields of a `ModelConfig` from YAML or JSON, for checkpoints without one; absent fields stay absent.
 
-    The file has our own field names, or the sections `audio`, `model` and `training` of ZFTurbo's
-    Music-Source-Separation-Training; its hop is 512 and its window 2,048 in 2,048 unless the file gives others.
+    The file uses the field names of `ModelConfig`, or the sections `audio`, `model` and `training` of ZFTurbo's
+    Music-Source-Separation-Training. For these sections, the default hop is 512 and the default window and transform
+    length are 2,048.
 
     Raises:
-        ValueError: for a file that cannot be read, is of a different model or holds something else; it names the file.
+        ValueError: for a file that cannot be read, describes a different model or has other content; it names the file.
     """
     values = read_parameters(path)
     model, audio, training = (values.get(section) or {} for section in ("model", "audio", "training"))
@@ -181,14 +182,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_positive_int(value: object) -> bool:
-    """Whether a value is a whole number from 1 to 2^63 - 1; True and False are not numbers."""
+    """Whether a value is a whole number from 1 to 2^63 - 1; True and False do not count as numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 63
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "compact": {"dim": 192, "depth": 4, "freqs_per_bands": generate_bands(48)},
-    # Chosen for a laptop: half the published frames and about half the bands, narrow mixers.
+    # Chosen for a laptop: half the published frame rate, about half the bands, and narrow mixers.
     "small": {
         "dim": 64,
         "depth": 2,

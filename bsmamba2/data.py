@@ -1,9 +1,9 @@
-"""Training examples: stems of different songs, each with its own gain, sometimes none, summed.
+"""Training examples: sums of stems from different songs, each stem with a random gain or silenced.
 
 songs → salient windows per stem → random windows → gain, or silence → mixture and target
 
 Songs are in memory (`bsmamba2.synth.Song`) or in files (`bsmamba2.training.datasets`). `bsmamba2.training` adds workers
-and processes (`loader`), and examples of one place and changed stems (`augmentation`).
+and processes (`loader`), augmented stems, and examples with all stems from one excerpt (`augmentation`).
 
 Book: "Training". Source: the published implementation of arXiv:2508.14556.
 Axis letters: see `bsmamba2.config`.
@@ -22,13 +22,13 @@ from .metrics import usdr
 from .model import BSMamba2
 
 Example = tuple[Tensor, Tensor, str]
-"""Mixture (c, samples), target (c, samples) or of several stems (stem, c, samples), and where they are from."""
+"""Mixture (c, samples); target (c, samples), or (stem, c, samples) for several stems; and the origin of the stems."""
 Batch = tuple[Tensor, Tensor, list[str]]
-"""The same of b examples: both tensors with b in front, and b strings."""
+"""The same for b examples: both tensors with b as first axis, and b strings."""
 
 
 class Track(Protocol):
-    """A song whose stems can be read in pieces: a `synth.Song`, or files (`training.datasets.FileTrack`)."""
+    """A song whose stems can be read in excerpts: a `synth.Song`, or files (`training.datasets.FileTrack`)."""
 
     @property
     def name(self) -> str: ...
@@ -40,32 +40,32 @@ class Track(Protocol):
     def stems(self) -> Sized: ...
 
     def crop(self, stem: int, start: int, samples: int) -> Tensor:
-        """A piece of one stem, (c, samples) float32."""
+        """Excerpt of one stem, (c, samples) float32."""
 
     def label(self, stem: int) -> str:
-        """Name of a stem in a message."""
+        """Name of a stem, for messages."""
 
 
 Window = tuple[Track, int]
 """A track and the first sample of a window in it."""
 Windows = Sequence[Sequence[Window]]
-"""Per stem: every salient window."""
+"""For each stem, all of its salient windows."""
 Source = tuple[Track, int, float]
-"""Where one stem of an example is from, track and first sample, and its gain, zero for silence."""
+"""Origin of one stem of an example: track, first sample and gain (zero for silence)."""
 
 
 def salient_windows(stem: Tensor, samples: int, *, floor: float = 1e-3, quantile: float = 0.15) -> list[int]:
-    """Source activity detection: starts of the windows in which a stem is active.
+    """Source activity detection: find the salient windows of a stem.
 
-    Windows step by half their length; the partial last one is dropped. Each is cut into 10 chunks. A chunk is active
-    when its RMS exceeds the larger of `floor` and the `quantile` of the window's own ten values (an exact zero counts
-    1e-5). The window is salient when in every channel more than half of its chunks are active.
+    Windows overlap by half; a partial last window is dropped. Each window is cut into 10 chunks. A chunk is active
+    if its RMS exceeds the larger of `floor` and the `quantile` of the window's ten RMS values (an exact zero counts as
+    1e-5). A window is salient if more than half of its chunks are active in every channel.
 
     Args:
         stem: (c, samples of the song).
-        samples: length of a window.
-        floor: least RMS that counts as sound.
-        quantile: of the ten values, linear.
+        samples: length of a window, in samples.
+        floor: lowest RMS that counts as sound.
+        quantile: quantile of the ten values, with linear interpolation.
 
     Returns:
         First sample of every salient window, in order; empty for a song shorter than a window.
@@ -87,7 +87,7 @@ def salient_windows(stem: Tensor, samples: int, *, floor: float = 1e-3, quantile
 
 
 def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
-    """The salient windows of all tracks, stem by stem; reads every stem once from end to end."""
+    """Find the salient windows of all tracks, for each stem; reads every stem once in full."""
     windows: list[list[Window]] = []
     for track in tracks:
         windows += [[] for _ in range(len(track.stems) - len(windows))]
@@ -99,21 +99,21 @@ def find_windows(tracks: Iterable[Track], samples: int) -> Windows:
 class Remixer:
     """Random remixing: endless, seeded training batches from a list of songs.
 
-    For every example and each stem independently: a window drawn uniformly from all salient windows of that stem in all
-    songs, replaced by zeros with probability `stem_dropout`, times a gain uniform in `gains`. The mixture is the sum of
-    all stems; the target holds some of them, with the gains that they have in that sum.
+    For each stem of each example independently, a window is drawn uniformly from all salient windows of that stem in
+    all songs. It is replaced by zeros with probability `stem_dropout`, and otherwise multiplied by a gain uniform in
+    `gains`. The mixture is the sum of all stems; the target holds the stems in `targets`, with the same gains.
 
     Args:
-        songs: to draw from; or their windows, from `find_windows`.
-        samples: length of an example.
-        batch: examples in a batch.
-        targets: numbers of the stems that are to be separated, in the model's order.
+        songs: songs to draw from, or their windows from `find_windows`.
+        samples: length of an example, in samples.
+        batch: number of examples in a batch.
+        targets: indices of the stems to separate, in the model's order.
         seed: the same seed gives the same batches.
         stem_dropout: probability that a stem is absent, targets included.
         gains: lowest and highest gain.
 
     Raises:
-        ValueError: when a stem has no salient window in any song.
+        ValueError: if there are no songs, or a stem has no salient window in any song.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class Remixer:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end, one process, one after the other (`training.loader.Loader` has more of both)."""
+        """Endless batches, read one at a time in this process (`training.loader.Loader` adds workers and processes)."""
         while True:
             yield collate([self.example(self.generator) for _ in range(self.batch)])
 
     def skip(self, count: int) -> None:
-        """Draw `count` batches and read none."""
+        """Skip `count` batches: draw their random numbers without reading audio."""
         for _ in range(count * self.batch):
             self.draw(self.generator)
 
@@ -152,15 +152,15 @@ class Remixer:
         return sources
 
     def example(self, generator: torch.Generator) -> Example:
-        """One mixture, its target, and where its stems are from."""
+        """Draw and read one example."""
         return self.read(self.draw(generator))
 
     def read(self, sources: Sequence[Source]) -> Example:
-        """The example of these sources."""
+        """Read the example with the given sources."""
         return self.mix([track.crop(i, start, self.samples) for i, (track, start, _) in enumerate(sources)], sources)
 
     def mix(self, stems: Sequence[Tensor], sources: Sequence[Source]) -> Example:
-        """Stems, (c, samples) each, times their gains → mixture, target, and where the stems are from."""
+        """Scale stems, (c, samples) each, by their gains and sum them → mixture, target, and origin of the stems."""
         scaled = [stem * gain for stem, (*_, gain) in zip(stems, sources, strict=True)]
         targets = [scaled[stem] for stem in self.targets]
         sounding = [
@@ -172,32 +172,32 @@ class Remixer:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Examples → batch."""
+    """Stack examples into a batch."""
     mixtures, targets, names = zip(*examples, strict=True)
     return torch.stack(mixtures), torch.stack(targets), list(names)
 
 
 def spread(windows: Sequence[Window], count: int) -> list[Window]:
-    """At most `count` windows, evenly spread over all of them."""
+    """Select at most `count` windows, evenly spread over all of them."""
     places = np.linspace(0, len(windows), min(count, len(windows)), endpoint=False).astype(int)
     return [windows[place] for place in places]
 
 
 class Validation:
-    """Validation score of a model: mean uSDR in dB, over windows of songs with the gains of the recording.
+    """Validation score of a model: mean uSDR in dB, over windows of songs mixed with their original gains.
 
-    A target is scored in salient windows of its own, at most `count` of them, spread over all there are.
+    Each target is scored in its own salient windows, at most `count` of them, evenly spread over all.
 
-    Differs from the published model, whose code draws 1,200 windows at random, each from those of a random target.
+    Differs from the published model, whose code draws 1,200 windows at random, each for a randomly chosen target.
 
     Args:
-        windows: of every stem, from `find_windows`.
-        samples: length of a window.
-        targets: numbers of the stems that the model gives, in its order.
-        count: most windows to score for a target.
+        windows: windows of every stem, from `find_windows`.
+        samples: length of a window, in samples.
+        targets: indices of the stems that the model returns, in its order.
+        count: largest number of windows to score per target.
 
     Raises:
-        ValueError: when a target has no window.
+        ValueError: if a target has no windows.
     """
 
     def __init__(self, windows: Windows, samples: int, *, targets: Sequence[int] = (0,), count: int = 1200) -> None:
@@ -212,11 +212,11 @@ class Validation:
         self.heard = [numbers for _, numbers in heard.values()]
 
     def __call__(self, model: BSMamba2) -> dict[str, float]:
-        """`usdr`, the mean over the targets in dB; for several targets also `usdr_NAME` for each."""
+        """Return `usdr`, the mean over the targets in dB; for several targets also `usdr_NAME` for each."""
         return self.means(model, self.totals(model))
 
     def totals(self, model: BSMamba2, first: int = 0, every: int = 1) -> list[float]:
-        """For each target the sum of its uSDR in dB, over the windows number `first`, `first + every`, …"""
+        """Sum of uSDR in dB for each target, over windows `first`, `first + every`, …"""
         device = next(model.parameters()).device
         scores: list[list[float]] = [[] for _ in self.targets]
         with torch.inference_mode():
@@ -228,7 +228,7 @@ class Validation:
         return [sum(found) for found in scores]
 
     def means(self, model: BSMamba2, totals: Sequence[float]) -> dict[str, float]:
-        """Sums of uSDR over all windows → the means that a call returns."""
+        """Convert sums of uSDR over all windows to the means that a call returns."""
         counts = [sum(number in numbers for numbers in self.heard) for number in range(len(self.targets))]
         means = [total / count for total, count in zip(totals, counts, strict=True)]
         by_stem = {f"usdr_{stem}": mean for stem, mean in zip(model.config.stems, means, strict=True)}

@@ -1,9 +1,9 @@
-"""Two directions, two axes: the bidirectional block, run along time and then along bands.
+"""Dual-path layers: a bidirectional block along time, then one along bands.
 
 (b t k d)  →  time: (b·k, t, d)  →  bands: (b·t, k, d)  →  (b t k d)
 
-`forward` reads a whole sequence. `step` reads a segment of it and its look-ahead, and continues where the segment
-before ended. `bsmamba2.kernels.accelerate` replaces the blocks by faster ones.
+`forward` reads a whole sequence. `step` reads one segment of it and the segment's look-ahead, and continues from the
+end of the previous segment. `bsmamba2.kernels.accelerate` replaces the blocks by faster ones.
 Book: "Two directions, two axes"; `step`: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .mamba2 import MixerState, RMSNorm
 
 SequenceLayer = Callable[[], nn.Module]
-"""Makes a layer (b, length, d) → (b, length, d); one that sees only the past, for a bidirectional block."""
+"""Creates a layer (b, length, d) → (b, length, d); for a bidirectional block, the layer is causal."""
 
 
 class PreNormResidual(nn.Module):
@@ -33,18 +33,18 @@ class PreNormResidual(nn.Module):
         return x + self.mixer(self.norm(x))
 
     def step(self, x: Tensor, state: MixerState | None, frames: int) -> tuple[Tensor, MixerState]:
-        """`forward` that continues from a state.
+        """`forward` of a segment, continuing from a state.
 
         Args:
             x: (b, length, d).
-            state: after the segment before; none at the start.
-            frames: of the segment, from 1 to length; the others are its look-ahead.
+            state: state after the previous segment; None at the start.
+            frames: number of frames in the segment, from 1 to length; the other frames are its look-ahead.
 
         Returns:
-            (b, length, d), and the state after the first `frames`.
+            (b, length, d), and the state after the first `frames` frames.
 
         Raises:
-            ValueError: for a layer without a state to carry.
+            ValueError: if the layer cannot carry over a state.
         """
         step = getattr(self.mixer, "step", None)
         if step is None:
@@ -56,13 +56,13 @@ class PreNormResidual(nn.Module):
 
 
 class BidirectionalBlock(nn.Module):
-    """Two layers read the sequence, one forwards and one backwards; a Linear merges their outputs.
+    """Bidirectional block: one layer reads the sequence forwards, one backwards; a Linear merges their outputs.
 
         f = forwards(x),   g = flip(backwards(flip(x))),   out = Linear(concat(f, g)) + x
 
     Args:
         dim: d.
-        sequence_layer: makes the layer of each direction; each has its own weights.
+        sequence_layer: creates the layer of each direction; each layer has its own weights.
     """
 
     def __init__(self, dim: int, sequence_layer: SequenceLayer) -> None:
@@ -78,9 +78,9 @@ class BidirectionalBlock(nn.Module):
         return self.merge(torch.cat((f, g), dim=-1)) + x
 
     def step(self, x: Tensor, state: MixerState | None, frames: int) -> tuple[Tensor, MixerState]:
-        """`forward` of a segment: forwards from a state, backwards from the end of the look-ahead.
+        """`forward` of a segment: forwards from a given state, backwards from the last frame of the look-ahead.
 
-        Args and Returns: as those of `PreNormResidual.step`.
+        Args and Returns: as for `PreNormResidual.step`.
         """
         f, state = self.forwards.step(x, state, frames)
         g = self.backwards(x.flip(1)).flip(1)
@@ -88,11 +88,11 @@ class BidirectionalBlock(nn.Module):
 
 
 class DualPath(nn.Module):
-    """A bidirectional block along time, then one along bands.
+    """Dual-path layer: a bidirectional block along time, then one along bands.
 
     Args:
         dim: d.
-        sequence_layer: makes the layer of each direction and axis.
+        sequence_layer: creates the layer of each direction and axis.
     """
 
     def __init__(self, dim: int, sequence_layer: SequenceLayer) -> None:
@@ -109,9 +109,9 @@ class DualPath(nn.Module):
         return x.unflatten(0, (b, t))
 
     def step(self, x: Tensor, state: MixerState | None, frames: int) -> tuple[Tensor, MixerState]:
-        """`forward` of a segment and its look-ahead, (b, t, k, d); only the time axis carries over a state.
+        """`forward` of a segment and its look-ahead, (b, t, k, d); only the block along time carries over a state.
 
-        Args and Returns: as those of `PreNormResidual.step`, the state of b·k sequences.
+        Args and Returns: as for `PreNormResidual.step`; the state covers b·k sequences.
         """
         b, t, k, _ = x.shape
         x, state = self.time.step(x.transpose(1, 2).flatten(0, 1), state, frames)

@@ -1,10 +1,10 @@
-"""Training losses: the published one, L1 of the waveform and of complex STFTs of several resolutions,
+"""Training losses: the published loss, L1 of the waveform and of complex STFTs at several resolutions,
 
     L = 10 · mean|ŝ − s| + Σ_w mean|STFT_w(ŝ) − STFT_w(s)|
 
-and an SNR loss, the error's energy relative to the mixture's in dB, which optimises nearly the same as uSDR.
+and an SNR loss, the error's energy relative to the mixture's in dB, which optimises nearly the same quantity as uSDR.
 
-Book: "Training". Source: the published implementation of arXiv:2508.14556; of `snr_loss` see there.
+Book: "Training". Source: the published implementation of arXiv:2508.14556; for `snr_loss`, see its docstring.
 Axis letters: see `bsmamba2.config`.
 """
 
@@ -33,17 +33,17 @@ def bsmamba2_loss(
     """Published training loss: L1 of the waveform plus multi-resolution complex STFT loss (`spectral_loss`).
 
     Args:
-        estimate: ŝ, (..., samples); longer than half the longest window.
+        estimate: ŝ, (..., samples); must be longer than half the longest window.
         target: s, of the same shape.
-        windows: STFT windows, in samples. (2048, 1024, 512) is the earlier, cheaper form.
+        windows: STFT window lengths, in samples. (2048, 1024, 512) is an earlier, cheaper choice.
         hop_length: samples between frames.
-        time_weight: factor of the sample-by-sample term.
+        time_weight: weight of the waveform term.
 
     Returns:
         Scalar, float32 or wider.
 
     Raises:
-        ValueError: when the shapes differ, or the signals are too short for the longest window.
+        ValueError: if the shapes differ, or the signals are too short for the longest window.
     """
     difference = _difference(estimate, target)
     spectral = sum(spectral_loss(difference, window, hop_length) for window in windows)
@@ -55,23 +55,24 @@ def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, max_snr_db: f
 
         L = 10 log₁₀ (Σ(ŝ − s)² + τ Σx² + ε) − 10 log₁₀ (Σx² + ε)        τ = 10^(−max_snr_db/10), ε = 1e-7
 
-    One value per example, over its channels and samples, then their mean: nearly the mean of uSDR over songs.
-    Without τ it is the negative SNR plus a constant of the example. A silent target has the same formula.
+    The sums run over the channels and samples of an example, and L is averaged over examples, much as uSDR is averaged
+    over songs. Without τ, L is the negative SNR plus a constant per example. Silent targets use the same formula.
 
-    Differs from the published model, whose loss is `bsmamba2_loss`. The soft threshold is that of Wisdom et al.
-    (arXiv:2011.00803), who measure it from the target, and from the mixture only where the target is silent.
+    Differs from the published model, whose loss is `bsmamba2_loss`. The soft threshold follows Wisdom et al.
+    (arXiv:2011.00803), who set it relative to the target, and relative to the mixture only if the target is silent.
 
     Args:
         estimate: ŝ, (b, c, samples).
         target: s, of the same shape.
         mixture: x, of the same shape.
-        max_snr_db: where an error so far below the mixture, in dB, is reached, half of the pull is gone.
+        max_snr_db: soft threshold, in dB below the mixture. An error at this level gets half the gradient it would
+            get without τ.
 
     Returns:
         Scalar, float32 or wider.
 
     Raises:
-        ValueError: when the shapes differ, or are not of three axes.
+        ValueError: if the shapes differ, or do not have three axes.
     """
     if target.dim() != 3:
         raise ValueError(f"target {tuple(target.shape)} must be (b, c, samples)")
@@ -84,10 +85,10 @@ def snr_loss(estimate: Tensor, target: Tensor, mixture: Tensor, *, max_snr_db: f
 
 
 def spectral_loss(difference: Tensor, window: int, hop_length: int = 147) -> Tensor:
-    """Complex STFT loss at one resolution, mean|STFT_w(ŝ − s)|: the difference is complex, so that phase counts.
+    """Complex STFT loss at one resolution, mean|STFT_w(ŝ − s)|; the difference is complex, so phase errors count.
 
-    The STFT is linear: the transform of the difference is the difference of the transforms.
-    n_fft = max(w, 2048), a periodic Hann window padded with zeros to n_fft, centred, reflected edges.
+    Because the STFT is linear, the transform of the difference is the difference of the transforms.
+    The window is a periodic Hann window, zero-padded to n_fft = max(w, 2048); frames are centred, edges reflected.
 
     Args:
         difference: ŝ − s, (..., samples).
@@ -95,7 +96,7 @@ def spectral_loss(difference: Tensor, window: int, hop_length: int = 147) -> Ten
         hop_length: samples between frames.
 
     Raises:
-        ValueError: when the signal is too short for its edges to be reflected.
+        ValueError: if the signal is too short to reflect its edges.
     """
     if difference.shape[-1] <= max(window, 2048) // 2:
         least = max(window, 2048) // 2 + 1
@@ -106,14 +107,14 @@ def spectral_loss(difference: Tensor, window: int, hop_length: int = 147) -> Ten
 
 
 class _MeanModulus(torch.autograd.Function):
-    """Mean modulus of the STFT of (s, samples), with its gradient: one FFT each, and no spectrum is kept.
+    """Mean modulus of the STFT of signals (s, samples), and its gradient; each takes one FFT, and no spectrum is kept.
 
-    |Z| has the gradient Z / |Z|, zero at zero, and a transform's gradient is the transform back.
+    The gradient of |Z| is Z / |Z|, or zero if Z = 0; the inverse transform takes it back to the signal.
     """
 
     @staticmethod
     def forward(ctx: Any, signals: Tensor, window: int, hop_length: int) -> Tensor:
-        # On a CPU one signal at a time: its spectrum stays in cache.
+        # On a CPU, process one signal at a time, so that its spectrum stays in cache.
         parts = signals.split(1) if signals.device.type == "cpu" else (signals,)
         needs_grad = ctx.needs_input_grad[0]
         means, gradients = zip(*(_mean_modulus(part, window, hop_length, needs_grad) for part in parts), strict=True)
@@ -129,12 +130,12 @@ class _MeanModulus(torch.autograd.Function):
 
 
 def _mean_modulus(signals: Tensor, window: int, hop_length: int, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Mean of |STFT| over signals (s, samples), frames and bins; where needed its gradient, (s, samples)."""
+    """Mean of |STFT| over signals (s, samples), frames and bins; if needed, also its gradient, (s, samples)."""
     samples, n_fft = signals.shape[-1], max(window, 2048)
     edge, frames = n_fft // 2, samples // hop_length + 1
     hann = torch.hann_window(window, dtype=signals.dtype, device=signals.device)
     padded = functional.pad(signals, (edge, edge), mode="reflect")
-    # The window stands in the middle of n_fft samples. Here it comes first: that shifts phases, not moduli.
+    # The STFT centres the window in n_fft samples. Here the window comes first, which changes phases but not moduli.
     first = (n_fft - window) // 2
     cut = padded[:, first:].unfold(-1, window, hop_length)[:, :frames] * hann
     spectrum = torch.fft.rfft(cut, n_fft)
@@ -143,10 +144,10 @@ def _mean_modulus(signals: Tensor, window: int, hop_length: int, needs_grad: boo
     if not needs_grad:
         return mean, None
     spectrum *= modulus.clamp_(min=torch.finfo(modulus.dtype).tiny).reciprocal_()  # a division takes five times as long
-    spectrum[..., 1:-1] *= 0.5  # `irfft` counts every bin but the first and last twice
+    spectrum[..., 1:-1] *= 0.5  # `irfft` counts every bin twice, except the first and last
     back = torch.fft.irfft(spectrum, n_fft, norm="forward")[..., :window] * (hann / modulus.numel())
 
-    # Overlap and add, hop by hop: a frame's i-th stretch of `hop_length` samples lies i hops after its beginning.
+    # Overlap-add, hop by hop: the i-th block of `hop_length` samples in a frame starts i hops after the frame.
     stretches = -(-window // hop_length)
     back = functional.pad(back, (0, stretches * hop_length - window)).unflatten(-1, (stretches, hop_length))
     added = back.new_zeros(len(signals), frames + stretches - 1, hop_length)
@@ -155,7 +156,7 @@ def _mean_modulus(signals: Tensor, window: int, hop_length: int, needs_grad: boo
     whole = functional.pad(added.flatten(1), (first, max(0, samples + 2 * edge - first - added[0].numel())))
 
     gradient = whole[:, edge : edge + samples].clone()
-    gradient[:, 1 : edge + 1] += whole[:, :edge].flip(-1)  # the edges were reflections
+    gradient[:, 1 : edge + 1] += whole[:, :edge].flip(-1)  # add the gradient of the reflected edges
     gradient[:, -edge - 1 : -1] += whole[:, edge + samples : samples + 2 * edge].flip(-1)
     return mean, gradient
 

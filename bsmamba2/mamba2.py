@@ -5,9 +5,9 @@
     y = scan(x, softplus(dt + dt_bias), A, B, C, D)
     out_proj(rms_norm(y · SiLU(z)))
 
-`forward` reads a whole sequence; `step` reads one segment of it and returns the state from which the next segment
-continues. `bsmamba2.kernels.accelerate` replaces the class by a faster one. Book: "The Mamba-2 block".
-Source: `Mamba2` of mamba-ssm as the published model uses it.
+`forward` reads a whole sequence; `step` reads one segment of it and returns the state for the next segment.
+`bsmamba2.kernels.accelerate` replaces the class by a faster one. Book: "The Mamba-2 block".
+Source: `Mamba2` of mamba-ssm, as used by the published model.
 Axis letters: see `bsmamba2.config`; w is the width of the convolution, h·p + 2n.
 """
 
@@ -23,14 +23,14 @@ from torch.nn import functional
 from . import ssd
 
 EPS = 1e-5
-"""Added to the mean square in every RMS norm, as published."""
+"""Epsilon added to the mean square in every RMS norm, as published."""
 
 
 class MixerState(NamedTuple):
-    """The recurrent state of a mixer between two segments of a sequence.
+    """Recurrent state of a mixer between two segments of a sequence.
 
     Attributes:
-        conv_state: the last taps − 1 frames that entered the convolution, (b, taps − 1, w).
+        conv_state: the last taps − 1 input frames of the convolution, (b, taps − 1, w).
         ssm_state: the state of the scan, (b, h, p, n), float32 or wider.
     """
 
@@ -59,11 +59,11 @@ class Mamba2(nn.Module):
         d_state: n.
         headdim: p.
         expand: inner width h·p as a multiple of d.
-        d_conv: taps of the causal convolution.
+        d_conv: number of taps of the causal convolution.
         scan: any function with the signature in `bsmamba2.ssd`.
 
     Raises:
-        ValueError: when the heads do not fill the inner width.
+        ValueError: if the inner width is not a multiple of headdim.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Mamba2(nn.Module):
         return self.out_proj(self.gated_norm(y, z))
 
     def step(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        """`forward` of a segment that continues a sequence.
+        """`forward` of a segment, continuing from a state.
 
         Args:
             x: (b, t, d).
-            state: after the segment before; none at the start of the sequence.
+            state: state after the previous segment; None at the start of the sequence.
 
         Returns:
             (b, t, d), and the state after the segment.
@@ -119,26 +119,29 @@ class Mamba2(nn.Module):
         return self.out_proj(self.gated_norm(y, z)), MixerState(frames[:, frames.shape[1] - past :], ssm_state)
 
     def gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """rms_norm(y · SiLU(z)), (b, t, h, p) and (b, t, h·p) → (b, t, h·p); float16 could not hold the product."""
+        """Gated norm, rms_norm(y · SiLU(z)): (b, t, h, p), (b, t, h·p) → (b, t, h·p).
+
+        It is computed in float32 or wider, because the product can overflow float16.
+        """
         return self.norm(at_least_fp32(y.flatten(2)) * functional.silu(z)).to(z.dtype)
 
     def scan_inputs(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
-        """The arguments of the scan, x, dt, A, B, C and D: (b, t, w) after the convolution, (b, t, h) as projected."""
+        """Arguments x, dt, A, B, C, D of the scan, from xBC (b, t, w) after the convolution and dt (b, t, h)."""
         x, B, C = xBC.split(self.conv_sizes, dim=-1)
         dt = functional.softplus(at_least_fp32(dt) + self.dt_bias)
         return x.unflatten(-1, (-1, self.headdim)), dt, -at_least_fp32(self.A_log).exp(), B, C, self.D
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None = None) -> Tensor:
-    """SiLU of a causal depthwise convolution, which reads a frame and the taps − 1 frames before it.
+    """SiLU of a causal depthwise convolution, which reads a frame and the previous taps − 1 frames.
 
         y_t = SiLU(bias + Σ_i weight_i · x_{t − taps + 1 + i})
 
     Args:
         x: (b, t, w).
-        weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
-        bias: (w,), or none.
-        conv_state: the frames before the first, (b, taps − 1, w); zeros when absent.
+        weight: (w, 1, taps), as in `nn.Conv1d` with w groups.
+        bias: (w,), or None.
+        conv_state: the frames before the first one, (b, taps − 1, w); zeros if None.
 
     Returns:
         (b, t, w).
@@ -151,11 +154,11 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_stat
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in float32, or in its own type where that is wider."""
+    """Convert x to float32, unless its type is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def initial_dt_bias(heads: int, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Tensor:
-    """A bias whose softplus is log-uniform in [low, high], not below `floor`: (heads,)."""
+    """Random bias whose softplus is log-uniform in [low, high], but at least `floor`: (heads,)."""
     dt = torch.empty(heads).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))

@@ -1,4 +1,4 @@
-"""From features to a complex mask; and the oracle mask.
+"""Mask estimator (features → complex mask) and oracle mask.
 
 (b t k d)  →  per band: Linear, tanh, Linear, GLU  →  (b t (f c 2))  →  complex mask (b c f t)
 
@@ -16,12 +16,12 @@ from .bands import deinterleave
 
 
 class MaskEstimator(nn.Module):
-    """One stem's mask: complex, unbounded, so that it can amplify and rotate as well as mute.
+    """Mask estimator of one stem; the mask is complex and unbounded, so it can amplify and rotate as well as mute.
 
     Args:
-        bands: bins in each band, low to high.
-        channels: c.
-        dim: d.
+        bands: number of bins in each band, low to high.
+        channels: number of channels, c.
+        dim: number of features, d.
         expand: hidden width as a multiple of d.
     """
 
@@ -43,19 +43,19 @@ class MaskEstimator(nn.Module):
 
 
 def oracle_mask(target: Tensor, mixture: Tensor) -> Tensor:
-    """The best real mask in [0, 1], bin by bin: an upper reference, with a perfect gain for every bin.
+    """Oracle mask: the best real gain in [0, 1] for each bin, used as an upper reference.
 
         m = clip(Re(S · conj(X)) / |X|², 0, 1)
 
-    minimises |m·X − S|² among real numbers from 0 to 1. (An unbounded complex mask could be perfect,
-    m = S / X: which is no useful bound.)
+    minimises |m·X − S|² among real numbers from 0 to 1. (An unbounded complex mask, m = S / X, would be perfect
+    and therefore not a useful bound.)
 
     Args:
         target: complex spectrogram S, any shape.
-        mixture: complex spectrogram X, of a shape that broadcasts with S.
+        mixture: complex spectrogram X; its shape must broadcast with that of S.
 
     Returns:
-        Real mask, zero where the mixture is exactly zero.
+        Real mask; zero wherever the mixture is exactly zero.
     """
     power = mixture.abs().square()
     best = (target * mixture.conj()).real / power.clamp(min=torch.finfo(power.dtype).tiny)

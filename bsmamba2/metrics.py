@@ -1,16 +1,16 @@
-"""Metrics of separated vocals, where they sound and where they are silent.
+"""Metrics for separated vocals, both where the voice sounds and where it is silent.
 
 | function | unit | best | measures |
 |---|---|---|---|
-| `csdr`, `usdr`, `si_sdr` | dB | +inf | signal to distortion: how much of the song's voice is right |
-| `bleed` | 0 to 100 | 100 | what is too loud (bleedless) or too quiet (fullness), on mel bands |
+| `csdr`, `usdr`, `si_sdr` | dB | +inf | signal-to-distortion ratio: energy of the voice relative to the error |
+| `bleed` | 0 to 100 | 100 | excess level (bleedless) and missing level (fullness), on mel bands |
 | `silence_leakage` | dB, dBFS | −inf | how much accompaniment is left where the voice is silent |
-| `onsets` | ms, dB | 0, −inf | how late the voice comes back after silence, and how wrong |
+| `onsets` | ms, dB | 0, −inf | delay and error of the voice as it returns after silence |
 
-Signals are (c, samples): s the reference of one song, ŝ its estimate, m the mixture; full scale is 1. Sums run over all
-samples and channels named, in float64. Every function raises `ValueError` when the shapes differ or hold no samples.
+Signals are (c, samples): s is the reference of one song, ŝ its estimate, m the mixture; full scale is 1. Sums run over
+all samples and channels, in float64. Every metric raises `ValueError` if the shapes differ or there are no samples.
 
-Book: "Measuring". Sources: `usdr` as in the Music Demixing Challenge 2021 (arXiv:2108.13559); `csdr` after the SDR of
+Book: "Measuring". Sources: `usdr` as in the Music Demixing Challenge 2021 (arXiv:2108.13559); `csdr` follows the SDR of
 BSS Eval v4 (Stöter, Liutkus and Ito, arXiv:1804.06267); `si_sdr` from Le Roux, Wisdom, Erdogan and Hershey
 (arXiv:1811.02508); `bleed` as in the training toolbox ZFTurbo/Music-Source-Separation-Training; `silence_leakage` and
 `onsets` are this project's own. Axis letters: see `bsmamba2.config`.
@@ -28,33 +28,33 @@ import torch
 from torch import Tensor
 
 SILENCE_THRESHOLD = 1e-3
-"""Below this modulus (−60 dBFS) a sample is silent; training windows are chosen by the same threshold."""
+"""A sample with a modulus below this (−60 dBFS) is silent; training windows are chosen with the same threshold."""
 MIN_SILENCE_S = 0.25
-"""Shortest silence, in seconds, that is a region."""
+"""Shortest silence, in seconds, that counts as a silent region."""
 MEL_N_FFT, MEL_HOP, N_MELS = 4096, 1024, 512
-"""Window and hop of `bleed` in samples, and its mel bands from 0 Hz to half the sample rate."""
+"""Window and hop of `bleed` in samples, and its number of mel bands from 0 Hz to half the sample rate."""
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""Pairs (reference, estimate) of signals (c, samples)."""
+"""Pairs (reference, estimate), each signal (c, samples)."""
 
 
 def usdr(reference: Tensor, estimate: Tensor) -> float:
-    """Utterance-level SDR in dB: energy of the reference over energy of the error, over the whole song.
+    """Utterance-level SDR (uSDR) in dB: energy of the reference relative to that of the error, over the song.
 
         uSDR = 10 · log10((Σ s² + 1e-7) / (Σ (s − ŝ)² + 1e-7))
 
-    Silence as an estimate scores 0 dB. When the reference is silent, 0 dB is the best there is. The published model's
-    evaluation has the same 1e-7; `sdr` of the training toolbox has 1e-8, which changes only scores in which one
-    of the sums is about 1e-7 or less: a reference or an error that is silent, nearly.
+    A silent estimate scores 0 dB. If the reference is silent, 0 dB is the best possible score. The published model's
+    evaluation also uses 1e-7. `sdr` of the training toolbox uses 1e-8, which changes a score only if one of the sums
+    is about 1e-7 or less, that is, if the reference or the error is nearly silent.
     """
     signal, error = _energies(reference, estimate)
     return float(10 * torch.log10((signal.sum() + 1e-7) / (error.sum() + 1e-7)))
 
 
 def csdr(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, other_sources: Pairs = ()) -> float:
-    """Chunk-level SDR in dB: the median of `csdr_seconds`, without the dropped seconds.
+    """Chunk-level SDR (cSDR) in dB: the median of `csdr_seconds`, without the dropped seconds.
 
-    NaN when no second is left, for a silent reference and for a silent estimate among others (museval raises there).
+    NaN if no second is left, for example for a silent reference or a silent estimate (museval raises an error then).
     """
     ratios = csdr_seconds(reference, estimate, sample_rate, other_sources=other_sources).tolist()
     return statistics.median([ratio for ratio in ratios if not math.isnan(ratio)] or [math.nan])
@@ -63,15 +63,15 @@ def csdr(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, othe
 def csdr_seconds(
     reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, other_sources: Pairs = ()
 ) -> Tensor:
-    """SDR of every whole second, as in BSS Eval v4; the tail shorter than a second is dropped.
+    """SDR of every whole second, as in BSS Eval v4; a tail shorter than a second is dropped.
 
         SDR_i = 10 · log10(Σ s² / Σ (s − ŝ)²)   over second i
 
-    A second is dropped (NaN) in which the channels of the reference, or those of the estimate, sum to zero in
-    every sample: so a silent second counts neither for nor against. An exact second is +inf. As in museval, a signal
-    shorter than a second is one frame, and no ratio has an epsilon. `other_sources` are pairs (s, ŝ) of sources that
-    are evaluated together with this one: they do not enter the ratios, but a second in which one of them is silent is
-    dropped for all. Returns decibels, (seconds,), float64.
+    A second is dropped (NaN) if the channels of the reference, or those of the estimate, sum to zero in every sample,
+    so silent seconds do not affect the score. A perfect estimate of a second scores +inf. As in museval, a signal
+    shorter than a second is one frame, and the ratios have no epsilon. `other_sources` are pairs (s, ŝ) of sources
+    evaluated together with this one. They do not enter the ratios, but a second is dropped for all sources if any of
+    them is silent. Returns decibels, (seconds,), float64.
     """
     pairs = ((reference, estimate), *other_sources)
     for pair in pairs:
@@ -91,15 +91,15 @@ def csdr_seconds(
 
 
 def si_sdr(reference: Tensor, estimate: Tensor) -> float:
-    """Scale-invariant SDR in dB: the reference is scaled to fit the estimate best, so that its level does not matter.
+    """Scale-invariant SDR (SI-SDR) in dB: the reference is scaled to best fit the estimate, so levels do not matter.
 
         SI-SDR = 10 · log10(Σ (α s)² / Σ (α s − ŝ)²)      α = Σ ŝ s / Σ s²
 
-    One α for all channels; no mean is taken off. +inf for s times any factor, −inf for an estimate with nothing of s in
-    it (or beyond ±250, where numbers are rounded); NaN when the reference or the estimate is silent: no scale is best.
-    Differs from the training toolbox, which adds 1e-8 to every sample's product in both sums of α, to the energy of the
-    error and to the ratio: it gives about −80 dB for a silent reference, at most 10 · log10(Σ s² · 1e8) for an exact
-    estimate, and a biased α below about −60 dBFS.
+    All channels share one α, and the mean is not subtracted. The score is +inf for a scaled copy of s and −inf for an
+    estimate orthogonal to s (or, because of rounding, beyond ±250 dB). It is NaN if the reference or the estimate is
+    silent, because no scale is best. Differs from the training toolbox, which adds 1e-8 to every sample's product in
+    both sums of α, to the energy of the error and to the ratio. The toolbox therefore returns about −80 dB for a silent
+    reference and at most 10 · log10(Σ s² · 1e8) for an exact estimate, and its α is biased below about −60 dBFS.
     """
     _check(reference, estimate)
     s, s_hat = reference.double().flatten(), estimate.double().flatten()
@@ -110,7 +110,7 @@ def si_sdr(reference: Tensor, estimate: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Bleed:
-    """Bleedless and fullness, each from 0 to 100, 100 the best."""
+    """Bleedless and fullness, each from 0 to 100; 100 is best."""
 
     bleedless: float
     fullness: float
@@ -122,13 +122,14 @@ def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Ble
         L(x) = max(20 · log10 max(|STFT x| · mel, 1e-10), max − 80)      d = L(ŝ) − L(s)
         bleedless = 100 / (1 + mean of the d above 0)      fullness = 100 / (1 + |mean of the d below 0|)
 
-    max is over the whole signal and all channels, each signal its own; no d on a side counts as a mean of 0. Channels
-    are averaged over with all else. Periodic Hann window, centred, zeros at the edges. Both are 100 for a perfect
-    estimate. Silence counts as a level of −200 dB: two silent signals give 100 and 100; a silent estimate of a
-    voice has a fullness below 1 and a bleedless of 100. A channel that is silent in both signals has the level of
-    the floors: where they differ, it counts as that much too loud or too quiet, in the training toolbox too.
-    Differs from the published model: its evaluation has n_fft 2048 and hop 441, and passes estimate and reference
-    swapped, so that its two figures change places.
+    For each signal, max is its maximum over all channels, frames and mel bands. Each mean runs over the same axes and
+    is 0 if no d has its sign. The window is a periodic Hann window; frames are centred and edges zero-padded. Both
+    scores are 100 for a perfect estimate. Silence has a level of −200 dB, so two silent signals score 100 and 100, and
+    a silent estimate of a voice has a fullness below 1 and a bleedless of 100. A channel that is silent in both signals
+    has the floor, max − 80, as its level. If the two floors differ, the difference counts as too loud or too quiet, as
+    in the training toolbox.
+    Differs from the published model: its evaluation uses n_fft 2048 and hop 441 and swaps estimate and reference, so
+    its two scores are exchanged.
     """
     _check(reference, estimate)
     mel = mel_filters(sample_rate, MEL_N_FFT, N_MELS)
@@ -136,7 +137,7 @@ def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Ble
 
     def level(signal: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(signal.cpu().double(), (MEL_N_FFT // 2, MEL_N_FFT // 2))
-        frames = padded.unfold(-1, MEL_N_FFT, MEL_HOP).split(512, dim=1)  # (c, t, n_fft), a view: no whole copy
+        frames = padded.unfold(-1, MEL_N_FFT, MEL_HOP).split(512, dim=1)  # (c, t, n_fft), a view, not a whole copy
         magnitudes = torch.cat([torch.fft.rfft(part * window).abs() @ mel.T for part in frames], dim=1)
         decibels = 20 * torch.log10(magnitudes.clamp(min=1e-10))  # (c, t, mel band)
         return decibels.clamp(min=float(decibels.max()) - 80)
@@ -149,12 +150,12 @@ def bleed(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100) -> Ble
 
 @lru_cache(maxsize=4)
 def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
-    """Mel filter bank: triangles on Slaney's scale, each of area 1 over hertz, (n_mels, f) float64.
+    """Mel filter bank: triangles on Slaney's scale, each with area 1 in hertz, (n_mels, f) float64.
 
         mel(hz) = 3 · hz / 200                           below 1000 Hz
                   15 + 27 · ln(hz / 1000) / ln 6.4       from there on
 
-    `n_mels + 2` points are evenly spaced on this scale from 0 Hz to half the sample rate; triangle i rises from point i
+    `n_mels + 2` points are evenly spaced on this scale from 0 Hz to half the sample rate. Triangle i rises from point i
     to point i + 1 and falls to point i + 2.
     """
     step = math.log(6.4) / 27
@@ -172,9 +173,10 @@ def silent_regions(
     reference: Tensor, sample_rate: int = 44_100, *,
     threshold: float = SILENCE_THRESHOLD, min_silence: float = MIN_SILENCE_S,
 ) -> list[tuple[int, int]]:  # fmt: skip
-    """Silent regions of a signal (c, samples): every channel stays below the threshold for `min_silence` seconds.
+    """Silent regions of a signal (c, samples): all channels stay below the threshold for `min_silence` seconds or more.
 
-    The threshold is a modulus, full scale 1. Returns (first sample, first sample after it) of each region, in order.
+    The threshold is a modulus, with full scale 1. Returns (start, end) of each region in samples, in order; the sample
+    at `end` is the first one after the region.
     """
     quiet = torch.nn.functional.pad((reference.abs() < threshold).all(0).cpu().int(), (1, 1))
     edges = quiet.diff()
@@ -186,20 +188,20 @@ def silent_regions(
 class SilenceLeakage:
     """Level of the error in the silent regions of the reference."""
 
-    relative: float  # dB, relative to the mixture in the same places
-    absolute: float  # dBFS, the mean square against 1
-    seconds: float  # length of all silent regions together
+    relative: float  # dB, relative to the mixture in the same regions
+    absolute: float  # dBFS, mean square relative to 1
+    seconds: float  # total length of all silent regions
 
 
 def silence_leakage(reference: Tensor, estimate: Tensor, mixture: Tensor, sample_rate: int = 44_100) -> SilenceLeakage:
-    """Leakage into the silent regions R of the reference (`silent_regions`), which cSDR drops.
+    """Leakage into the silent regions R of the reference (`silent_regions`); cSDR drops silent seconds.
 
         relative = 10 · log10(Σ_R (ŝ − s)² / Σ_R m²)      absolute = 10 · log10(mean_R (ŝ − s)²)
 
-    The error is ŝ minus the reference, which is nearly silent there, so that a perfect estimate leaks nothing: −inf dB.
-    The mixture handed back leaks 0 dB, where the reference is exactly zero. A sine of full scale has −3 dBFS. Without a
-    silent region both levels are NaN and the seconds 0. Where the mixture is silent too, the relative level is +inf, or
-    NaN when nothing leaks.
+    The error is ŝ minus the reference, which is nearly silent in R, so a perfect estimate leaks nothing (−inf dB). If
+    the reference is exactly zero in R, the unprocessed mixture leaks 0 dB. A full-scale sine has −3 dBFS. Without a
+    silent region, both levels are NaN and the seconds are 0. If the mixture is silent in R as well, the relative level
+    is +inf, or NaN if nothing leaks.
     """
     _, error = _energies(reference, estimate)
     mixed, _ = _energies(mixture, reference)
@@ -216,11 +218,11 @@ def silence_leakage(reference: Tensor, estimate: Tensor, mixture: Tensor, sample
 
 @dataclass(frozen=True)
 class Onset:
-    """One return of the voice after silence."""
+    """One onset of the voice after silence."""
 
     time: float  # in seconds from the start of the song
-    delay: float  # how much later the estimate has it, in milliseconds; +inf when it does not come
-    error: float  # dB, energy of the error relative to the voice; 0 for a silent estimate, lower is better
+    delay: float  # how late the onset is in the estimate, in milliseconds; +inf if it is missing
+    error: float  # dB, energy of the error relative to the voice; lower is better, 0 for a silent estimate
 
 
 def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, window: float = 0.2) -> list[Onset]:
@@ -229,10 +231,10 @@ def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, wi
         t(x) = least n ≥ 0 with |x(n₀ + n)| ≥ ¼ · max |s(n₀ … n₀ + w)|      delay = t(ŝ) − t(s)
         error = 10 · log10(Σ (s − ŝ)² / Σ s²)   over n₀ … n₀ + w
 
-    |x(n)| is the largest of the channels; w is the window in seconds, and the search ends that long after t(s). An
-    estimate that is the voice d late has a delay of d; one that fades in slowly, or 12 dB too low, has a longer one.
-    The delay does not show whether the sound is the voice; the error does. A song that begins with the voice
-    has no onset there; neither a silent reference nor one that is never silent has any.
+    |x(n)| is the maximum over the channels; w is the window in seconds, and the search ends w after t(s). If the
+    estimate is the voice delayed by d, the delay is d; if the estimate fades in slowly, or is 12 dB too low, the delay
+    is longer. The delay does not show whether the sound is the voice, but the error does. A song that begins with the
+    voice has no onset there. A reference that is silent throughout, or never silent, has no onsets.
     """
     signal, error = _energies(reference, estimate)
     voice, estimated = (x.abs().amax(0).double().cpu() for x in (reference, estimate))
@@ -252,7 +254,7 @@ def onsets(reference: Tensor, estimate: Tensor, sample_rate: int = 44_100, *, wi
 
 
 def _energies(reference: Tensor, estimate: Tensor) -> tuple[Tensor, Tensor]:
-    """Squares of the reference and of the error, (c, samples) each, in float64."""
+    """Squared reference and squared error, (c, samples) each, in float64."""
     _check(reference, estimate)
     reference, estimate = reference.double(), estimate.double()
     return reference.square(), (reference - estimate).square()

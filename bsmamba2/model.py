@@ -24,7 +24,7 @@ from .masks import MaskEstimator
 from .spectrogram import istft, stft
 
 StreamingState = list[MixerState]
-"""The recurrent state of a model between two segments of a song: for each layer, that of its forward time mixers."""
+"""Recurrent state of a model between two segments of a song: for each layer, the state of its forward time mixer."""
 
 
 class BSMamba2(nn.Module):
@@ -33,16 +33,16 @@ class BSMamba2(nn.Module):
     Args:
         config: the architecture; `ModelConfig()` is the published one.
         scan: "recurrent", "matrix", "chunked", or any function with the signature in `bsmamba2.ssd`.
-        sequence_layer: makes the layer that reads a sequence in one direction, (b, length, d) to the
-            same; a Mamba-2 mixer of the configuration's size when absent. This is the seam for
-            ablations: pass one that makes an LSTM or attention.
+        sequence_layer: creates the layer that reads a sequence in one direction, (b, length, d) → (b, length, d);
+            by default a Mamba-2 mixer of the configuration's size. For ablations, pass a function that creates an
+            LSTM or attention layer.
 
     Attributes:
-        gradient_checkpointing: while gradients are recorded, keep only the input of each dual-path layer and compute
-            the layer again in the backward pass: less memory, more time, the same gradients.
+        gradient_checkpointing: while gradients are recorded, keep only the input of each dual-path layer and recompute
+            the layer in the backward pass. This needs less memory and more time for the same gradients.
 
     Raises:
-        ValueError: for another name of a scan, or heads that do not fill the inner width.
+        ValueError: for an unknown scan name, or if the inner width is not a multiple of headdim.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class BSMamba2(nn.Module):
             (b, stem, c, samples).
 
         Raises:
-            ValueError: for another number of axes or channels, or too few samples.
+            ValueError: for a wrong number of axes or channels, or too few samples.
         """
         if mixture.dim() != 3 or mixture.shape[1] != self.config.channels:
             raise ValueError(f"mixture {tuple(mixture.shape)} must be (b, c={self.config.channels}, samples)")
@@ -93,7 +93,7 @@ class BSMamba2(nn.Module):
         """Estimate the masks of a spectrogram and apply them: complex (b, c, f, t) → complex (b, stem, c, f, t).
 
         Raises:
-            ValueError: when the channels or bins are not the configuration's.
+            ValueError: if the channels or bins do not match the configuration.
         """
         expected = (self.config.channels, self.config.bins)
         if spectrogram.dim() != 4 or spectrogram.shape[1:3] != expected:
@@ -101,7 +101,7 @@ class BSMamba2(nn.Module):
         return self.masks(spectrogram) * spectrogram[:, None]
 
     def masks(self, spectrogram: Tensor) -> Tensor:
-        """The complex masks of a spectrogram: (b, c, f, t) → (b, stem, c, f, t)."""
+        """Estimate the complex masks of a spectrogram: (b, c, f, t) → (b, stem, c, f, t)."""
         x = self.band_split(spectrogram)  # (b, t, k, d)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
@@ -112,22 +112,22 @@ class BSMamba2(nn.Module):
     def stream_masks(
         self, spectrogram: Tensor, state: StreamingState | None, frames: int
     ) -> tuple[Tensor, StreamingState]:
-        """The complex masks of one segment of a song, not applied yet, continuing from the segment before.
+        """Estimate the complex masks of one segment of a song, continuing from the previous segment.
 
-        Along time, the forward direction knows all of the past by its state, the backward one only the look-ahead. The
-        state is that at the end of the segment, not of the look-ahead: the frames ahead come again with the next
-        segment, which knows more of their future.
+        Along time, the forward direction depends on the whole past through its state; the backward direction sees the
+        future only up to the end of the look-ahead. The returned state belongs to the end of the segment, not of the
+        look-ahead, because the look-ahead frames are read again with the next segment and more of their future.
 
         Args:
             spectrogram: complex (b, c, f, t): the segment, followed by its look-ahead.
-            state: as returned for the segment before; none at the start of a song.
-            frames: of the segment, from 1 to t.
+            state: state returned for the previous segment; None at the start of a song.
+            frames: number of frames in the segment, from 1 to t.
 
         Returns:
-            (b, stem, c, f, frames), and the state for the next segment.
+            Masks (b, stem, c, f, frames), and the state for the next segment.
 
         Raises:
-            ValueError: for `frames` out of range, or layers without a state to carry.
+            ValueError: if `frames` is out of range, or a layer cannot carry over a state.
         """
         if not 0 < frames <= spectrogram.shape[-1]:
             raise ValueError(f"frames={frames} must be from 1 to the {spectrogram.shape[-1]} of the spectrogram")

@@ -1,13 +1,14 @@
 """Separate a whole song: overlapping segments → model → weighted overlap-add.
 
-A model learns on segments of some seconds, and a song is longer. With `overlap=0` the segments are placed end to end,
-as in the paper's evaluation. Otherwise each is weighted by a triangle w, and the sum is divided by the sum of the
+A model is trained on segments of a few seconds, but songs are longer. With `overlap=0`, the segments are placed end to
+end, as in the paper's evaluation. Otherwise, each is weighted by a triangle w, and the sum is divided by the sum of the
 weights, so that no edge is audible:
 
     ŝ(n) = Σ_i w(n − i·step) · ŝ_i(n − i·step) / Σ_i w(n − i·step)        w(n) = min(n + 1, length − n)
 
-The weights are whole numbers and the sums are float64. Where all segments agree on a float32, the quotient is that
-float32 (as long as no more than a thousand overlap): a model that returns its input does so bit for bit.
+The weights are whole numbers and the sums are float64. If all segments agree on a float32 value, the quotient is that
+exact value (as long as at most a thousand segments overlap). So if a model returns its input, the result equals the
+mixture bit for bit.
 
 `bsmamba2.audio` does the same for songs that do not fit in memory, and for files. Book: "Separating songs". Axis
 letters: see `bsmamba2.config`.
@@ -26,10 +27,10 @@ from .config import ModelConfig
 from .model import BSMamba2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types of the model's arithmetic. The STFT, the decay and the masks stay in float32 or wider."""
+"""Types for the model's arithmetic. The STFT, the decay and the masks stay in float32 or wider."""
 
 Progress = Callable[[int, int], None]
-"""Called with the samples finished since the last call, and with those of the whole song."""
+"""Called with the number of samples finished since the last call, and the total number of samples."""
 
 
 def separate(
@@ -44,17 +45,17 @@ def separate(
     tta: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Separate a song that fits in memory, by overlap-add; see `audio.separate_stream` for one that does not.
+    """Separate a song that fits in memory, by overlap-add; for longer songs, see `audio.separate_stream`.
 
-    The last segment is filled up with zeros and trimmed.
+    The last segment is zero-padded, and its estimate is trimmed.
 
     Args:
-        model: its configuration gives the sample rate and channels; it computes where its weights are.
+        model: separator; its configuration sets the sample rate and channels. It runs on the device of its weights.
         mixture: (c, samples) float32, at the model's sample rate.
         segment: length of a segment, in seconds.
-        overlap: share of a segment that the next one covers too, from 0 to below 1.
-        batch: segments that go through the model at once.
-        dtype: of the model's arithmetic, one of `DTYPES`.
+        overlap: fraction of a segment that the next one also covers, from 0 to below 1.
+        batch: number of segments that the model processes at once.
+        dtype: type of the model's arithmetic, one of `DTYPES`.
         shifts, tta: test-time averaging, see `tta_views`.
         progress: called as samples are finished.
 
@@ -62,8 +63,8 @@ def separate(
         (stem, c, samples) float32, on the mixture's device.
 
     Raises:
-        ValueError: for other channels, no samples, NaN or infinite samples, a segment, overlap, batch or number of
-            shifts out of range, or a model that gives NaN or infinite samples.
+        ValueError: if the mixture has a wrong number of channels, no samples, or NaN or infinite samples; if segment,
+            overlap, batch or shifts are out of range; or if the model returns NaN or infinite samples.
     """
     config = model.config
     if mixture.dim() != 2 or mixture.shape[0] != config.channels or not mixture.shape[1]:
@@ -103,10 +104,10 @@ def separate(
 
 
 def overlap_add_window(config: ModelConfig, segment: float, overlap: float, batch: int) -> tuple[int, int, Tensor]:
-    """Segment length and hop of the overlap-add, in samples, and the weights (length,) float64; checks the arguments.
+    """Segment length and hop of the overlap-add, in samples, and the weights, (length,) float64; checks the arguments.
 
     Raises:
-        ValueError: as `separate`.
+        ValueError: as for `separate`.
     """
     if not 0 < segment <= 3600:
         raise ValueError(f"segment={segment!r} must be seconds, above 0 and at most 3600")
@@ -125,14 +126,15 @@ def overlap_add_window(config: ModelConfig, segment: float, overlap: float, batc
 
 
 def stagger_step(step: int, length: int, hop_length: int) -> int:
-    """Next hop size that staggers the STFT frames of overlapping segments, if a segment has room for it.
+    """Increase the segment step so that the STFT frames of overlapping segments are staggered, if the length allows it.
 
-    An estimate depends a little on where in the song its frames begin. Segments that start whole hops apart all make
-    the same error; n segments over one sample that start whole hops and an n-th apart average it out.
+    An estimate depends slightly on the positions of its STFT frames. Segments whose starts differ by whole hops all
+    make the same error. If n segments overlap at a sample, steps of a whole number of hops plus 1/n hop average this
+    error out.
 
     Args:
-        step: samples from segment to segment.
-        length: of a segment, in samples.
+        step: samples from the start of one segment to the start of the next.
+        length: length of a segment, in samples.
         hop_length: samples between frames.
     """
     offset = hop_length // max(2, round(length / step))
@@ -142,28 +144,28 @@ def stagger_step(step: int, length: int, hop_length: int) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """Copy of a mixture for test-time averaging: delayed by some samples, channels swapped, polarity inverted."""
+    """Transformed copy of a mixture for test-time averaging: delayed, channels swapped, or polarity inverted."""
 
     delay: int
     swapped: bool = False
     sign: int = 1
 
     def transform(self, audio: Tensor) -> Tensor:
-        """(..., c, samples) with the view's channels and polarity; its own inverse, of a mixture and of stems."""
+        """Apply the channel swap and polarity to audio (..., c, samples); the operation is its own inverse."""
         return (audio.flip(-2) if self.swapped else audio) * self.sign
 
 
 def tta_views(config: ModelConfig, shifts: int, tta: bool) -> list[View]:
-    """Views of the mixture whose estimates are averaged (test-time averaging); each costs one pass of the model.
+    """Views of the mixture for test-time averaging of their estimates; each view costs one pass of the model.
 
     Args:
-        config: gives the sample rate.
-        shifts: evenly spaced delays within half a second, whose segments and frames begin at different samples, as
-            Demucs's random ones do; 1: none.
-        tta: whether each is also separated with its channels swapped, and with its polarity inverted: 3 passes.
+        config: sets the sample rate and hop length.
+        shifts: number of evenly spaced delays within half a second. With each delay, segments and frames begin at
+            different samples, as with Demucs's random shifts. 1: no delay.
+        tta: whether to separate each delayed copy also with swapped channels and with inverted polarity (3 passes).
 
     Raises:
-        ValueError: for a number of shifts out of range.
+        ValueError: if the number of shifts is out of range.
     """
     if not 1 <= shifts <= 100:
         raise ValueError(f"shifts={shifts!r} must be from 1 to 100")
@@ -174,13 +176,13 @@ def tta_views(config: ModelConfig, shifts: int, tta: bool) -> list[View]:
 
 
 def average(views: Sequence[View], estimates: Iterable[Tensor]) -> Tensor:
-    """Mean of the estimates (..., c, samples) of each view, transformed back: float32, summed in float64."""
+    """Mean of the estimates (..., c, samples) of all views, transformed back; float32, summed in float64."""
     pairs = zip(views, estimates, strict=True)
     return (sum(view.transform(stems).double() for view, stems in pairs) / len(views)).float()  # type: ignore[union-attr]
 
 
 def _forward_batches(model: BSMamba2, segments: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """The model on segments (b, c, length), `batch` at a time: (b, stem, c, length) float32 on the CPU."""
+    """Run the model on segments (b, c, length), `batch` at a time → (b, stem, c, length) float32 on the CPU."""
     with _inference_context(model, dtype) as device:
         stems = torch.cat([model(signals.to(device)).float().cpu() for signals in segments.split(batch)])
     check_stems(stems, dtype)
@@ -189,7 +191,7 @@ def _forward_batches(model: BSMamba2, segments: Tensor, batch: int, dtype: torch
 
 @contextmanager
 def _inference_context(model: BSMamba2, dtype: torch.dtype) -> Iterator[torch.device]:
-    """Inference mode and autocast to one of `DTYPES`, on the device of the model's weights, which is yielded."""
+    """Inference mode and autocast to one of `DTYPES`; yields the device of the model's weights."""
     weights = next(iter(model.parameters()), None)
     device = torch.device("cpu") if weights is None else weights.device
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
@@ -198,13 +200,13 @@ def _inference_context(model: BSMamba2, dtype: torch.dtype) -> Iterator[torch.de
 
 
 def check_mixture(block: Tensor) -> None:
-    """Raise ValueError when a mixture holds NaN or infinite samples."""
+    """Raise ValueError if a mixture contains NaN or infinite samples."""
     if not block.isfinite().all():
         raise ValueError("the mixture holds samples that are NaN or infinite: repair the file first")
 
 
 def check_stems(stems: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError when a model returned NaN or infinite samples."""
+    """Raise ValueError if a model returned NaN or infinite samples."""
     if not stems.isfinite().all():
         fix = "use another checkpoint" if dtype == torch.float32 else "use --dtype float32, or another checkpoint"
         raise ValueError(f"the model gives samples that are NaN or infinite: {fix}")

@@ -1,11 +1,11 @@
-"""Settings: dataclass fields with one default, one help text and one range each, checked when they are made.
+"""Settings: dataclass fields, each with a default, a help text and a range, checked when an instance is created.
 
     @dataclass(frozen=True, kw_only=True)
     class TrainConfig:
         lr: float = setting(5e-4, "learning rate", within="[0, inf)")
         __post_init__ = check_settings
 
-The command line makes its flags from the same fields; `read_parameters` reads values for them from a file.
+The command line creates its flags from the same fields; `read_parameters` reads their values from a file.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from typing import Any
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 ITEMS = {str: "names", int: "whole numbers", float: "numbers"}
-LONGEST = 1_000_000  # characters in a file of parameters
+LONGEST = 1_000_000  # maximum number of characters in a parameter file
 COUNT, NOT_NEGATIVE, SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] = (), *, within: str = "") -> Any:
-    """A dataclass field with its help text and the values that it allows.
+    """Dataclass field with a help text and its allowed values.
 
     Args:
-        default: the default; `dataclasses.MISSING` where a value must be given.
+        default: default value; `dataclasses.MISSING` if a value must be given.
         help: one line for `--help` and the notebooks.
         choices: the allowed words.
-        within: the allowed interval of numbers, `[1, inf)` or `(0, 1]` for instance.
+        within: the allowed interval of numbers, for example `[1, inf)` or `(0, 1]`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """A path with `~` replaced by the home folder, as in a shell; unchanged where there is no such home."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's raises for an unknown user
+    """Replace `~` in a path by the home folder, as in a shell; the path is unchanged if that folder is unknown."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises for an unknown user
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """Names and values from a JSON or YAML file.
+    """Read names and values from a JSON or YAML file.
 
     Raises:
-        ValueError: when it cannot be read, or holds something else; it names the file.
+        ValueError: if the file cannot be read or has other content; the message names the file.
     """
     path = expand_user(path)
     kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
@@ -60,7 +60,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
     try:
         values = _parse_yaml(text) if kind == "YAML" else json.loads(text)
-    except Exception as error:  # parsers raise a dozen kinds
+    except Exception as error:  # parsers raise a dozen types of exceptions
         reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: no {kind}: {type(error).__name__}: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -69,15 +69,15 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """YAML without aliases, a few of which can stand for billions of values, or deep nesting; tuples are lists."""
-    import yaml  # here, so that a GPU machine without it can run the GPU check
+    """Parse YAML, but reject aliases (a few can expand to billions of values) and deep nesting; tuples become lists."""
+    import yaml  # imported here so that a GPU machine without it can run the GPU check
 
     class Loader(yaml.SafeLoader):
         def fetch_alias(self) -> None:
             raise yaml.MarkedYAMLError(problem="an alias: write its value instead", problem_mark=self.get_mark())
 
         def fetch_flow_collection_start(self, token: Any) -> None:
-            if self.flow_level > 50:  # PyYAML's time grows with the square
+            if self.flow_level > 50:  # PyYAML's time grows with the square of the depth
                 raise RecursionError
             super().fetch_flow_collection_start(token)
 
@@ -86,10 +86,10 @@ def _parse_yaml(text: str) -> Any:
 
 
 def check_settings(config: Any) -> None:
-    """Check every field of a frozen dataclass: its type, and the limits that `setting` gave it. Lists become tuples.
+    """Check the type of every field of a frozen dataclass, and the limits set by `setting`. Lists become tuples.
 
     Raises:
-        ValueError: for the first value that does not fit; it names the field.
+        ValueError: for the first invalid value; the message names the field.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -125,7 +125,7 @@ def short_repr(value: object) -> str:
 
 
 def fits_type(value: object, kind: type) -> bool:
-    """Whether a value is of a type: a whole number passes as float, bool never as a number."""
+    """Whether a value has a type; an int also passes as a float, a bool never as a number."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, int | float if kind is float else kind) and not _too_large(value)

@@ -1,8 +1,8 @@
-"""Audio → complex spectrogram → audio (book: "The spectrogram").
+"""STFT and inverse STFT: audio → complex spectrogram → audio (book: "The spectrogram").
 
-Periodic Hann window (of n_fft samples unless a shorter one is asked for), centred frames with reflected edges, not
-normalised; as published. `bsmamba2.audio.streaming` does both for audio that arrives in blocks. Axis letters: see
-`bsmamba2.config`.
+As published: periodic Hann window (of n_fft samples unless a shorter one is requested), centred frames with reflected
+edges, no normalisation. `bsmamba2.audio.streaming` computes both transforms for audio that arrives in blocks.
+Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def analysis_window(n_fft: int, win_length: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Periodic Hann window of `win_length` samples (None: n_fft), zero-padded on both sides to (n_fft,)."""
     length = win_length or n_fft
-    left = (n_fft - length) // 2  # as torch.stft pads its window
+    left = (n_fft - length) // 2  # the same padding as in torch.stft
     return nn.functional.pad(torch.hann_window(length, dtype=dtype, device=device), (left, n_fft - length - left))
 
 
@@ -22,16 +22,16 @@ def stft(audio: Tensor, n_fft: int = 2048, hop_length: int = 441, win_length: in
     """Short-time Fourier transform (STFT) of the published model.
 
     Args:
-        audio: (..., samples), real, more than n_fft // 2 samples (the edges are reflected).
+        audio: real (..., samples), more than n_fft // 2 samples (because the edges are reflected).
         n_fft: transform length, in samples.
         hop_length: samples between frames.
-        win_length: window length, in samples, at most n_fft; n_fft when absent.
+        win_length: window length, in samples, at most n_fft; None: n_fft.
 
     Returns:
         Complex (..., f, t) with f = n_fft // 2 + 1 and t = samples // hop + 1.
 
     Raises:
-        ValueError: when the audio is too short for its edges to be reflected.
+        ValueError: if the audio is too short to reflect its edges.
     """
     samples = audio.shape[-1]
     check_length(samples, n_fft)
@@ -53,7 +53,7 @@ def istft(
         samples: length of the audio to return.
         n_fft: transform length, in samples.
         hop_length: samples between frames.
-        win_length: window length, in samples, at most n_fft; n_fft when absent.
+        win_length: window length, in samples, at most n_fft; None: n_fft.
 
     Returns:
         Real (..., samples).
@@ -65,6 +65,6 @@ def istft(
 
 
 def check_length(samples: int, n_fft: int) -> None:
-    """Raise ValueError when there are too few samples to reflect at the edges."""
+    """Raise ValueError if there are too few samples to reflect at the edges."""
     if samples <= n_fft // 2:
         raise ValueError(f"{samples} samples are too few for n_fft={n_fft}: pad the audio to more than {n_fft // 2}")

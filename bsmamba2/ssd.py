@@ -1,12 +1,14 @@
-"""The scan of Mamba-2 (state-space duality, SSD), three ways that are the same function.
+"""The scan of Mamba-2 (state-space duality, SSD) in three forms that compute the same function.
 
 For every head, with a scalar decay a_t = exp(dt_t · A):
 
     H_t = a_t · H_{t−1} + dt_t · x_t B_tᵀ        (p × n)
     y_t = H_t C_t + D · x_t                       (p)
 
-`recurrent` runs it as written, `matrix` as one masked matrix product, `chunked` as products inside chunks and a short
-recurrence between them. Source: T. Dao and A. Gu, "Transformers are SSMs", arXiv:2405.21060. Book: "The scan".
+`recurrent` runs this recurrence as written, `matrix` runs one masked matrix product, and `chunked` runs products inside
+chunks and a short recurrence between them.
+
+Source: T. Dao and A. Gu, "Transformers are SSMs", arXiv:2405.21060. Book: "The scan".
 Axis letters: see `bsmamba2.config`; q is the length of a chunk, and l counts the chunks.
 
 All take `(x, dt, A, B, C, D=None, *, initial_state=None, return_state=False)`:
@@ -16,11 +18,11 @@ All take `(x, dt, A, B, C, D=None, *, initial_state=None, return_state=False)`:
     A              (h,)           negative, one per head
     B, C           (b, t, n)      input and output projections, shared by the heads
     D              (h,)           skip
-    initial_state  (b, h, p, n)   state before the first frame; zero when absent
+    initial_state  (b, h, p, n)   state before the first frame; zero if None
 
-and return y (b, t, h, p), with `return_state` also the state after the last frame (b, h, p, n).
-Decay, products and state are computed in float32 or wider, whatever the type of x; y has the type of x, the
-state the wider one. Shapes that do not fit raise ValueError. Faster forms of the same function are in
+and return y (b, t, h, p), and with `return_state` also the state after the last frame (b, h, p, n).
+Decay, products and state are computed in float32 or wider for every type of x; y has the type of x, and the
+state keeps the wider type. Mismatched shapes raise ValueError. Faster forms of the same function are in
 `bsmamba2.kernels`.
 """
 
@@ -34,9 +36,9 @@ from torch import Tensor
 from torch.nn import functional
 
 CHUNK = 64
-"""Most frames in a chunk of `chunked`."""
+"""Largest number of frames in a chunk of `chunked`."""
 Scan = Callable[..., Any]
-"""Any function with the signature above: the seam through which another scan enters the model."""
+"""Any function with the signature above; pass one to a model to replace its scan."""
 
 
 def recurrent(
@@ -50,7 +52,7 @@ def recurrent(
     initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Any:
-    """The recurrence, frame by frame: t steps, memory for one state. See the module for shapes."""
+    """Recurrent form of the scan, frame by frame: t steps, memory for one state. For shapes, see `bsmamba2.ssd`."""
     wide = check(x, dt, A, B, C, D, initial_state)
     state = _first_state(x, B, initial_state)
     y = x.new_empty(x.shape, dtype=wide)
@@ -73,9 +75,9 @@ def matrix(
     initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Any:
-    """One masked matrix product, y = (L ∘ C Bᵀ)(dt · x): t × t memory per head. See the module for shapes.
+    """Matrix form of the scan, y = (L ∘ C Bᵀ)(dt · x): t × t memory per head. For shapes, see `bsmamba2.ssd`.
 
-    L_ij = exp(Σ_{j<τ≤i} dt_τ A) below and on the diagonal, zero above (`decay_matrix`).
+    L_ij = exp(Σ_{j<τ≤i} dt_τ A) on and below the diagonal, zero above it (`decay_matrix`).
     """
     wide = check(x, dt, A, B, C, D, initial_state)
     state = _first_state(x, B, initial_state)
@@ -102,19 +104,21 @@ def chunked(
     return_state: bool = False,
     chunk: int = CHUNK,
 ) -> Any:
-    """The matrix form inside chunks, the recurrence between them: time and memory linear in t. Any length works.
+    """Chunked form of the scan: the matrix form inside chunks, the recurrence between them.
+
+    Time and memory are linear in t. Any length works.
 
     Args:
-        chunk: most frames in a chunk. See the module for the shapes of the others.
+        chunk: largest number of frames in a chunk. For the other arguments, see `bsmamba2.ssd`.
 
     Raises:
-        ValueError: for a chunk below 1, or shapes that do not fit.
+        ValueError: if `chunk` is below 1, or shapes do not match.
     """
     wide = check(x, dt, A, B, C, D, initial_state)
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be at least 1 frame")
     t = x.shape[1]
-    q = -(-t // -(-t // chunk))  # chunks of one length, as few as possible
+    q = -(-t // -(-t // chunk))  # chunks of equal length, as few as possible
 
     def cut(part: Tensor) -> Tensor:
         """(b, t, …) → (b, l, q, …). Frames appended to fill the last chunk have dt = 0, so they change nothing."""
@@ -124,7 +128,7 @@ def chunked(
     with torch.autocast(x.device.type, enabled=False):
         inputs = cut(x.to(wide) * dt.to(wide)[..., None]).transpose(2, 3)  # (b, l, h, q, p)
         B, C = cut(B.to(wide))[:, :, None], cut(C.to(wide))[:, :, None]  # (b, l, 1, q, n)
-        # Float64, because differences of float32 sums lose up to 1e-3 where dt · A is large. These tensors are small.
+        # Float64, because differences of float32 sums lose up to 1e-3 if dt · A is large. These tensors are small.
         cumsum_dtA = cut(dt.double() * A.double()).cumsum(2).transpose(2, 3)  # (b, l, h, q)
 
         # 1. Frames of the same chunk: the matrix form.
@@ -141,18 +145,18 @@ def chunked(
             states.append(across[:, i] * states[-1] + added[:, i])
         before = torch.stack(states[:-1], dim=1)  # (b, l, h, p, n)
 
-        # 4. What the state before a chunk gives its frames.
+        # 4. The contribution of the state before a chunk to its frames.
         y = y + cumsum_dtA.exp().to(wide)[..., None] * (C @ before.mT)
         y = y.transpose(2, 3).flatten(1, 2)[:, :t]  # (b, t, h, p)
     return _result(y, x, D, states[-1], return_state)
 
 
 SCANS: dict[str, Scan] = {"recurrent": recurrent, "matrix": matrix, "chunked": chunked}
-"""Name → scan."""
+"""The three scans by name."""
 
 
 def resolve_scan(scan: Scan | str) -> Scan:
-    """The scan of a name; a function is returned unchanged. Raises ValueError for an unknown name."""
+    """Look up a scan by name; a function is returned unchanged. Raises ValueError for an unknown name."""
     if isinstance(scan, str):
         if scan not in SCANS:
             raise ValueError(f"scan={scan!r} must be one of {', '.join(map(repr, SCANS))}, or a function")
@@ -161,11 +165,11 @@ def resolve_scan(scan: Scan | str) -> Scan:
 
 
 def decay_matrix(cumsum_dtA: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The decay between any two frames: L_ij = exp(r_i − r_j) for i ≥ j, zero above the diagonal.
+    """Decay between any two frames: L_ij = exp(r_i − r_j) for i ≥ j, zero above the diagonal.
 
     Args:
         cumsum_dtA: r, cumulative sums of dt · A over frames, (..., t).
-        dtype: in which the differences are raised to a power; that of `cumsum_dtA` when absent.
+        dtype: type in which the differences are exponentiated; None: the type of `cumsum_dtA`.
 
     Returns:
         (..., t, t), of type `dtype`.
@@ -179,10 +183,10 @@ def decay_matrix(cumsum_dtA: Tensor, dtype: torch.dtype | None = None) -> Tensor
 def check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
 ) -> torch.dtype:
-    """The type of decay and state, float32 or wider, after a check of the arguments of any scan.
+    """Check the arguments of a scan and return the type of decay and state, float32 or wider.
 
     Raises:
-        ValueError: naming the first argument whose shape or device does not fit.
+        ValueError: names the first argument whose shape or device does not match.
     """
     if x.dim() != 4 or x.shape[1] < 1:
         raise ValueError(f"x {tuple(x.shape)} must be (b, t, h, p) with at least one frame")
@@ -193,10 +197,10 @@ def check(
 
 
 def check_shapes(name: str, x: Tensor, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Check arguments that go with x against the shape that each must have; an absent one passes.
+    """Check that arguments have the expected shapes and are on the device of x; None passes.
 
     Raises:
-        ValueError: naming the first that has another shape, or is on another device.
+        ValueError: names the first argument with a wrong shape or device.
     """
     for other, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -206,7 +210,7 @@ def check_shapes(name: str, x: Tensor, **expected: tuple[Tensor | None, tuple[in
 
 
 def _first_state(x: Tensor, B: Tensor, initial_state: Tensor | None) -> Tensor:
-    """The state before the first frame, (b, h, p, n), float32 or wider."""
+    """State before the first frame, (b, h, p, n), float32 or wider."""
     if initial_state is None:
         initial_state = x.new_zeros((len(x), *x.shape[2:], B.shape[-1]))
     return initial_state.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,10 +1,10 @@
-"""The training loop, for one process and one stem or several.
+"""Training loop for one process and one or more stems.
 
 batches → model → loss → gradients, accumulated and clipped → AdamW → moving average of the weights (EMA)
 
-`bsmamba2.training` adds several processes (`ddp`), Muon (`muon`) and a folder from which a run resumes (`run_dir`).
+`bsmamba2.training` adds multi-process training (`ddp`), Muon (`muon`) and folders that let a run resume (`run_dir`).
 
-Book: "Training". Source: the published implementation of arXiv:2508.14556 for the defaults.
+Book: "Training". Source of the defaults: the published implementation of arXiv:2508.14556.
 Axis letters: see `bsmamba2.config`.
 """
 
@@ -33,16 +33,16 @@ PRECISIONS = ("float32", "bfloat16")
 Batch = Sequence[Any]
 """(mixture, target) or (mixture, target, names).
 
-Mixture (b, c, samples); target (b, stem, c, samples), of one stem (b, c, samples) too; b names say where they are from.
+Mixture (b, c, samples); target (b, stem, c, samples), or (b, c, samples) for one stem; b strings that name sources.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of the training loop; the defaults are the published ones. `ValueError` names a bad one.
+    """Settings of the training loop, with the published defaults. A `ValueError` names an invalid setting.
 
-    Schedules: `wsd` rises over 100 steps, stays, and falls in a straight line to zero over the last `decay_ratio` of
-    the steps; it can be continued with more steps (A. Hägele et al., arXiv:2405.18392). `cosine` rises over the first
+    Schedules: `wsd` rises over 100 steps, stays constant, and falls linearly to zero over the last `decay_ratio` of the
+    steps; it can be continued with more steps (A. Hägele et al., arXiv:2405.18392). `cosine` rises over the first
     twentieth of the steps, then falls along half a cosine.
     """
 
@@ -53,8 +53,8 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "weight decay; A_log, D and dt_bias have none", within=NOT_NEGATIVE)
     max_grad_norm: float = setting(3.0, "largest norm of the gradient, which is clipped to it", within=NOT_NEGATIVE)
     ema_decay: float = setting(0.999, "of the moving average of the weights; published: 0.999", within="[0, 1)")
-    loss: str = setting("published", "published; or snr, the error's energy in dB, much as the scores have it", LOSSES)
-    loss_hop: int = setting(147, "samples between frames of the published loss; its own: 147", within=COUNT)
+    loss: str = setting("published", "published; or snr, the error's energy in dB, similar to the scores", LOSSES)
+    loss_hop: int = setting(147, "hop of the published loss, in samples; published: 147", within=COUNT)
     loss_windows: tuple[int, ...] = setting(WINDOWS, "of the published loss; cheaper: 2048 1024 512", within=COUNT)
     grad_accum_steps: int = setting(1, "batches in a step; published: 6, in each of 2 processes", within=COUNT)
     precision: str = setting("float32", "float32; or bfloat16 as published: matrix products under autocast", PRECISIONS)
@@ -67,7 +67,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """Metrics of one optimiser step: its number, from 1; loss; gradient norm before clipping; learning rate."""
+    """Metrics of one optimiser step: step number, from 1; loss; gradient norm before clipping; learning rate."""
 
     step: int
     loss: float
@@ -78,43 +78,44 @@ class Step:
 class Trainer:
     """Training loop: trains a model in place and keeps the moving average (EMA) of its weights.
 
-    As in the published code, the average begins with the initial weights.
+    As in the published code, the average starts from the initial weights.
 
     Args:
-        model: trained on the device where its weights are.
+        model: model to train, on the device of its weights.
         config: settings.
-        optimisers: step together, all with the scheduled learning rate; AdamW for all parameters if not given.
+        optimisers: optimisers that step together, all at the scheduled learning rate; by default one AdamW for all
+            parameters.
 
     Attributes:
-        step: steps done so far.
+        step: number of completed steps.
     """
 
     def __init__(self, model: BSMamba2, config: TrainConfig, *, optimisers: Sequence[Optimizer] = ()) -> None:
         self.model, self.config, self.step = model, config, 0
-        self.network: nn.Module = model  # what is called: `DistributedTrainer` wraps it
+        self.network: nn.Module = model  # the module that is called; `DistributedTrainer` wraps it
         self.device = next(model.parameters()).device
         model.gradient_checkpointing = config.gradient_checkpointing
         self.optimisers = list(optimisers) or [adamw(model, config)]
         self.ema_model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.ema_model.n_averaged += 1  # the initial weights count: torch would copy those after the first step
+        self.ema_model.n_averaged += 1  # so that torch averages from the initial weights, not from those of step 1
         self.compile_pending = config.compile
 
     @property
     def ema(self) -> BSMamba2:
-        """The model with the moving average of the weights, in evaluation mode: for validation and for use."""
+        """Model with the moving average of the weights, in evaluation mode, for validation and inference."""
         return cast(BSMamba2, self.ema_model.module).eval()
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Step]:
-        """Train until `steps` are done; yields after every step, so that a caller can draw, print or stop.
+        """Train until `steps` are completed; yields after every step, so that a caller can plot, print or stop.
 
         Args:
-            batches: `grad_accum_steps` for every step, from the first step on. A resumed trainer skips the batches of
-                the steps that are done, by `batches.skip(count)` if there is one.
+            batches: `grad_accum_steps` batches per step, starting with those of the first step. A resumed trainer skips
+                the batches of completed steps, with `batches.skip(count)` if that method exists.
 
         Raises:
-            FloatingPointError: when the loss or the gradient is not finite; it names the step and the sources of the
-                batch, and the weights are still those of the step before.
-            ValueError: when the batches run out, or do not fit the model's stems.
+            FloatingPointError: if the loss or the gradient is not finite. The error names the step and the sources of
+                the batch; the weights remain those of the previous step.
+            ValueError: if the batches run out, or do not match the model's stems.
         """
         self.model.train()
         per_step = self.config.grad_accum_steps
@@ -130,7 +131,7 @@ class Trainer:
             yield self.train_step(group)
 
     def train_step(self, batches: Sequence[Batch]) -> Step:
-        """One optimiser step from `grad_accum_steps` batches of one size; raises as `run` does."""
+        """Run one optimiser step on `grad_accum_steps` batches of equal size; raises the same errors as `run`."""
         losses = self.backward(batches)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         loss = self.reduce_loss(losses.mean())
@@ -150,7 +151,7 @@ class Trainer:
         return Step(self.step, loss.item(), grad_norm.item(), lr)
 
     def backward(self, batches: Sequence[Batch]) -> Tensor:
-        """Accumulate the gradients of the mean loss over batches of one size; returns the loss of each, (batches,)."""
+        """Accumulate gradients of the mean loss over batches of equal size; returns the loss of each, (batches,)."""
         if self.compile_pending:
             self.compile_layers(batches[0][0])
         self.model.zero_grad()
@@ -165,10 +166,10 @@ class Trainer:
     def loss(self, mixture: Tensor, target: Tensor) -> Tensor:
         """Training loss, summed over the model's stems: scalar. Shapes as in `Batch`.
 
-        Differs from the published model for several stems: its loss is their mean. For one stem both are the same.
+        Differs from the published model for several stems: the published loss is their mean. For one stem, both agree.
 
         Raises:
-            ValueError: when the target has another number of stems than the model.
+            ValueError: if the target and the model have different numbers of stems.
         """
         mixture, target = (part.to(self.device, non_blocking=True) for part in (mixture, target))
         targets = target.unbind(1) if target.dim() == 4 else (target,)
@@ -184,19 +185,19 @@ class Trainer:
         return torch.stack(losses).sum()
 
     def separate(self, mixture: Tensor) -> Tensor:
-        """The stems of a batch, (b, c, samples) → (b, stem, c, samples), under autocast with `precision: bfloat16`."""
+        """Separate a batch, (b, c, samples) → (b, stem, c, samples), under autocast if `precision` is bfloat16."""
         with self.autocast():
             estimates: Tensor = self.network(mixture.to(self.device, non_blocking=True))
             return estimates
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A context in which the model computes in the run's `precision`, for training and for validation."""
+        """Autocast context for the `precision` of the settings, for training and validation."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    # Of one process; `training.ddp.DistributedTrainer` overrides these three.
+    # For one process; `training.ddp.DistributedTrainer` overrides these three.
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """A context in which gradients are not averaged over processes."""
+        """Context that skips the averaging of gradients over processes."""
         return nullcontext()
 
     def reduce_loss(self, loss: Tensor) -> Tensor:
@@ -204,11 +205,11 @@ class Trainer:
         return loss
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The values of all processes."""
+        """Gather the values of all processes."""
         return values
 
     def compile_layers(self, mixture: Tensor) -> None:
-        """`torch.compile` the layers and try them, forward and backward; where that fails, warn and undo it."""
+        """Compile the layers with `torch.compile` and test them, forward and backward; on failure, warn and undo it."""
         self.compile_pending = False
         for layer in self.model.layers:
             layer.compile()
@@ -219,10 +220,10 @@ class Trainer:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             warnings.warn(f"torch.compile failed, training goes on without it ({reason})", stacklevel=2)
             for layer in self.model.layers:
-                layer._compiled_call_impl = None  # what Module.compile() had set
+                layer._compiled_call_impl = None  # set by Module.compile()
 
     def state(self) -> dict[str, Any]:
-        """Everything except the settings that a run needs to resume bit for bit: only tensors, numbers and strings."""
+        """State that a run needs to resume bit for bit, except its settings; only tensors, numbers and strings."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -240,7 +241,7 @@ class Trainer:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning-rate schedule: the rate of a step, from 1."""
+    """Learning-rate schedule: the rate of a step; steps are counted from 1."""
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
@@ -261,9 +262,9 @@ def adamw(model: BSMamba2, config: TrainConfig, *, without: Iterable[Tensor] = (
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, without: Iterable[Tensor] = ()) -> list[dict]:
-    """Two parameter groups: with weight decay, and `A_log`, `D` and `dt_bias` without.
+    """Two parameter groups: `A_log`, `D` and `dt_bias` without weight decay, all others with it.
 
-    Differs from the published model: its code decays these three as well.
+    Differs from the published model: its code applies weight decay to these three as well.
     """
     exempt, others = ("A_log", "D", "dt_bias"), {id(parameter) for parameter in without}
     named = [(name.split(".")[-1], p) for name, p in model.named_parameters() if id(p) not in others]

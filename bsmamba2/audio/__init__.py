@@ -1,9 +1,9 @@
-"""Audio files in and out, resampling, and separation block by block, in bounded memory.
+"""Audio: read and write files, resample, and separate songs block by block in bounded memory.
 
 Needs soundfile (libsndfile), av (FFmpeg's decoders) and soxr, all base dependencies. Begin with `song_files`, which
-joins the others: `files` reads, `resample` changes the rate, `streaming` separates blocks, `writer` writes stems.
-`files` rests on `containers` (with `chunks`, `ogg`, `mpeg_frames`), which finds the sound in a file, and `decoders`.
-`musdb` lists the tracks of a data set.
+combines the others: `files` reads, `resample` changes the sample rate, `streaming` separates blocks, and `writer`
+writes stems. `files` uses `containers` (with `chunks`, `ogg` and `mpeg_frames`), which finds the sound in a file, and
+`decoders`. `musdb` lists the tracks of a data set.
 """
 
 from .files import AudioError, AudioReader, find_audio_files

@@ -1,8 +1,8 @@
-"""WAV, RF64, BW64, W64, AIFF, CAF and AU: how much sound they claim, and how much there is.
+"""WAV, RF64, BW64, W64, AIFF, CAF and AU files: find the sound, and check that all of it is there.
 
-A chunk of sound that ends behind the end of the file is cut. A size that counts the file's head, or that was never
-written, is corrected for libsndfile, and all sound to the end of the file is read. Sound behind the chunk that holds it
-is an error, since nothing says where it ends.
+A sound chunk that extends past the end of the file is cut. A size field that includes the file's header, or that was
+never written, is corrected for libsndfile, and all sound up to the end of the file is read. Sound after the sound
+chunk is an error, because no size field shows where it ends.
 
 Sources: EBU Tech 3306 (RF64), ITU-R BS.2088 (BW64).
 """
@@ -18,8 +18,8 @@ from .source import CUT, FILE_START, DamagedError, FileBytes, Part
 
 @dataclass(frozen=True)
 class _Family:
-    """How chunks are stored: FFmpeg's name, place of the file's kind and of the first chunk, `struct` of id and size,
-    padding, and the id of the sound."""
+    """Chunk layout of a file format: FFmpeg's name, offsets of the file's type and of the first chunk, `struct` codes
+    of a chunk's id and size, alignment, and the id of the sound chunk."""
 
     format: str
     kind: int
@@ -31,20 +31,20 @@ class _Family:
 
     @property
     def head(self) -> int:
-        """Bytes before the contents of a chunk."""
+        """Size of a chunk's header, in bytes."""
         return struct.calcsize(self.id + self.size[1])
 
 
 _WAV = _Family("wav", 8, 12, "<4s", "<I", 2, b"data")
-_RIFX = _Family("wav", 8, 12, ">4s", ">I", 2, b"data")  # a WAV of big-endian numbers
+_RIFX = _Family("wav", 8, 12, ">4s", ">I", 2, b"data")  # a WAV file with big-endian numbers
 _AIFF = _Family("aiff", 8, 12, ">4s", ">I", 2, b"SSND")
 _CAF = _Family("caf", 4, 8, ">4s", ">q", 1, b"data")
-_W64 = _Family("w64", 24, 40, "<16s", "<Q", 8, b"data")  # its sizes count the head of the chunk
+_W64 = _Family("w64", 24, 40, "<16s", "<Q", 8, b"data")  # its sizes include the chunk's header
 _FAMILIES = {
     b"RIFF": _WAV, b"RF64": _WAV, b"BW64": _WAV, b"RIFX": _RIFX, b"FORM": _AIFF, b"caff": _CAF, b"riff": _W64
 }  # fmt: skip
 _ADPCM = (2, 0x11, 0x31)
-"""Formats of WAV (MS and IMA ADPCM, GSM 6.10) in blocks of equal length, of which the last may be filled up."""
+"""WAV format tags (MS and IMA ADPCM, GSM 6.10) with blocks of equal length; the last block may be padded."""
 
 _MP3 = 0x55
 
@@ -60,10 +60,10 @@ def is_chunked(data: FileBytes, start: int) -> bool:
 
 
 def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
-    """The recording at `start`, and where it ends.
+    """Return the recording at `start` and the position of its end.
 
     Raises:
-        DamagedError: when sound is missing, or follows where no chunk claims it.
+        DamagedError: when sound is missing, is in two chunks, or follows outside a chunk.
     """
     magic = data.at(start, 4)
     if magic == b".snd":
@@ -71,7 +71,7 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
     family = _FAMILIES[magic]
     patches = {start: b"RF64"} if magic == b"BW64" else {}
     has_sound, has_size, wide, format_tag, block, samples, pos = False, True, 0, 0, 0, 0, start + family.first
-    stop = data.size  # of what libsndfile is given
+    stop = data.size  # end of the bytes that libsndfile reads
     while pos + family.head <= data.size:
         id, size = _chunk(data, pos, family)
         if has_sound and FILE_START.match(data.at(pos, 64)):  # another file follows
@@ -81,12 +81,12 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
                 _check_rest(data, pos)
             break
         body = pos + family.head
-        if has_sound and id != b"LIST" and body + size > data.size:  # a chunk that is cut, or none
+        if has_sound and id != b"LIST" and body + size > data.size:  # a cut chunk, or not a chunk
             break
         size_at, format = body - struct.calcsize(family.size), family.size
-        if id == b"ds64":  # sizes of 64 bits: of the file, and of the sound
+        if id == b"ds64":  # 64-bit sizes of the file and of the sound
             wide = body + 8
-        elif id == b"LIST":  # libsndfile gives up where its contents are padded to four bytes
+        elif id == b"LIST":  # libsndfile fails if its contents are padded to four bytes
             patches[pos] = b"JUNK"
         elif id == b"fmt ":
             format_tag, block = data.unpack(family.size[0] + "H16xH", body)
@@ -124,7 +124,7 @@ def chunked_part(data: FileBytes, start: int) -> tuple[Part, int]:
             pos = other
     end = min(pos, data.size) if has_sound else data.size
     pieces = _patched(start, min(end, stop), patches)
-    with_libsndfile = format_tag != _MP3  # of which it claims more than it decodes
+    with_libsndfile = format_tag != _MP3  # libsndfile claims more MP3 samples than it decodes
     return Part(pieces, family.format, 0.0, 0.0, samples, block, with_libsndfile, has_end=has_size), end
 
 
@@ -133,7 +133,7 @@ def _is_chunk(data: FileBytes, pos: int) -> bool:
 
 
 def _chunk(data: FileBytes, pos: int, family: _Family) -> tuple[bytes, int]:
-    """Id, of four bytes, and size of the contents."""
+    """Return a chunk's id, as four bytes, and the size of its contents."""
     id, size = data.unpack(family.id + family.size[1], pos)
     return id[:4], max(0, size - family.head) if family is _W64 else size
 
@@ -144,22 +144,23 @@ def _next(body: int, size: int, family: _Family) -> int:
 
 
 def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form: int) -> tuple[int, bool]:
-    """Bytes of sound from `body` on, and whether their chunk claims them; the whole file claims to end at `form`.
+    """Return the number of sound bytes from `body` on, and whether the size fields show where the sound ends.
 
-    Programs that write into a pipe leave 0 or a size just below or at 2^31, 2^32 or 2^64 behind (SoX: 0x7f000000).
+    `claimed` is the size in the chunk's header, `form` the end of the file according to the file's header. Programs
+    that write into a pipe leave a size of 0, or one at or just below 2^31, 2^32 or 2^64 (SoX: 0x7f000000).
     """
     there = data.size - body
     if claimed == 0:
         pos = body
         while pos + family.head <= data.size and _CHUNK_ID.match(data.at(pos, 4)):
             pos = _next(pos + family.head, max(0, _chunk(data, pos, family)[1]), family)
-        return (0 if pos >= data.size else there), False  # nothing but chunks: there is no sound
+        return (0 if pos >= data.size else there), False  # only chunks follow, so there is no sound
     if 0 < claimed <= there:
         wrapped = family.align == 2 and there >= 1 << 32 and (there - claimed) % (1 << 32) == 0
-        return there if wrapped else claimed, True  # a count of 32 bits that started over
+        return there if wrapped else claimed, True  # a 32-bit size that overflowed
     over = claimed - there
     unwritten = (claimed + 0x10000) % (1 << 31) <= 0x10000 or abs(claimed - 0x7F000000) <= 64
-    # A size that counts the head. Where the size of the whole file is right, nothing is missing; else it may be.
+    # The size may include the header. If the size of the whole file is right, nothing is missing.
     is_whole = over <= max(44, body) and 0 < form <= data.size
     if is_whole or unwritten or over in (8, body - 8, body):
         return there, is_whole and not unwritten
@@ -167,13 +168,13 @@ def _sound_bytes(data: FileBytes, body: int, claimed: int, family: _Family, form
 
 
 def _check_rest(data: FileBytes, end: int) -> None:
-    """Raise DamagedError when something other than tags and zeros follows."""
+    """Raise DamagedError when bytes other than tags and zeros follow `end`."""
     if data.skip_tags(end) < data.size:
-        raise DamagedError(f"holds {data.size - end:,} bytes behind the sound that its head counts; export it again")
+        raise DamagedError(f"holds {data.size - end:,} bytes after the sound that its head counts; export it again")
 
 
 def _patched(start: int, end: int, patches: dict[int, bytes]) -> tuple[bytes | range, ...]:
-    """Pieces of the file, with different bytes at some places."""
+    """Return the bytes from `start` to `end` as pieces, some replaced by `patches` (position → bytes)."""
     pieces: list[bytes | range] = []
     for place in sorted(place for place in patches if place < end):
         pieces += [range(start, place), patches[place]]

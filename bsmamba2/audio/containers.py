@@ -1,8 +1,8 @@
-"""Recordings in an audio file by its container, and whether the file holds all that its container claims.
+"""Find the recordings in an audio file from its container, and check that the file is complete.
 
-A file is *cut* when a chunk, page, box or frame ends behind the end of the file, or when fewer samples are there than
-it counts: that is an error. Where only a header is wrong and the sound is there, all of it is read. Files joined end
-to end (`cat a.mp3 b.mp3`) give a `Part` for each.
+A file is *cut* when a chunk, page, box or frame extends past the end of the file, or when it has fewer samples than it
+states; this is an error. If only a header is wrong and the sound is complete, all of it is read. Files joined end to
+end (`cat a.mp3 b.mp3`) yield one `Part` each.
 
 Sources: RFC 9639 (FLAC), ISO 14496-12 (MP4), RFC 9559 (Matroska), ISO 13818-1 (MPEG streams).
 """
@@ -18,13 +18,13 @@ from .ogg import ogg_part
 from .source import CONVERT, CUT, FILE_START, DamagedError, FileBytes, Part
 
 MOST_PARTS = 1000
-"""Recordings in one file: each is opened, so that a small file of very many would take long."""
+"""Maximum number of recordings in one file: each is opened, so a small file with very many would take long."""
 
 _FORMATS = {
     b"fLaC": "flac", b"wvpk": "wv", b"TTA1": "tta", b"MAC ": "ape", b"FLV\1": "flv", b"AVI ": "avi",
     b"\x1a\x45\xdf\xa3": "matroska", b"\x30\x26\xb2\x75": "asf",
 }  # fmt: skip
-"""First bytes of files → FFmpeg's names of their formats."""
+"""First bytes of a file → FFmpeg's name of its format."""
 
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"moof", b"mfra", b"sidx", b"uuid")
 
@@ -33,15 +33,15 @@ _ELEMENTS = (
     *(_HEAD, _SEGMENT, _CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367),
     *(0xEC, 0xBF, 0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF),
 )
-"""Elements of Matroska that may follow each other in a segment, and in a cluster."""
+"""IDs of the Matroska elements that may follow each other in a file, in a segment and in a cluster."""
 
 
 def find_parts(raw: io.FileIO) -> tuple[list[Part], range]:
-    """Recordings in a file, in order, by its contents and never by its name; and where junk follows them.
+    """Return the recordings in a file, in order, and the range of junk after them; the file's name does not matter.
 
     Raises:
-        DamagedError: for a file that is cut or damaged, of a format that is not supported, or of more than
-            `MOST_PARTS` recordings.
+        DamagedError: for a file that is cut or damaged, has an unsupported format, or has more than `MOST_PARTS`
+            recordings.
     """
     data, parts = FileBytes(raw), list[Part]()
     start = data.skip_tags(0) if data.at(0, 3) in (b"ID3", b"APE") else 0
@@ -62,9 +62,9 @@ def find_parts(raw: io.FileIO) -> tuple[list[Part], range]:
 
 
 def _find_part(data: FileBytes, start: int, within: int) -> tuple[Part, int] | None:
-    """The recording at `start`, and where it ends; None for a format that is not supported.
+    """Return the recording at `start` and the position of its end; None for an unsupported format.
 
-    Frames of MP3 or AAC may begin within some bytes of it.
+    MP3 and AAC frames may begin up to `within` bytes later.
     """
     if is_chunked(data, start):
         return chunked_part(data, start)
@@ -89,27 +89,27 @@ def _find_part(data: FileBytes, start: int, within: int) -> tuple[Part, int] | N
     if not format:
         first = first_frame(data, data.skip_tags(start), within)
         return None if first is None else frame_part(data, first)
-    # Nothing shows where these end before they are decoded. Blocks of WavPack begin like a file.
+    # The end of these formats is known only after decoding. Each block of WavPack begins like a file.
     end = data.size if format == "wv" else data.next_file(start + 4)
     seconds = 0.0
     if format == "flac":
-        (fields,) = data.unpack(">Q", start + 18)  # rate, channels, bits, and samples: 0 where they are not known
+        (fields,) = data.unpack(">Q", start + 18)  # rate, channels, bits, and samples (0 if not known)
         seconds = (fields & (1 << 36) - 1) / max(1, fields >> 44)
     return Part((range(start, end),), format, seconds, has_end=seconds > 0, walked=False), end
 
 
 def _mp4_end(data: FileBytes, start: int) -> int:
-    """Where boxes end: at the end of the file, at the head of another file, or before bytes that are no box."""
+    """Return the end of the boxes: the end of the file, the start of another file, or of bytes that are not a box."""
     pos, kinds = start, set[bytes]()
     while pos + 8 <= data.size:
         size, kind = data.unpack(">I4s", pos)
         if size == 1:
             (size,) = data.unpack(">Q", pos + 8)
-        if kind == b"ftyp" and b"moov" in kinds:  # another file, whose offsets begin there
+        if kind == b"ftyp" and b"moov" in kinds:  # another file; its offsets count from here
             break
-        if kind == b"moov" and kind in kinds:  # of a file without a head of its own
+        if kind == b"moov" and kind in kinds:  # of a second file without an ftyp box
             raise DamagedError("holds a second recording, of which players play the first; split it")
-        if size == 0 and kind in _MP4_BOXES:  # to the end of the file
+        if size == 0 and kind in _MP4_BOXES:  # the box extends to the end of the file
             return data.size
         is_cut = pos + size > data.size
         if size < 8 or not kind.isalnum() or (is_cut and kind not in _MP4_BOXES and {b"moov", b"mdat"} <= kinds):
@@ -122,7 +122,7 @@ def _mp4_end(data: FileBytes, start: int) -> int:
 
 
 def _matroska_end(data: FileBytes, start: int) -> tuple[int, bool]:
-    """Where head and segment end, and whether the segment has a size: that of a live stream is followed to its end."""
+    """Return the end of the segment, and whether all sizes are known; a live stream's segment has no size."""
     pos, has_end, seen = start, True, set[int]()
     while pos < data.size:
         width = 9 - data.at(pos, 1)[0].bit_length()
@@ -145,7 +145,7 @@ def _matroska_end(data: FileBytes, start: int) -> tuple[int, bool]:
 
 
 def _flv_end(data: FileBytes, start: int) -> int:
-    """Where the tags of an FLV file end, each with its size behind it; 0 for another file."""
+    """Return the end of the tags of an FLV file, each followed by its size; 0 for other files."""
     if data.at(start, 4) != b"FLV\1":
         return 0
     pos = start + 13
@@ -157,13 +157,13 @@ def _flv_end(data: FileBytes, start: int) -> int:
 
 
 def _packets_end(data: FileBytes, start: int) -> int:
-    """Where the packets of an MPEG transport or program stream end, which carry frames in pieces; 0 for neither.
+    """Return the end of the packets of an MPEG transport or program stream; 0 if it is neither.
 
     Raises:
-        DamagedError: when one stream of sound ends before another one begins, since FFmpeg reads only one.
+        DamagedError: when one audio stream ends before another begins, because FFmpeg reads only one.
     """
-    places: dict[int, range] = {}  # of each stream of sound
-    for place, size in ((0, 188), (4, 192)):  # .ts, and .m2ts with a time in front of each packet
+    places: dict[int, range] = {}  # positions of each audio stream
+    for place, size in ((0, 188), (4, 192)):  # .ts; .m2ts has a timestamp before each packet
         pos = start
         while (packet := data.at(pos + place, 188)).startswith(b"G"):
             stream, flags, more = struct.unpack(">HBB", packet[1:5].ljust(4, b"\0"))
@@ -177,7 +177,7 @@ def _packets_end(data: FileBytes, start: int) -> int:
     pos = start
     while data.at(pos, 4) >= b"\0\0\1\xb9" and data.at(pos, 3) == b"\0\0\1":
         kind, size, flags, offset, stuffing = data.unpack(">3xBHBxB4xB", pos)
-        is_private = kind == 0xBD and flags >> 6 == 2  # AC-3, DTS and PCM of MPEG-2 share this number
+        is_private = kind == 0xBD and flags >> 6 == 2  # AC-3, DTS and PCM share this number in MPEG-2
         stream = data.unpack(">B", pos + 9 + offset)[0] if is_private else kind
         if stream in range(0x80, 0xA8) or kind in range(0xC0, 0xE0):
             places[stream] = range(places.get(stream, range(pos, pos)).start, pos)
@@ -195,7 +195,7 @@ def _check_places(places: dict[int, range]) -> None:
 
 
 def _boxes_end(data: FileBytes, start: int) -> int:
-    """Where the lists of an AVI or the objects of a WMA file end; 0 where no size was written."""
+    """Return the end of the lists of an AVI file or the objects of a WMA file; 0 if no size was written."""
     pos, head = start, data.at(start, 4)
     id_size, format, counted = (4, "<I", 0) if head == b"RIFF" else (16, "<Q", 24)
     while pos + 24 <= data.size and (counted or data.at(pos, 4) + data.at(pos + 8, 3) == b"RIFFAVI"):

@@ -1,6 +1,6 @@
 """Decode one recording of a file: libsndfile for PCM and Vorbis, FFmpeg (through PyAV) for all others.
 
-Samples come as float32, integers divided by their full scale, and channels in the order of a WAV file's channel mask.
+Samples are float32 (integers are divided by their full scale); channels are in the order of a WAV file's channel mask.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from av.stream import Discard
 from .source import AGAIN, MOST_JUNK, DamagedError, FileBytes, Part, Splice
 
 BLOCK = 1 << 16
-"""Samples read at a time in each channel, fewer where there are more than two."""
+"""Samples per channel in one block; fewer for files with more than two channels."""
 
 SPEAKERS = (
     *("FL", "FR", "FC", "LFE", "BL", "BR", "FLC", "FRC", "BC", "SL", "SR"),
     *("TC", "TFL", "TFC", "TFR", "TBL", "TBC", "TBR"),
 )
-"""FFmpeg's names of the speakers, in the order of the bits of a WAV file's channel mask."""
+"""FFmpeg's names of the speakers, in the bit order of a WAV file's channel mask."""
 
 VORBIS_SPEAKERS = {
     1: "FC",
@@ -38,13 +38,13 @@ VORBIS_SPEAKERS = {
     7: "FL FC FR SL SR BC LFE",
     8: "FL FC FR SL SR BL BR LFE",
 }
-"""Number of channels → their speakers in Vorbis and Opus, in their order (RFC 7845, 5.1.1.2)."""
+"""Number of channels → speakers, in the channel order of Vorbis and Opus (RFC 7845, 5.1.1.2)."""
 
 _LOSSLESS = ("pcm", "adpcm", "flac", "alac", "tta", "wavpack")
 
 
 def reason(error: Exception) -> str:
-    """What an error says, without the file's name, which stands in front of it already."""
+    """Return the message of an error without the file's name, because callers add the name themselves."""
     if isinstance(error, soundfile.LibsndfileError):
         return str(error.error_string).strip().rstrip(".")
     if isinstance(error, OSError | av.FFmpegError):
@@ -53,10 +53,10 @@ def reason(error: Exception) -> str:
 
 
 def open_decoder(raw: io.FileIO, part: Part) -> LibsndfileDecoder | FFmpegDecoder:
-    """Open a recording with the decoder that its container calls for, or with the one that can read it.
+    """Open a recording: with libsndfile if the container calls for it and libsndfile can read it, else with FFmpeg.
 
     Raises:
-        DamagedError: when less comes than the container claims.
+        DamagedError: when it is damaged or shorter than its container claims.
         LibsndfileError, FFmpegError, OSError: when it cannot be decoded.
     """
     if part.libsndfile:
@@ -66,10 +66,10 @@ def open_decoder(raw: io.FileIO, part: Part) -> LibsndfileDecoder | FFmpegDecode
 
 
 def junk_behind(raw: io.FileIO, place: range) -> int:
-    """How many bytes at a place behind a recording are left out: tags and zeros that come first are not counted.
+    """Count the junk bytes in a range after a recording, without leading tags and zeros.
 
     Raises:
-        DamagedError: when another recording is there, or more than `MOST_JUNK` bytes that may be a damaged one.
+        DamagedError: when the range holds another recording, or more than `MOST_JUNK` bytes that may be a damaged one.
     """
     place = range(FileBytes(raw).skip_tags(place.start), place.stop)
     if not place:
@@ -79,29 +79,31 @@ def junk_behind(raw: io.FileIO, place: range) -> int:
         if stream is not None and next(container.decode(stream), None) is not None:
             raise DamagedError(f"holds another recording from byte {place.start:,} on; split it")
     if len(place) > MOST_JUNK:
-        raise DamagedError(f"holds {len(place):,} bytes behind the sound, neither sound nor a tag; cut them off")
+        raise DamagedError(f"holds {len(place):,} bytes after the sound, neither sound nor a tag; cut them off")
     return len(place)
 
 
 class LibsndfileDecoder:
-    """Decoder of the formats that libsndfile reads."""
+    """Decoder for the formats that libsndfile reads."""
 
     def __init__(self, raw: io.FileIO, part: Part) -> None:
-        self._file = soundfile.SoundFile(Splice(raw, part.pieces))
-        self.rate: int = self._file.samplerate
-        self.channels: int = self._file.channels
-        self.frames: int = part.length(self._file.frames, self.channels)
+        self._raw, self._part = raw, part
+        file = soundfile.SoundFile(Splice(raw, part.pieces))
+        self.rate: int = file.samplerate
+        self.channels: int = file.channels
+        self.frames: int = part.length(file.frames, self.channels)
         self.has_end, self.rest = part.has_end, range(0)
         _check_length(self.frames, self.rate, part.seconds)
         names = VORBIS_SPEAKERS.get(self.channels, "").split() if part.vorbis else _speakers(raw, part)
         self.layout, self._order = _wav_order(names)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """(c, up to `BLOCK`) float32."""
+        """Yield all samples in blocks (c, up to `BLOCK`) float32."""
         samples = 0
+        file = soundfile.SoundFile(Splice(self._raw, self._part.pieces))
         while samples < self.frames:
             try:
-                block = self._file.read(_block_size(self.channels), dtype="float32", always_2d=True)
+                block = file.read(_block_size(self.channels), dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
                 raise _undecodable(samples, self.rate, reason(error)) from error
             if not len(block):
@@ -112,17 +114,19 @@ class LibsndfileDecoder:
 
 
 class FFmpegDecoder:
-    """Decoder of all that FFmpeg reads; it decodes the recording once to count its samples and to find damage early.
+    """Decoder for the formats that FFmpeg reads.
+
+    On creation it decodes the recording once, to count its samples and to find damage early.
 
     Attributes:
         has_end: whether the file shows where its sound ends.
-        rest: places behind the last packet that FFmpeg found, where another recording may lie.
+        rest: byte range after the last packet that FFmpeg found; it may hold another recording.
     """
 
     def __init__(self, raw: io.FileIO, part: Part) -> None:
         self._raw, self._part = raw, part
         self.rate = self.channels = self.frames = 0
-        self.rest, start = range(0), 0.0  # of a recorded live stream, in seconds
+        self.rest, start = range(0), 0.0  # start time of a recorded live stream, in seconds
         for frame in self._decode():
             if not self.frames:
                 self.rate, self.channels = frame.rate, frame.layout.nb_channels
@@ -138,13 +142,13 @@ class FFmpegDecoder:
         _check_length(self.frames + self.rate * part.trimmed, self.rate, part.seconds - start)
         stated, unit = (0.0, Fraction(1)) if part.seconds else self._stated
         is_lossless = self._codec.startswith(_LOSSLESS)
-        # Durations may be rounded to 1/600 s; those of lossy sound may count a delay, AVI whole packets.
+        # Durations may be rounded to 1/600 s, include a delay (lossy formats), or count whole packets (AVI).
         is_exact = is_lossless and unit * self.rate == 1 and part.format != "mp4"
         tolerance = 0.0 if is_exact else max(2 * float(unit), 1 / 600 if is_lossless else 0.1)
         _check_length(self.frames + self.rate * tolerance, self.rate, stated)
         if is_exact and 0 < stated * self.rate < self.frames - 0.5 and not part.walked:
             raise DamagedError(f"holds more than the {stated:.1f} s of sound that its head counts; export it again")
-        # The edit list of an MP4 may end in the last frame or two.
+        # The edit list of an MP4 file may end within the last one or two frames.
         if stated and part.format == "mp4" and self.rate / 600 < self.frames - stated * self.rate < 4096:
             self.frames = round(stated * self.rate)
         self.has_end = part.has_end or (stated > 0 and is_lossless)
@@ -152,7 +156,7 @@ class FFmpegDecoder:
     def _decode(self) -> Iterator[av.AudioFrame]:
         is_flac, samples, expected, end, last = self._part.format == "flac", 0, 0, 0, b""
         try:
-            # Without the file's size FFmpeg guesses no duration; of an MP3 it would not trim the padding.
+            # Without the file's size FFmpeg does not guess a duration; for MP3 it needs the size to trim the padding.
             source = Splice(self._raw, self._part.pieces, endless=self._part.format != "mp3")
             with _open(source, self._part.format) as container:
                 stream = container.streams.best("audio")
@@ -174,7 +178,7 @@ class FFmpegDecoder:
                     for frame in packet.decode():
                         _keep(frame.layout)
                         start = round(frame.pts * frame.time_base * frame.rate) if frame.pts is not None else 0
-                        if frame.is_corrupt or (is_flac and start > expected):  # frames of FLAC are numbered
+                        if frame.is_corrupt or (is_flac and start > expected):  # FLAC frames are numbered
                             raise _undecodable(samples, stream.rate, "a frame is missing or not whole")
                         expected = start + frame.samples
                         samples += frame.samples
@@ -192,7 +196,7 @@ class FFmpegDecoder:
             self.rest = piece[end - (len(last) - _flac_size(last) if is_flac else 0) :]
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """(c, up to `BLOCK`) float32."""
+        """Yield all samples in blocks (c, up to `BLOCK`) float32."""
         pending: list[np.ndarray] = []
         samples = pending_samples = 0
         size = _block_size(self.channels)
@@ -208,18 +212,18 @@ class FFmpegDecoder:
 
 
 def _open(source: io.RawIOBase, format: str | None) -> Any:
-    # Without a parser, packets of an MP4 keep the durations that its index states.
+    # Without a parser, the packets of an MP4 file keep the durations of its index.
     options = {"fflags": "noparse"} if format == "mp4" else {}
     return av.open(source, format=format, options=options, io_open=_open_nothing, metadata_errors="ignore")
 
 
 def _open_nothing(url: str, *_: object) -> NoReturn:
-    """A playlist may name other files, or addresses: none is opened."""
+    """Refuse to open the files or addresses that a playlist names."""
     raise PermissionError(f"{url}: named by another file")
 
 
 def _stated_duration(container: Any, stream: Any) -> tuple[float, Fraction]:
-    """Seconds that a container states, 0 for none, and their unit."""
+    """Return the duration that a container states, 0 if none, and its time unit, both in seconds."""
     if stream.duration and stream.duration < 1 << 62:
         return float(stream.duration * stream.time_base), stream.time_base
     seconds = (container.duration or 0) / 1e6 if len(container.streams) == 1 else 0.0
@@ -227,9 +231,9 @@ def _stated_duration(container: Any, stream: Any) -> tuple[float, Fraction]:
 
 
 def _flac_size(packet: bytes) -> int:
-    """Bytes of the FLAC frame that begins a packet, by its CRC-16: the last packet holds all that follows."""
+    """Find the size of the FLAC frame that begins a packet, by its CRC-16; the last packet also holds later bytes."""
     crc = end = 0
-    for i, byte in enumerate(packet[: 1 << 20], start=1):  # more than a frame has
+    for i, byte in enumerate(packet[: 1 << 20], start=1):  # longer than any frame
         crc ^= byte << 8
         for _ in range(8):
             crc = crc << 1 ^ (0x18005 if crc & 0x8000 else 0)
@@ -238,7 +242,7 @@ def _flac_size(packet: bytes) -> int:
 
 
 def _speakers(raw: io.FileIO, part: Part) -> list[str]:
-    """Speakers of a file's channels, by FFmpeg's reading of its head."""
+    """Return the speakers of a file's channels, which FFmpeg reads from its header; [] if it cannot."""
     try:
         with _open(Splice(raw, part.pieces), part.format) as container:
             return _names(container.streams.audio[0].layout)
@@ -247,7 +251,7 @@ def _speakers(raw: io.FileIO, part: Part) -> list[str]:
 
 
 def _keep(layout: Any) -> None:
-    """Never free a layout with an order of its own: PyAV 18 would free its memory twice, which may end the process."""
+    """Keep a layout with a custom channel order alive, because PyAV 18 frees its memory twice and may crash."""
     if " channels (" in layout.name or "ambisonic" in layout.name:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(layout))
 
@@ -258,7 +262,7 @@ def _names(layout: Any) -> list[str]:
 
 
 def _wav_order(names: list[str]) -> tuple[tuple[str, ...], list[int] | None]:
-    """Speakers in WAV order, () where they are not known; and the place of each in the file, None for the same."""
+    """Return the speakers in WAV order (() if unknown), and their channels in the file (None if in the same order)."""
     if not names or not set(names) <= set(SPEAKERS) or len(set(names)) < len(names):
         return (), None
     order = sorted(range(len(names)), key=lambda i: SPEAKERS.index(names[i]))
@@ -270,18 +274,18 @@ def _block_size(channels: int) -> int:
 
 
 def _length(frame: av.AudioFrame) -> int:
-    """Samples of a decoded frame that count: fewer than it has where the container says that it lasts shorter."""
+    """Return how many samples of a decoded frame to keep: fewer if the container states a shorter duration."""
     base = frame.time_base
     exact = base is not None and base.denominator == frame.rate * base.numerator
     return min(frame.samples, frame.duration) if exact and frame.duration else frame.samples
 
 
 def _float32(frame: av.AudioFrame) -> np.ndarray:
-    """The samples of a decoded frame, (c, samples) float32, full scale 1."""
+    """Return the samples of a decoded frame: (c, samples) float32, full scale 1."""
     channels = frame.layout.nb_channels
     if frame.format.is_planar and channels >= 8:  # PyAV looks for a ninth plane, and may crash
         (frame,) = av.AudioResampler(frame.format.packed).resample(frame)
-    if frame.format.name in ("s64", "s64p"):  # NumPy's name of it is unknown to PyAV
+    if frame.format.name in ("s64", "s64p"):  # PyAV does not know its NumPy type
         (frame,) = av.AudioResampler("dbl").resample(frame)
     array: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
@@ -297,6 +301,6 @@ def _undecodable(samples: float, rate: int, cause: str) -> DamagedError:
 
 
 def _check_length(samples: float, rate: int, claimed: float) -> None:
-    """Raise DamagedError when fewer samples are there than a number of seconds that is claimed."""
+    """Raise DamagedError when there are fewer samples than the claimed duration in seconds needs."""
     if samples + 0.5 < claimed * rate:
         raise DamagedError(f"is damaged or cut short: {samples / rate:.1f} of {claimed:.1f} s can be read; {AGAIN}")

@@ -1,9 +1,9 @@
-"""Read audio files block by block: libsndfile where it reads a format right, FFmpeg (through PyAV) for all others.
+"""Read audio files block by block: libsndfile for the formats it reads correctly, FFmpeg (through PyAV) for all others.
 
-libsndfile reads WAV, RF64, W64, AIFF, CAF, AU and Ogg Vorbis; FFmpeg FLAC, MP3, AAC, M4A, Opus, WMA, WavPack, APE, TTA,
-and the sound of MP4, MOV, Matroska, WebM, AVI, WMV, FLV and MPEG videos, whatever the files are called. Other formats
-are refused. Samples come as float32, integers divided by their full scale, so that the file's full scale is 1. All that
-a file holds is read, or the file is refused: see `containers`.
+libsndfile reads WAV, RF64, W64, AIFF, CAF, AU and Ogg Vorbis. FFmpeg reads FLAC, MP3, AAC, M4A, Opus, WMA, WavPack,
+APE, TTA, and the sound of MP4, MOV, Matroska, WebM, AVI, WMV, FLV and MPEG videos. The format does not depend on the
+file's name, and other formats are refused. Samples are float32; integers are divided by their full scale, so full scale
+is 1. All sound in a file is read, or the file is refused: see `containers`.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
@@ -33,30 +33,30 @@ SUFFIXES = (
     *(".tta", ".mka", ".weba", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg"),
     *(".mpeg", ".ts", ".mts", ".m2ts"),
 )
-"""Suffixes of the files that a folder is searched for, in any case."""
+"""Suffixes of the audio files to find in a folder, in upper or lower case."""
 
 _SOUND = re.compile(rb"ID3|\xff[\xe2-\xe7\xf1-\xfd]")
-"""First bytes of sound that begins without a container's: a tag, or a frame."""
+"""First bytes of an audio file without a container: a tag or a frame."""
 
 _PICTURES = (b"avif", b"heic", b"heix", b"mif1", b"crx ")
 """Kinds of MP4 files without sound."""
 
 RATES = (1_000, 768_000)
-"""Lowest and highest sample rate that is accepted, in hertz: beyond them the header of a file is wrong."""
+"""Lowest and highest accepted sample rate, in hertz; outside this range, a file's header is taken to be wrong."""
 
 _FORMATS = "give a WAV, FLAC, OGG, MP3 or M4A file"
 
 
 class AudioError(ValueError):
-    """A file that cannot be used: the message names it, gives the reason, and the fix."""
+    """A file that cannot be used; the message gives its name, the reason and the fix."""
 
 
 class AudioWarning(UserWarning):
-    """A file that is read, although some of it is left out or may be missing: the message names it and says which."""
+    """A file that is read although part of it is left out or may be missing; the message gives its name and fault."""
 
 
 class UnstatedLengthWarning(AudioWarning):
-    """A file in which nothing shows where the sound ends, so that a cut end would not be recognised."""
+    """A file that does not state where its sound ends, so a cut end would not be recognised."""
 
 
 class AudioReader:
@@ -65,22 +65,22 @@ class AudioReader:
     Attributes:
         rate: sample rate, in hertz.
         channels: c.
-        layout: speakers of the channels, FFmpeg's names, in the order of a WAV file's channel mask, in which the
-            channels come whatever their order in the file; () when the file does not declare them.
-        states_length: whether the file shows where its sound ends.
-        frames: samples in each channel. FFmpeg's formats are decoded once to count them: what the container hides
-            (an encoder's delay and padding) is left out.
+        layout: speakers of the channels, by FFmpeg's names; () if the file does not declare them. Declared channels are
+            returned in the order of a WAV file's channel mask, whatever their order in the file.
+        states_length: whether the file states where its sound ends.
+        frames: samples per channel, without the encoder's delay and padding that the container declares. To count
+            them, FFmpeg's formats are decoded once.
 
     Args:
         path: the file.
 
     Warns:
-        UnstatedLengthWarning: when nothing shows where the sound ends.
-        AudioWarning: when bytes that are no sound are left out.
+        UnstatedLengthWarning: when the file does not state where its sound ends.
+        AudioWarning: when bytes that are not sound are left out.
 
     Raises:
-        AudioError: for a file that is missing, not a regular file, not audio, cut, damaged or empty, has a rate
-            outside `RATES`, or changes its rate or channels.
+        AudioError: for a file that is missing, not a regular file, not audio, cut, damaged or empty, that has a rate
+            outside `RATES`, or that changes its rate or channels.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -119,7 +119,7 @@ class AudioReader:
         self.frames = sum(decoder.frames for decoder in self._decoders)
         self.states_length = all(decoder.has_end for decoder in self._decoders)
         if junk:
-            message = f"{self.path}: {junk:,} bytes behind the sound are neither sound nor a tag, and are left out"
+            message = f"{self.path}: {junk:,} bytes after the sound are neither sound nor a tag, and are left out"
             warnings.warn(message, AudioWarning, stacklevel=3)
         if not self.states_length:
             message = f"{self.path}: does not state its length; if its end was cut off, nothing shows it"
@@ -129,7 +129,7 @@ class AudioReader:
         low, high = RATES
         if not low <= decoder.rate <= high:
             raise AudioError(
-                f"{self.path}: {decoder.rate:,} Hz is no rate that music is recorded at ({low:,} to {high:,} Hz); "
+                f"{self.path}: {decoder.rate:,} Hz is not a sample rate of music ({low:,} to {high:,} Hz); "
                 f"write the right rate into its head, or resample it"
             )
         if not decoder.frames:
@@ -141,10 +141,10 @@ class AudioReader:
             )
 
     def blocks(self) -> Iterator[Tensor]:
-        """The samples from the start: blocks (c, up to `BLOCK`) float32.
+        """Yield all samples in blocks (c, up to `BLOCK`) float32.
 
         Raises:
-            AudioError: when samples are NaN or infinite, or the data are damaged or end before `frames`.
+            AudioError: when samples are NaN or infinite, or the data are damaged or have fewer than `frames` samples.
         """
         try:
             for decoder in self._decoders:
@@ -163,10 +163,10 @@ class AudioReader:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Tensor, int]:
-    """Read a whole audio file: (c, samples) float32, and its rate in hertz.
+    """Read a whole audio file: (c, samples) float32, and its sample rate in hertz.
 
     Raises:
-        AudioError: as `AudioReader` and its `blocks`.
+        AudioError: as in `AudioReader` and `AudioReader.blocks`.
     """
     with AudioReader(path) as file:
         return torch.cat(list(file.blocks()), dim=-1), file.rate
@@ -181,12 +181,12 @@ def find_audio_files(
 ) -> tuple[list[Path], list[AudioError], list[Path]]:
     """Find audio files in a folder and the folders below it, sorted by name.
 
-    A file is taken by its suffix, or by its first bytes. Hidden files and folders are left out, and so are the folders
-    `without`; links to folders are not followed.
+    A file counts as audio by its suffix or its first bytes. Hidden files and folders and the folders `without` are
+    skipped; links to folders are not followed.
 
     Returns:
-        The files; an error for every folder that cannot be read, or one when none was found; and the other
-        files, which were left out.
+        The audio files; an error for each folder that cannot be read, or one error if no audio file was found; and the
+        other files, which were left out.
     """
     folder = Path(folder)
     excluded = {os.path.realpath(path) for path in without}

@@ -1,6 +1,6 @@
-"""Frames of MP1, MP2, MP3 and AAC files, and the frame before them in which MP3 encoders count them (Xing, Info).
+"""MP1, MP2, MP3 and AAC files: parse the frames, and the tag of MP3 encoders with the number of frames (Xing, Info).
 
-A file that ends within a frame, or holds fewer frames than it counts, is cut. More frames than it counts are read all.
+A file that ends within a frame, or has fewer frames than its tag states, is cut. If it has more frames, all are read.
 
 Sources: ISO 11172-3 and 13818-3; ISO 14496-3 (ADTS); the Xing and LAME tags as LAME writes them.
 """
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from .source import AGAIN, CUT, FILE_START, MOST_JUNK, DamagedError, FileBytes, Part
 
-_KBPS = {  # by MPEG 1 (or 2 and 2.5) and layer
+_KBPS = {  # keys: MPEG 1 (False: 2 or 2.5), layer
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -24,20 +24,20 @@ _KBPS = {  # by MPEG 1 (or 2 and 2.5) and layer
 }
 _AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
 _AAC = 4
-"""Its number as a layer: in ADTS the two bits are 0."""
+"""Layer number that stands for AAC: in ADTS the two layer bits are 0."""
 
 MOST_TAGS = 1000
-"""Tags or zeros between the frames of one recording; a file with more is not an MP3 file."""
+"""Maximum number of gaps (tags or zeros) between the frames of one recording; a file with more is refused."""
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame by its header: bytes, samples, place of the tag, and what is the same in the whole recording."""
+    """A frame's header: size in bytes, samples, offset of the tag, and the properties shared by all frames."""
 
     size: int
     samples: int
     tag: int
-    kind: tuple[int, int, int, int]  # version, layer, rate, mono (of AAC: channels)
+    kind: tuple[int, int, int, int]  # version, layer, rate, mono (AAC: channels)
 
     @property
     def rate(self) -> int:
@@ -45,7 +45,7 @@ class _Frame:
 
 
 def _frame(head: bytes) -> _Frame | None:
-    """The frame that begins with these seven bytes, if one does."""
+    """Parse a frame's header from seven bytes; None if they hold none."""
     if len(head) < 7 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     if head[1] & 0xF6 != 0xF0:
@@ -73,7 +73,7 @@ def _layer_frame(head: bytes) -> _Frame | None:
 
 
 def first_frame(data: FileBytes, start: int, within: int = 4096) -> int | None:
-    """Place of the first frame, with two more of its kind behind it or the end, in some bytes; None for no frame."""
+    """Find the first frame in `within` bytes, followed by two more of its kind or the file's end; None if absent."""
     for match in re.finditer(rb"\xff[\xe0-\xff]", data.at(start, within)):
         place = pos = start + match.start()
         first = _frame(data.at(pos, 7))
@@ -88,10 +88,10 @@ def first_frame(data: FileBytes, start: int, within: int = 4096) -> int | None:
 
 
 def check_junk(data: FileBytes, pos: int, seconds: float) -> None:
-    """Check that the bytes from `pos` to the end, behind some seconds of sound, may be left out.
+    """Check that the bytes from `pos` to the end, after `seconds` of sound, may be left out.
 
     Raises:
-        DamagedError: when they may be a damaged part of the sound: they are many, or frames follow them.
+        DamagedError: when they may be damaged sound, because they exceed `MOST_JUNK` bytes or a frame begins in them.
     """
     if data.size - pos > MOST_JUNK or first_frame(data, pos, MOST_JUNK) is not None:
         where = f"after {seconds:.1f} s" if seconds else f"at byte {pos:,}"
@@ -99,7 +99,7 @@ def check_junk(data: FileBytes, pos: int, seconds: float) -> None:
 
 
 def frame_part(data: FileBytes, pos: int) -> tuple[Part, int]:
-    """The recording whose first frame is at `pos`, and where it ends: each frame that counts others begins another.
+    """Return the recording whose first frame is at `pos`, and the position of its end; a later tag begins the next one.
 
     Raises:
         DamagedError: when frames are missing or cut.
@@ -137,18 +137,18 @@ def frame_part(data: FileBytes, pos: int) -> tuple[Part, int]:
 
 
 def _part(ranges: list[range], tag: bytes, frames: int, first: _Frame) -> Part:
-    """One recording: its tag is kept where it counts the frames right, so that delay and padding are trimmed."""
+    """Build one recording; its tag is kept if its frame count is right, so that the decoder trims delay and padding."""
     seconds, has_end = frames * first.samples / first.rate, False
-    if first.kind[1] == _AAC:  # whose decoder may leave out the first frames
+    if first.kind[1] == _AAC:  # its decoder may omit the first frames
         return Part(tuple(ranges), "aac", seconds, 2 * first.samples / first.rate, has_end=False)
-    if tag[36:40] == b"VBRI":  # a count of Fraunhofer's encoder, which decoders leave out
+    if tag[36:40] == b"VBRI":  # a tag of Fraunhofer's encoder, which decoders omit
         has_end = True
         if frames < int.from_bytes(tag[50:54], "big") - 1:
             raise DamagedError(CUT)
     elif tag:
         flags, counted, size = struct.unpack(">3xBII", tag[first.tag + 4 : first.tag + 16].ljust(12, b"\0"))
         counted, there = counted * (flags & 1), len(tag) + sum(map(len, ranges))
-        if frames < counted - 1 or (frames == counted - 1 and flags & 2 and size > there):  # some count the tag, too
+        if frames < counted - 1 or (frames == counted - 1 and flags & 2 and size > there):  # some count the tag too
             raise DamagedError(CUT)
         has_end = counted > 0
         if frames == counted:

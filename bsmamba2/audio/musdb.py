@@ -2,7 +2,7 @@
 
     musdb18hq/{train,valid,test}/<track>/{mixture,vocals,drums,bass,other}.wav
 
-Training (`bsmamba2.training.datasets`) and evaluation (`bsmamba2.evaluation`) both list their tracks here.
+Training (`bsmamba2.training.datasets`) and evaluation (`bsmamba2.evaluation`) both list their tracks with this module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
-"""Formats that `soundfile` reads from any place without decoding what comes before."""
+"""Suffixes of formats that `soundfile` reads from any position without decoding the audio before it."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class TrackFolder:
     """One track: its folder, and the audio files in it by stem name.
 
     Attributes:
-        path: the folder; its last part names the track.
-        files: file name without suffix → files, sorted; more than one when a stem is there in several formats.
+        path: the folder; its name is the track's name.
+        files: file name without suffix → files, sorted; more than one if a stem exists in several formats.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class TrackFolder:
 
     @classmethod
     def of(cls, path: Path) -> TrackFolder:
-        """Look for audio files in a folder; none is opened."""
+        """List the audio files in a folder without opening them."""
         files: dict[str, tuple[Path, ...]] = {}
         for file in sorted(path.iterdir()):
             if file.suffix.lower() in AUDIO_SUFFIXES:

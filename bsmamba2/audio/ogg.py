@@ -1,7 +1,7 @@
-"""Ogg pages: chains of recordings, checksums, and how much sound they claim.
+"""Ogg files: find chained recordings, check the checksums of their pages, and read how much sound they claim.
 
-A file that ends within a page or a packet is cut, and one with a missing page or a wrong checksum is damaged. A missing
-end-of-stream flag is not a fault: recorders and live streams leave it out.
+A file that ends within a page or a packet is cut, and a file with a missing page or a wrong checksum is damaged. A
+missing end-of-stream flag is not a fault, because recorders and live streams omit it.
 
 Sources: RFC 3533 (Ogg), RFC 7845 (Opus in Ogg).
 """
@@ -18,14 +18,14 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def ogg_crc(page: bytes) -> int:
-    """CRC-32 of an Ogg page whose own CRC field is zero: zlib's, with the bits of each byte reversed."""
+    """Compute the CRC-32 of an Ogg page whose CRC field is zero, by zlib's CRC-32 in reversed bit order."""
     crc = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{crc:032b}"[::-1], 2)
 
 
 @dataclass
 class _Stream:
-    """A logical stream: its first bytes, next page number, granule positions, last page and that page's flags."""
+    """A logical stream: first bytes, next page number, first and last granule position, last page and its flags."""
 
     head: bytes
     number: int
@@ -33,7 +33,7 @@ class _Stream:
     last: int = -1
     page: range = range(0)
     flags: int = 0
-    is_open: bool = False  # a packet goes on in the next page
+    is_open: bool = False  # a packet continues on the next page
 
     @property
     def is_opus(self) -> bool:
@@ -41,7 +41,7 @@ class _Stream:
 
     @property
     def rate(self) -> int:
-        """Granules per second, 0 where this module does not know them."""
+        """Granule positions per second; 0 for codecs that this module does not know."""
         if self.is_opus:
             return 48_000
         if self.head.startswith(b"\x01vorbis"):
@@ -54,7 +54,7 @@ class _Stream:
 
 
 def ogg_part(data: FileBytes, pos: int) -> tuple[Part, int]:
-    """The recording at `pos`, one link of a chain, and where it ends.
+    """Return the recording at `pos`, one link of a chain, and the position of its end.
 
     Raises:
         DamagedError: when it is cut, a page is missing, or a checksum is wrong.
@@ -82,7 +82,7 @@ def ogg_part(data: FileBytes, pos: int) -> tuple[Part, int]:
         else:
             begun = True
         stream = streams.get(serial)
-        # A recording of a live stream lacks the pages between its head and its first sound.
+        # A recorded live stream lacks the pages between its header and its first sound.
         if stream is None or (number != stream.number and stream.last >= 0):
             raise DamagedError(f"is damaged: pages are missing before byte {pos:,}; {AGAIN}")
         if granule > 0:
@@ -94,7 +94,7 @@ def ogg_part(data: FileBytes, pos: int) -> tuple[Part, int]:
 
 
 def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) -> Part:
-    """One link of a chain, whose last page ends the stream: decoders trim the last packet only there."""
+    """Build one link of a chain; its last page is flagged as the end, since decoders trim the last packet only then."""
     sound = [stream for stream in streams.values() if stream.is_sound]
     if any(stream.is_open for stream in sound):
         raise DamagedError(CUT)
@@ -109,9 +109,9 @@ def _part(data: FileBytes, start: int, end: int, streams: dict[int, _Stream]) ->
         page[22:26] = struct.pack("<I", ogg_crc(bytes(page)))
         pieces = (range(start, stream.page.start), bytes(page), range(stream.page.stop, end))
     has_end = bool(stream.flags & 4)
-    if len(streams) == 1 and stream.head.startswith(b"\x01vorbis"):  # beside a picture it is FFmpeg's
+    if len(streams) == 1 and stream.head.startswith(b"\x01vorbis"):  # next to a picture, FFmpeg decodes it
         return Part(pieces, "ogg", libsndfile=True, vorbis=True, has_end=has_end)
-    # FFmpeg knows at what position a recorded live stream begins, but not of FLAC: there the first page is not counted.
+    # FFmpeg knows the start position of a recorded live stream, except in FLAC: there the first page is not counted.
     start = int.from_bytes(stream.head[10:12], "little") if stream.is_opus else 0  # samples that Opus skips
     start = stream.first if stream.head.startswith(b"\x7fFLAC") else start
     seconds = (stream.last - start) / stream.rate if stream.rate else 0.0

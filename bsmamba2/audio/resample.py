@@ -1,4 +1,4 @@
-"""Sample-rate conversion by the SoX resampler (soxr, very high quality), whole or block by block.
+"""Sample-rate conversion with the SoX resampler (soxr, very high quality), whole or block by block.
 
 Book: "Separating songs", which builds a windowed-sinc resampler and compares. Axis letters: see `bsmamba2.config`.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def resample(audio: Tensor, rate: int, new_rate: int) -> Tensor:
-    """Resample (..., samples) float32 to another rate: (..., ⌈samples · new_rate / rate⌉).
+    """Resample (..., samples) float32 to a different rate: (..., ⌈samples · new_rate / rate⌉).
 
     Raises:
         ValueError: for a rate that is not positive.
@@ -24,15 +24,15 @@ def resample(audio: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def resample_blocks(blocks: Iterable[Tensor], rate: int, new_rate: int) -> Iterator[Tensor]:
-    """Streaming resampler: bit for bit what `resample` gives for the whole signal, however it is cut.
+    """Streaming resampler: equals `resample` of the whole signal bit for bit, for any block lengths.
 
     Args:
-        blocks: (..., samples) float32, in order, of any length, one at least.
-        rate: theirs, in hertz.
-        new_rate: the one wanted, in hertz; when it is the same, the blocks pass through unchanged.
+        blocks: (..., samples) float32, in order, of any length, at least one block.
+        rate: their sample rate, in hertz.
+        new_rate: the output rate, in hertz; if it is the same, the blocks pass through unchanged.
 
     Yields:
-        (..., samples) blocks; memory does not grow with the length of the signal.
+        (..., samples) blocks; memory use does not grow with the length of the signal.
 
     Raises:
         ValueError: for a rate that is not positive.
@@ -54,7 +54,7 @@ def resample_blocks(blocks: Iterable[Tensor], rate: int, new_rate: int) -> Itera
         emitted += len(resampled)
         yield _unflatten(resampled, shape)
     if stream is not None:
-        # The library rounds the length: zeros, which it assumes behind the end anyway, make it long enough to trim.
+        # soxr rounds the length. Extra zeros, which it assumes after the end anyway, make it long enough to trim.
         zeros = np.zeros((2 * -(-rate // new_rate), channels), dtype="float32")
         resampled = stream.resample_chunk(zeros, last=True)[: -(-received * new_rate // rate) - emitted]
         yield _unflatten(resampled, shape)

@@ -1,6 +1,6 @@
-"""Separate a song file: decode → model's rate → overlap-add → file's rate → one file for each stem.
+"""Separate a song file: decode → model's rate → overlap-add → file's rate → one file per stem.
 
-All of it block by block: memory does not grow with the song. Book: "Separating songs". Axis letters: see
+Every step works block by block, so memory use does not grow with the song. Book: "Separating songs". Axis letters: see
 `bsmamba2.config`.
 """
 
@@ -28,15 +28,15 @@ from .streaming import separate_stream
 from .writer import FORMATS, StemWriter
 
 _SONGS_AT_ONCE = 8
-"""Pairs of a file's channels that are separated in one pass over it: their segments are in memory together."""
+"""Songs (channel groups times test-time views) per pass over a file; their segments are in memory together."""
 
 
 def channel_groups(count: int, channels: int = 2, layout: Sequence[str] = ()) -> list[tuple[int, ...]]:
-    """Group the channels of a file into songs of `channels` channels: the indices of each.
+    """Group the channels of a file into songs of `channels` channels; returns the channel indices of each song.
 
-    Of a declared layout, a left and a right speaker are a stereo song (FL and FR, BL and BR, ...), each other speaker
-    (FC, LFE, BC, ...) is a mono song. Without one, or for a model that is not stereo, channels that follow each other
-    are a song, and each channel that is left over.
+    In a declared layout, a left and a right speaker (FL and FR, BL and BR, ...) form a stereo song, and each other
+    speaker (FC, LFE, BC, ...) is a mono song. Without a layout, or for a model that is not stereo, consecutive channels
+    form a song, and each remaining channel is a mono song.
     """
     if not layout or channels != 2:
         grouped = count // channels * channels
@@ -51,14 +51,14 @@ def channel_groups(count: int, channels: int = 2, layout: Sequence[str] = ()) ->
 
 
 def split_channels(signal: Tensor, groups: Sequence[tuple[int, ...]], channels: int = 2) -> Tensor:
-    """Songs of a file's channels: (file's channels, samples) → (b, c, samples); a single channel is copied to all c."""
+    """Split a file into songs: (file's channels, samples) → (b, c, samples); a mono song is copied to c channels."""
     return torch.stack([signal[list(group)].expand(channels, -1) for group in groups])
 
 
 def join_channels(stems: Tensor, groups: Sequence[tuple[int, ...]]) -> Tensor:
-    """Inverse of `split_channels`: (b, stem, c, samples) → (stem, the groups' channels in order, samples).
+    """Inverse of `split_channels`: (b, stem, c, samples) → (stem, the groups' channels in file order, samples).
 
-    A channel that was copied is the mean of its copies.
+    A copied channel becomes the mean of its copies.
     """
     order = torch.tensor([i for group in groups for i in group]).argsort()
     songs = [
@@ -73,9 +73,9 @@ class SeparatedFiles:
     """Files that `separate_file` wrote.
 
     Attributes:
-        paths: by stem.
-        gain: below 1 when they were made quieter not to clip.
-        states_length: as `AudioReader.states_length`, of the song.
+        paths: stem → file.
+        gain: factor applied to all files; below 1 if they would have clipped.
+        states_length: `AudioReader.states_length` of the song.
     """
 
     paths: Mapping[str, Path]
@@ -84,10 +84,10 @@ class SeparatedFiles:
 
 
 def result_paths(config: ModelConfig, base: str | os.PathLike[str], format: str) -> dict[str, Path]:
-    """Files that `separate_file` writes: stem → path.
+    """Return the files that `separate_file` writes: stem → path.
 
     Raises:
-        ValueError: for an unknown format, and for a model with a stem called `instrumental`.
+        ValueError: for an unknown format, or a model with a stem called `instrumental`.
     """
     if "instrumental" in map(str.casefold, config.stems):
         raise ValueError(
@@ -116,23 +116,23 @@ def separate_file(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> SeparatedFiles:
-    """Separate a file into `<base>.<stem>.<suffix>` and `<base>.instrumental.<suffix>`, the mixture less the stems.
+    """Separate a file into `<base>.<stem>.<suffix>` and `<base>.instrumental.<suffix>`, the mixture minus the stems.
 
-    Rate, length, number of channels and their layout are the song's own. The channels are separated in the groups of
-    `channel_groups`; a mono one is copied to the model's channels, and the mean of the result written.
+    The results have the song's sample rate, length, number of channels and layout. The channels are separated in the
+    groups of `channel_groups`; a mono group is copied to the model's channels, and the mean of the outputs is written.
 
     Args:
         model: as in `separate`.
         song: the file.
-        base: folder and name of the results, without a suffix; missing folders are made.
+        base: folder and name of the results, without a suffix; missing folders are created.
         segment, overlap, look_ahead, batch, dtype, shifts, tta: as in `separate_stream`.
         format: a key of `FORMATS`.
-        overwrite: whether results that exist may be replaced.
-        progress: called with the file's samples as they are done.
+        overwrite: whether existing results may be replaced.
+        progress: called with the number of samples done since the last call, and the total.
 
     Raises:
-        AudioError: for a song that cannot be read, results that exist, and results that cannot be written.
-        ValueError: as `separate_stream` and `result_paths`.
+        AudioError: for a song that cannot be read, or results that exist or cannot be written.
+        ValueError: as in `separate_stream` and `result_paths`.
     """
     config, paths = model.config, result_paths(model.config, base, format)
     with AudioReader(song) as file:
@@ -142,7 +142,7 @@ def separate_file(
         passes = [groups[i : i + at_once] for i in range(0, len(groups), at_once)]
 
         def separate_pass(file: AudioReader, groups: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tensor, Tensor]]:
-            """The mixture and the stems of some channels: (channels, samples) and (stem, channels, samples)."""
+            """Yield the mixture and the stems of some channels: (channels, samples) and (stem, channels, samples)."""
             picked = sorted(i for group in groups for i in group)
             mixture = _ReplayBuffer(block[picked] for block in file.blocks())
             places = [tuple(picked.index(i) for i in group) for group in groups]
@@ -152,7 +152,7 @@ def separate_file(
                 look_ahead=look_ahead, batch=batch, dtype=dtype, shifts=shifts, tta=tta,
             )  # fmt: skip
             for block in resample_blocks(stems, config.sample_rate, file.rate):
-                original = mixture.take(block.shape[-1])  # shorter at the end: a rate's rounding
+                original = mixture.take(block.shape[-1])  # shorter at the end, because resampling rounds the length
                 if not original.shape[-1]:
                     continue
                 yield original, join_channels(block[..., : original.shape[-1]], places)
@@ -176,7 +176,7 @@ def _join_passes(
     separate_pass: Callable[..., Any],
     folder: Path,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `separate_pass` for all channels of a file, in several passes over it; the stems wait on the disk."""
+    """Run `separate_pass` for all channels of a file, in several passes; temporary files hold the stems in between."""
     order = np.argsort([i for groups in passes for i in sorted(sum(groups, ()))])
     with ExitStack() as stack:
         spools = []
@@ -197,7 +197,7 @@ def _join_passes(
 
 
 class _ReplayBuffer:
-    """Passes blocks (…, samples) on and keeps them until they are taken again, in other lengths."""
+    """Iterator over blocks (…, samples) that also stores them, until `take` returns them in different lengths."""
 
     def __init__(self, blocks: Iterable[Tensor]) -> None:
         self.blocks = blocks
@@ -209,7 +209,7 @@ class _ReplayBuffer:
             yield block
 
     def take(self, samples: int) -> Tensor:
-        """The next `samples` samples, or as many as there are."""
+        """Return the next `samples` stored samples, or fewer if fewer are stored."""
         taken: list[Tensor] = [self.buffered[0][..., :0]] if self.buffered else []
         while self.buffered and samples:
             block = self.buffered.popleft()

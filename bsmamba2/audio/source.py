@@ -1,4 +1,4 @@
-"""Bytes of an audio file, as the modules that walk its container see them, and the recordings that they find in it."""
+"""Byte access to an audio file for the modules that parse its container, and `Part`, a recording found in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVERT = "convert it to WAV or FLAC"
 CUT = f"is cut short: its end is missing; {AGAIN}"
 
 MOST_JUNK = 1 << 16
-"""Bytes at the end of a file that are left out with a message; more may be a damaged part of the sound."""
+"""Maximum number of bytes at the end of a file that are left out with a warning; more may be damaged sound."""
 
 FILE_START = re.compile(
     rb"RIF[FX]....(?:WAVE|AVI )|(?:RF|BW)64....WAVE|riff\x2e\x91\xcf\x11|FORM....(?:AIF[FC]|8SVX|16SV)|caff\0[\x01\x02]"
@@ -27,11 +27,11 @@ FILE_START = re.compile(
     rb"|Creative Voice File\x1a|wvpk....[\x02-\x10]\x04",
     re.DOTALL,
 )
-"""First bytes of files, those kinds that begin with enough of them not to be found in sound by chance."""
+"""First bytes of the file types whose signature is long enough not to occur in sound by chance."""
 
 
 class DamagedError(Exception):
-    """A file that is cut, damaged or contradicts itself: the message is what follows the file's name."""
+    """A file that is cut, damaged or inconsistent; callers put the file's name before the message."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Part:
     """One recording in a file; files joined end to end have several.
 
     Attributes:
-        pieces: its bytes: ranges of the file, and bytes that stand in for others.
+        pieces: its bytes: ranges of the file, and bytes objects that replace other bytes.
         format: FFmpeg's name of the format.
-        seconds: sound that its frames claim, or where its Ogg pages claim that it ends; 0 where they claim nothing.
-        trimmed: how much of it decoders may leave out, in seconds: an encoder's delay and padding.
-        samples: its length in samples, where its container counts them; 0 where it does not.
-        block: samples in a block, where the last block may be filled up, and writers may add one more.
-        libsndfile: whether libsndfile decodes it, where it can.
-        vorbis: whether it is Vorbis, whose channels have an order of their own.
-        has_end: whether the file shows where the sound ends: by a size, a count, or a mark.
-        walked: whether the container was followed to its end, so that nothing else is among the pieces.
+        seconds: duration that its frames claim, or end time that its Ogg pages claim; 0 if they claim nothing.
+        trimmed: seconds that decoders may omit as an encoder's delay and padding.
+        samples: its length in samples, if the container states it; otherwise 0.
+        block: samples per block, if the last block may be padded and writers may add one more; otherwise 0.
+        libsndfile: whether to try libsndfile before FFmpeg.
+        vorbis: whether it is Vorbis, which has its own channel order.
+        has_end: whether the file states where the sound ends, by a size, a count or a flag.
+        walked: whether the container was parsed to its end, so that the pieces hold nothing else.
     """
 
     pieces: tuple[bytes | range, ...]
@@ -63,13 +63,13 @@ class Part:
     walked: bool = True
 
     def length(self, decoded: int, channels: int) -> int:
-        """Samples that count of those decoded, which may fill up the last block."""
-        is_count = self.samples != decoded // channels  # as libsndfile counts IMA ADPCM
+        """Return how many of the decoded samples to keep, without the padding of the last block."""
+        is_count = self.samples != decoded // channels  # libsndfile counts IMA ADPCM this way
         return self.samples if is_count and decoded - 2 * self.block < self.samples < decoded else decoded
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a file to read, unbuffered; at once, even if it became a pipe that nobody writes to.
+    """Open a file for unbuffered reading, without waiting if it has become a pipe that has no writer.
 
     Raises:
         DamagedError: when it is not a regular file.
@@ -83,18 +83,18 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
 
 
 class Splice(io.RawIOBase):
-    """File object that reads the pieces of a `Part` one after the other; with `endless`, it does not tell its size."""
+    """File object that reads the pieces of a `Part` in sequence; with `endless`, it does not report its size."""
 
     def __init__(self, raw: io.FileIO, pieces: Sequence[bytes | range], *, endless: bool = False) -> None:
         self._raw, self._pieces, self._endless, self._position = raw, pieces, endless, 0
         self._starts = list(accumulate(map(len, pieces), initial=0))
 
     def readable(self) -> bool:
-        """True."""
+        """Always True."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
+        """Always True."""
         return True
 
     def tell(self) -> int:
@@ -102,7 +102,7 @@ class Splice(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set the position, and return it; −1, FFmpeg's sign of failure, for the end of an endless file."""
+        """Set the position and return it; for the end of an endless file, return −1, which FFmpeg reads as failure."""
         if whence == os.SEEK_END and self._endless:
             return -1
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
@@ -110,7 +110,7 @@ class Splice(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there are bytes, and return their number."""
+        """Read as many bytes into a buffer as it holds or as are left, and return their number."""
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view) and self._position < self._starts[-1]:
             index = bisect_right(self._starts, self._position) - 1
@@ -135,7 +135,7 @@ class FileBytes:
         self.size = os.fstat(raw.fileno()).st_size
 
     def at(self, start: int, count: int) -> bytes:
-        """`count` bytes from `start` on, or as many as there are."""
+        """Return `count` bytes from `start` on, or fewer at the end of the file."""
         count = min(count, self.size - start)
         if start < 0 or count <= 0:
             return b""
@@ -146,19 +146,19 @@ class FileBytes:
         return self._block[offset : offset + count]
 
     def unpack(self, format: str, start: int) -> tuple[Any, ...]:
-        """Fields at `start`, by `struct`; zeros behind the end of the file."""
+        """Unpack the fields at `start` with `struct`; bytes after the end of the file read as zeros."""
         size = struct.calcsize(format)
         return struct.unpack(format, self.at(start, size).ljust(size, b"\0"))
 
     def next_file(self, start: int) -> int:
-        """Place from `start` on where another file begins, or the end of this one."""
+        """Return the first position from `start` on where another file begins, or the end of this one."""
         for block in range(start, self.size, 1 << 20):
             if found := FILE_START.search(self.at(block, (1 << 20) + 63)):
                 return block + found.start()
         return self.size
 
     def skip_tags(self, start: int) -> int:
-        """First place from `start` on with neither a tag (ID3, APE, Lyrics3) nor zeros, but those that begin a file."""
+        """Return the position after tags (ID3, APE, Lyrics3) and zeros at `start`; zeros that begin a file are kept."""
         first = start
         while start < self.size:
             head = self.at(start, 32).ljust(32, b"\0")
@@ -183,7 +183,7 @@ class FileBytes:
         return min(start, self.size)
 
     def cut_off_tags(self) -> None:
-        """Take the tags at the end of the file (APE, ID3v1, Lyrics3) off its size, whether or not a head names them."""
+        """Subtract the tags at the end of the file (APE, ID3v1, Lyrics3) from its size."""
         while True:
             footer, length = self.at(self.size - 32, 32), 0
             if footer.startswith(b"APETAGEX"):

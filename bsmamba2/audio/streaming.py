@@ -1,18 +1,20 @@
-"""Separate songs that arrive block by block, in memory that does not grow with the song.
+"""Streaming separation: songs arrive block by block, and memory use does not grow with the song.
 
-Two ways. `separate_stream` without a look-ahead is the overlap-add of `bsmamba2.separate`, bit for bit, which keeps
-only the segments that are not finished.
+There are two modes. Without a look-ahead, `separate_stream` equals the overlap-add of `bsmamba2.separate` bit for bit,
+and keeps only unfinished segments in memory.
 
-With a `look_ahead` the segments are frames of one spectrogram, that of the whole song, and the state is carried on:
+With a `look_ahead`, each segment is a range of frames in the spectrogram of the whole song, and the state is carried
+over:
 
     masks_i, state_i = model.stream_masks(segment i and the frames ahead of it, state_{i−1}, frames of segment i)
 
-In every layer the forward mixer goes on from the end of the segment before, and the backward mixer begins at the end
-of the look-ahead. state_i is that at the end of segment i: the frames ahead are read once more with the next segment,
-which knows their future. So a look-ahead to the end of the song gives what reading it at once gives, in every
-layer. With a shorter one the forward state of the first layer is still exact; the layers above it have read what those
-below made of the frames with the future they knew. Both transforms are float64 here: a model that returns its input
-does so bit for bit, as long as no sample is more than 140 dB below those around it.
+In every layer the forward mixer continues from the end of the previous segment, and the backward mixer begins at the
+end of the look-ahead. state_i is the state at the end of segment i, because the look-ahead frames are processed again
+with the next segment, which sees further ahead. With a look-ahead to the end of the song, every layer therefore
+computes the same as for the whole song at once. With a shorter look-ahead, the forward state of the first layer is
+still exact, but the later layers depend on outputs that the earlier layers computed with a limited look-ahead. The STFT
+and its inverse are float64 here, so a model that returns its input does so bit for bit, as long as no sample is more
+than 140 dB below its neighbours.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
@@ -50,26 +52,26 @@ def separate_stream(
     shifts: int = 1,
     tta: bool = False,
 ) -> Iterator[Tensor]:
-    """Streaming separation: songs of one length come in blocks, in parallel, and go out in blocks.
+    """Streaming separation: takes blocks of parallel songs of equal length, and yields blocks of their stems.
 
-    How the songs are cut into blocks changes nothing, and which segments share a call of the model changes only what
-    its own arithmetic makes of it: nothing, or the last bits.
+    The block lengths do not change the result; the batch size changes at most the last bits, because the model may
+    round differently.
 
     Args:
-        model: its configuration gives the sample rate and channels; it computes where its weights are.
-        blocks: (b, c, samples) float32, in order, of any length: b songs of one length.
+        model: its configuration sets the sample rate and channels; it runs on the device of its weights.
+        blocks: (b, c, samples) float32, in order, of any length: b songs of equal length.
         segment: length of a segment, in seconds.
-        overlap: share of a segment that the next one covers too, from 0 to below 1; not used with a look-ahead.
-        look_ahead: seconds of the future that each segment sees, its state carried on from the segment before.
-        batch: segments that go through the model at once; with a look-ahead, only those of parallel songs.
-        dtype: of the model's arithmetic, one of `separate.DTYPES`.
-        shifts, tta: test-time averaging, see `separate.tta_views`; the views are parallel songs.
+        overlap: fraction of a segment that the next one also covers, from 0 to below 1; not used with a look-ahead.
+        look_ahead: seconds that each segment sees beyond its end, its state carried over from the previous segment.
+        batch: segments per model call; with a look-ahead, only segments of parallel songs.
+        dtype: type of the model's arithmetic, one of `separate.DTYPES`.
+        shifts, tta: test-time averaging, see `separate.tta_views`; the views are separated as parallel songs.
 
     Yields:
-        (b, stem, c, samples) float32 on the CPU, as many samples in all as came in.
+        (b, stem, c, samples) float32 on the CPU, with as many samples in total as the input.
 
     Raises:
-        ValueError: as `separate.separate`, for a look-ahead out of range, or a model that has no state to carry.
+        ValueError: as in `separate.separate`; for a look-ahead out of range, or a model without a state to carry over.
     """
     config = model.config
     length, step, weight = overlap_add_window(config, segment, overlap, batch)
@@ -93,7 +95,7 @@ def _stream_average(
     longest = views[-1].delay
 
     def view_blocks() -> Iterator[Tensor]:
-        """(view, b, c, samples), and zeros until the most delayed view has come to its end."""
+        """Yield blocks (view, b, c, samples), then zeros until the most delayed view has ended."""
         transformed = None
         for block in blocks:
             yield (transformed := torch.stack([view.transform(block) for view in views]))
@@ -110,7 +112,7 @@ def _stream_average(
 
 
 def _delay(blocks: Iterable[Tensor], delays: Sequence[int]) -> Iterator[Tensor]:
-    """Delay lines: blocks (view, ..., samples), each view later by its own number of samples; zeros come first."""
+    """Delay lines: delay each view of the blocks (view, ..., samples) by its own number of samples, initially zeros."""
     history = torch.zeros(0)
     for block in blocks:
         history = torch.cat((history if len(history) else torch.zeros(*block.shape[:-1], max(delays)), block), dim=-1)
@@ -143,9 +145,9 @@ def _stream_overlap_add(
             emitted += finished.shape[-1]
             yield finished
 
-    pending = torch.zeros(0)  # from the start of the next segment on
+    pending = torch.zeros(0)  # samples from the start of the next segment on
     segments: list[Tensor] = []
-    covered = 0  # samples at the start of `pending` that a segment covers already
+    covered = 0  # samples at the start of `pending` that a segment already covers
     for block in blocks:
         check_mixture(block)
         pending = torch.cat([pending, block.cpu()], dim=-1) if received else block.cpu()
@@ -166,12 +168,12 @@ def _stream_overlap_add(
 def _stream_stateful(
     model: BSMamba2, blocks: Iterable[Tensor], frames: int, ahead: int, batch: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Segments of `frames` frames, each with `ahead` more behind it: (b, c, samples) → (b, stem, c, samples) blocks."""
+    """Segments of `frames` frames with `ahead` look-ahead frames: (b, c, samples) → (b, stem, c, samples) blocks."""
     n_fft, hop_length, win_length = model.config.n_fft, model.config.hop_length, model.config.win_length
     received = emitted = 0
 
     def checked_blocks() -> Iterator[Tensor]:
-        """The blocks in float64 and short parts; at least as many samples as have a spectrogram."""
+        """Yield the blocks as short float64 parts, padded with zeros if they are too short for a spectrogram."""
         nonlocal received
         for block in blocks:
             check_mixture(block)
@@ -181,20 +183,20 @@ def _stream_stateful(
             yield torch.zeros(*block.shape[:-1], n_fft // 2 + 1 - received, dtype=torch.float64)
 
     def stem_spectrograms() -> Iterator[Tensor]:
-        """Masked spectrograms: complex (b, stem, c, f, t)."""
-        pending: Tensor | None = None  # from the first frame of the next segment on
-        states: list[StreamingState] = []  # for each `batch` of songs
+        """Yield masked spectrograms: complex (b, stem, c, f, t)."""
+        pending: Tensor | None = None  # frames from the start of the next segment on
+        states: list[StreamingState] = []  # one for each `batch` of songs
         for spectrogram in stft_blocks(checked_blocks(), n_fft, hop_length, win_length):
             pending = spectrogram if pending is None else torch.cat((pending, spectrogram), dim=-1)
             while pending.shape[-1] > frames + ahead:
                 masks, states = _stream_masks(model, pending[..., : frames + ahead], states, frames, batch, dtype)
                 yield masks * pending[:, None, ..., :frames]
                 pending = pending[..., frames:]
-        if pending is not None:  # the look-ahead reaches the end of the song: all that is left is one segment
+        if pending is not None:  # the look-ahead reaches the end of the song, so the rest is one segment
             yield _stream_masks(model, pending, states, pending.shape[-1], batch, dtype)[0] * pending[:, None]
 
     for block in istft_blocks(stem_spectrograms(), n_fft, hop_length, win_length):
-        block = block[..., : received - emitted].float()  # the last may have zeros behind the song
+        block = block[..., : received - emitted].float()  # the last block may have zeros after the song
         check_stems(block, dtype)
         emitted += block.shape[-1]
         yield block
@@ -203,7 +205,7 @@ def _stream_stateful(
 def _stream_masks(
     model: BSMamba2, spectrogram: Tensor, states: list[StreamingState], frames: int, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, list[StreamingState]]:
-    """`model.stream_masks` for `batch` songs at a time, each batch with its own state; no states at the start."""
+    """Call `model.stream_masks` for `batch` songs at a time, each batch with its own state; [] at the start."""
     songs = spectrogram.to(torch.complex64).split(batch)
     previous: list[StreamingState | None] = [*states] or [None] * len(songs)
     with _inference_context(model, dtype) as device:
@@ -216,7 +218,7 @@ def _stream_masks(
 def stft_blocks(
     blocks: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 441, win_length: int | None = None
 ) -> Iterator[Tensor]:
-    """Streaming STFT: the frames of `spectrogram.stft`, each as soon as its samples have arrived.
+    """Streaming STFT: yields the frames of `spectrogram.stft` as soon as their samples have arrived.
 
     Args:
         blocks: (..., samples), real, in order, of any length.
@@ -226,14 +228,14 @@ def stft_blocks(
         Complex (..., f, t).
 
     Raises:
-        ValueError: as `spectrogram.stft`.
+        ValueError: as in `spectrogram.stft`.
     """
     half = n_fft // 2
-    pending: Tensor | None = None  # from the first sample of the next frame on
+    pending: Tensor | None = None  # samples from the start of the next frame on
     reflected = False
 
     def transform(frames: int) -> Tensor:
-        """The first `frames` frames of `pending`."""
+        """Return the first `frames` frames of `pending`."""
         assert pending is not None
         audio = pending[..., : (frames - 1) * hop_length + n_fft]
         window = analysis_window(n_fft, win_length, audio.dtype, audio.device)
@@ -246,7 +248,7 @@ def stft_blocks(
         if not reflected and pending.shape[-1] > half:
             pending = torch.cat((pending[..., 1 : half + 1].flip(-1), pending), dim=-1)
             reflected = True
-        frames = (pending.shape[-1] - n_fft - 1) // hop_length + 1  # one sample more stays, to reflect the end
+        frames = (pending.shape[-1] - n_fft - 1) // hop_length + 1  # one more sample stays, to reflect the end
         if reflected and frames > 0:
             yield transform(frames)
             pending = pending[..., frames * hop_length :]
@@ -261,21 +263,21 @@ def stft_blocks(
 def istft_blocks(
     spectrograms: Iterable[Tensor], n_fft: int = 2048, hop_length: int = 441, win_length: int | None = None
 ) -> Iterator[Tensor]:
-    """Streaming inverse STFT: the samples of `spectrogram.istft`, each as soon as all its frames have arrived.
+    """Streaming inverse STFT: yields the samples of `spectrogram.istft` as soon as all their frames have arrived.
 
     Args:
         spectrograms: complex (..., f, t), in order, of any length.
         n_fft, hop_length, win_length: as in `spectrogram.istft`.
 
     Yields:
-        Real (..., samples): in all one less than hop for each frame, the most that audio of so many frames has.
+        Real (..., samples), in total frames · hop_length − 1 samples, the longest audio with that number of frames.
     """
-    shared = -(-n_fft // hop_length) - 1  # frames that reach a sample which is not complete yet
+    shared = -(-n_fft // hop_length) - 1  # frames that overlap samples not yet complete
     pending: Tensor | None = None
-    first = emitted = 0  # number of the first frame in `pending`; samples yielded
+    first = emitted = 0  # index of the first frame in `pending`; samples yielded
 
     def samples_to(end: int) -> Tensor:
-        """The samples from `emitted` to `end`."""
+        """Return the samples from `emitted` to `end`."""
         assert pending is not None
         start = first * hop_length
         return istft(pending, end - start, n_fft, hop_length, win_length)[..., emitted - start :]

@@ -1,4 +1,4 @@
-"""Write audio files block by block: whole or not at all, and never clipped without a message.
+"""Write audio files block by block: complete or not at all, and scaled down if their format would clip them.
 
 Book: "Separating songs". Axis letters: see `bsmamba2.config`.
 """
@@ -27,18 +27,18 @@ from .files import AudioError, AudioReader
 
 try:
     import fcntl
-except ImportError:  # Windows, which deletes no file that is open
+except ImportError:  # Windows, which cannot delete an open file
     fcntl = None  # type: ignore[assignment]
 
 _WRITE_CHUNK = 1 << 16
-"""Frames written in one call: minutes of Vorbis in one call crash libsndfile."""
+"""Maximum frames per write call, because minutes of Vorbis in one call crash libsndfile."""
 
 _EXISTS = "{}: exists; give another folder with -o, or --overwrite"
 
 
 @dataclass(frozen=True)
 class Format:
-    """Output format: suffix, soundfile's names of container and encoding, bits per sample (0: lossy), most channels."""
+    """Output format: suffix, soundfile's container and encoding, bits per sample (0: lossy), channel limit."""
 
     suffix: str
     container: str
@@ -58,28 +58,28 @@ FORMATS = {
 
 
 class StemWriter:
-    """Writer of audio files that belong together, of one rate, length and number of channels: all appear, or none.
+    """Writer for a set of audio files of equal rate, length and number of channels: either all appear, or none.
 
-    Until the block ends without an error, they have hidden names in their folders; then each gets its own. After an
-    error nothing of them is left. What a killed process left is removed by the next writer to the folder.
+    The files have hidden names in their folders until the `with` block ends without an error, and then get their final
+    names. After an error, all of them are removed. The next writer to the folder removes the files of a killed process.
 
-    32-bit float (`wav`) holds every level. The other formats end at ±1: there the samples wait in 32-bit float until
-    the highest peak of all the files is known, and when it passes 1 all are made quieter by the same `gain`, so
-    that they still add up. Integer samples are rounded to the nearest, without dither: what was read from
-    16 bits, and not changed, is written back as the same 16 bits.
+    32-bit float (`wav`) stores every level. The other formats are limited to ±1, so their samples are stored as 32-bit
+    float until the highest peak of all the files is known. If it exceeds 1, all are scaled by the same `gain`, so that
+    they still add up. Integer samples are rounded to nearest, without dither, so unchanged 16-bit samples are written
+    back as the same 16 bits.
 
     Args:
-        paths: name → file; missing folders are made.
+        paths: name → file; missing folders are created.
         rate: in hertz.
         channels: c.
         format: a key of `FORMATS`.
-        frames: samples to come in each channel, about: it decides whether a WAV file needs 64-bit sizes.
-        layout: speakers of the channels, as `AudioReader.layout`: the channel mask of a WAV file.
-        overwrite: whether files that exist may be replaced.
+        frames: approximate number of samples per channel; it decides whether a WAV file needs 64-bit sizes.
+        layout: speakers of the channels, as in `AudioReader.layout`; it sets the channel mask of a WAV file.
+        overwrite: whether existing files may be replaced.
 
     Raises:
-        AudioError: for a rate, number of channels or layout that the format does not have, a folder that cannot be
-            written, a file that exists, a full disk.
+        AudioError: for a rate, number of channels or layout that the format does not support, a folder that cannot be
+            written, a file that exists, or a full disk.
         ValueError: for an unknown format.
     """
 
@@ -103,8 +103,8 @@ class StemWriter:
         if self._order is None:
             raise AudioError(f"{subject} for {' '.join(layout)} {fault}")
         mask = sum(1 << SPEAKERS.index(name) for name in layout)
-        self._mask = 0 if mask in (0b11, 0b100) else mask  # stereo and mono need none
-        try:  # does the encoder take this rate? before anything long begins
+        self._mask = 0 if mask in (0b11, 0b100) else mask  # stereo and mono need no mask
+        try:  # an early error if the encoder does not support this rate
             with soundfile.SoundFile(
                 io.BytesIO(), "w", rate, channels, self.format.subtype, format=self.format.container
             ) as trial:
@@ -180,13 +180,13 @@ class StemWriter:
 
 
 def _channel_order(format: Format, channels: int, layout: Sequence[str]) -> list[int] | None:
-    """Order in which a format stores the channels of a file; None where it has no place for one of the speakers."""
+    """Return the order of the channels in a format; None if it does not support one of the speakers."""
     identity = list(range(channels))
-    speakers = VORBIS_SPEAKERS.get(channels, "").split()  # FLAC has the same ones, in the order of `SPEAKERS`
+    speakers = VORBIS_SPEAKERS.get(channels, "").split()  # FLAC has the same speakers, in the order of `SPEAKERS`
     if format.container not in ("FLAC", "OGG") or channels < 3 or not (speakers or layout):
         return identity
     names = list(layout) or sorted(speakers, key=SPEAKERS.index)
-    if "SL" not in speakers:  # speakers at the sides or behind are the same here
+    if "SL" not in speakers:  # here, side and back speakers are the same
         names = [{"SL": "BL", "SR": "BR"}.get(name, name) for name in names]
     if sorted(names) != sorted(speakers):
         return None
@@ -194,7 +194,7 @@ def _channel_order(format: Format, channels: int, layout: Sequence[str]) -> list
 
 
 def _quantise(frames: np.ndarray, bits: int) -> np.ndarray:
-    """±1 float32 → integers of so many bits, in the upper bits of what soundfile takes; 0 bits: as they are."""
+    """Round float32 in ±1 to `bits`-bit integers, in the upper bits of soundfile's integer type; 0 bits: unchanged."""
     if not bits:
         return np.ascontiguousarray(frames)
     scale = 2 ** (bits - 1)
@@ -203,7 +203,7 @@ def _quantise(frames: np.ndarray, bits: int) -> np.ndarray:
 
 
 class _TempAudioFile:
-    """Audio file under a hidden name in its folder, locked while it is open; `commit` gives it its own name."""
+    """Audio file under a hidden name in its folder, locked while it is open; `commit` gives it its final name."""
 
     _raw: _ErrorCapturingFile | None = None
     _file: Any = None
@@ -214,7 +214,7 @@ class _TempAudioFile:
         self.path, self._mask = path, mask
         self.temp_path = path.with_name(f".bsmamba2-{token}-{secrets.token_hex(4)}.part")
         container = format.container
-        if container == "WAV":  # its sizes have 32 bits; RF64 is the same file with 64-bit sizes, and keeps the suffix
+        if container == "WAV":  # its sizes have 32 bits; RF64 is the same format with 64-bit sizes and the same suffix
             size = frames * channels * format.bits // 8
             container = "RF64" if size > 0xFFFF0000 else "WAVEX" if mask else "WAV"
         self._has_mask = container in ("RF64", "WAVEX")
@@ -229,7 +229,7 @@ class _TempAudioFile:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Errors of the system and of libsndfile as AudioError; soundfile asserts that all was written."""
+        """Re-raise system and libsndfile errors, and soundfile's AssertionError for a short write, as AudioError."""
         try:
             yield
             if self._raw and self._raw.error:
@@ -242,7 +242,7 @@ class _TempAudioFile:
             raise AudioError(f"{self.path}: cannot be written ({reason(cause)}); {fix}") from error
 
     def write(self, frames: np.ndarray) -> None:
-        """Write (samples, c)."""
+        """Write frames (samples, c)."""
         for start in range(0, len(frames), _WRITE_CHUNK):
             with self._errors():
                 self._file.write(frames[start : start + _WRITE_CHUNK])
@@ -252,7 +252,7 @@ class _TempAudioFile:
         assert self._raw is not None
         with self._errors():
             self._file.close()
-            if self._has_mask:  # soundfile has no means to set it
+            if self._has_mask:  # soundfile cannot set the mask
                 self._raw.seek(0)
                 self._raw.seek(self._raw.read(128).index(b"fmt ") + 28)
                 self._raw.write(self._mask.to_bytes(4, "little"))
@@ -261,12 +261,12 @@ class _TempAudioFile:
                 self._raw.close()
 
     def delete_old(self) -> None:
-        """Delete the file that is to be replaced, if there is one."""
+        """Delete the file to be replaced, if it exists."""
         with self._errors():
             self.path.unlink(missing_ok=True)
 
     def commit(self) -> None:
-        """Give the file its own name, which must be free. The hidden name stays, too, where there are hard links."""
+        """Give the file its final name, which must be free. With hard links, the file keeps its hidden name too."""
         with self._errors():
             try:
                 os.link(self.temp_path, self.path)
@@ -278,7 +278,7 @@ class _TempAudioFile:
 
     def release(self) -> None:
         """Close the file, whatever its state."""
-        with contextlib.suppress(soundfile.LibsndfileError, AssertionError):  # of a file that is thrown away
+        with contextlib.suppress(soundfile.LibsndfileError, AssertionError):  # the file may be incomplete
             if self._file:
                 self._file.close()
         if self._raw:
@@ -286,7 +286,7 @@ class _TempAudioFile:
 
 
 class _ErrorCapturingFile(io.FileIO):
-    """New file for libsndfile to write: its callbacks may not raise, so the first error is kept here."""
+    """New file for libsndfile to write; it stores the first error, because libsndfile's callbacks must not raise."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path if fcntl is None else path.with_suffix(".new"), "xb+")
@@ -310,7 +310,7 @@ class _ErrorCapturingFile(io.FileIO):
 
 
 def _prepare(paths: Iterable[Path], overwrite: bool) -> None:
-    """Make the folders of files, remove what killed processes left in them, and check that the files may be written."""
+    """Create the folders of files, `sweep` them, and check that the files may be written."""
     swept: set[Path] = set()
     for path in paths:
         try:
@@ -330,8 +330,8 @@ def _prepare(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the hidden files of writers that were killed, and results that lack the others of their song."""
-    for path in folder.glob(".bsmamba2-*.new"):  # renamed to .part within microseconds, once it is locked
+    """Remove the hidden files of killed writers, and a song's results if some of them are missing."""
+    for path in folder.glob(".bsmamba2-*.new"):  # a writer locks it and renames it to .part within microseconds
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > 60 and not path.is_symlink():
                 path.unlink()
@@ -340,14 +340,14 @@ def sweep(folder: Path) -> None:
         if path.is_file() and not path.is_symlink():
             songs.setdefault(path.name.split("-")[1], []).append(path)
     for parts in songs.values():
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # of a writer that is alive, or not ours
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # locked by a running writer, or not ours
             for part in parts if fcntl is not None else ():
                 fcntl.flock(stack.enter_context(part.open("rb+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(parts, folder.iterdir())
 
 
 def _remove(parts: Sequence[Path], named: Iterable[Path] = ()) -> None:
-    """Remove hidden files, and unless each of them has a name of its own among `named`, these names."""
+    """Remove hidden files, and also their final names among `named`, unless every file has one."""
     lexists = os.path.lexists  # False for a name that is too long
     inodes = {path.lstat().st_ino for path in parts if lexists(path)}
     names = [path for path in named if path not in parts and lexists(path) and path.lstat().st_ino in inodes]

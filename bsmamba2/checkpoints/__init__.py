@@ -1,8 +1,8 @@
-"""Checkpoints: load a model that any program trained, and save one; nothing in a file is ever executed.
+"""Checkpoints: load models of this and other training programs, and save them; nothing in a file is ever executed.
 
-`layouts` loads and saves; begin there. `published_layout` has the names, shapes and known files of the authors' model,
-`state_dict` finds the weights under the wrappers and prefixes of other training programs, and `safe_pickle` reads
-their pickles without running them. The package needs safetensors and PyYAML.
+Begin with `layouts`, which loads and saves. `published_layout` lists the tensor names, shapes and known files of the
+authors' model, `state_dict` finds weights under the wrappers and prefixes of other training programs, and
+`safe_pickle` reads pickles without running them. The package needs safetensors and PyYAML.
 """
 
 from .layouts import (

@@ -1,10 +1,10 @@
 """Checkpoints: load and save a model, in our layout and in both published ones.
 
     bsmamba2    safetensors: our names; the configuration, a format version and a hash in the metadata
-    published   torch.save of {published name: tensor}, as `bs_mamba2_vocals.ckpt`
-    lightning   torch.save of {"state_dict": {"model." + published name: tensor}, ...}, as the authors' file
+    published   torch.save of {published name: tensor}, as in `bs_mamba2_vocals.ckpt`
+    lightning   torch.save of {"state_dict": {"model." + published name: tensor}, ...}, as in the authors' file
 
-Wrappers and prefixes of training programs are unwrapped (`state_dict`). Nothing in a file is ever executed
+Wrappers and prefixes of training programs are removed (`state_dict`). Nothing in a file is ever executed
 (`safe_pickle`). Book: "The whole model". Sources: the authors' code (github.com/EuiYeonKim/BSMamba2, 42eb8c8) and,
 for the EMA entry, the callback of the training code that it builds on (amanteur/BandSplitRNN-PyTorch,
 src/utils/callbacks.py, from NVIDIA NeMo).
@@ -49,7 +49,7 @@ FORMAT_VERSION = 2
 HASH_KEY = "bsmamba2.sha256"
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "weights" / "small.safetensors"
-"""The checkpoint inside the package, the commands' default."""
+"""Checkpoint bundled with the package; the default of the commands."""
 
 
 class CheckpointError(ValueError):
@@ -58,13 +58,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Contents of a checkpoint file: the configuration, and the weights in our names, float32, on the CPU.
+    """Contents of a checkpoint file: the configuration, and the weights under our names, in float32 on the CPU.
 
     Attributes:
         path: the file.
         layout: one of the three layouts.
-        weights: `ema` for moving averages, else `raw`.
-        config: as stored, as given, or inferred (see `read_checkpoint`).
+        weights: `ema` for moving averages, otherwise `raw`.
+        config: the stored, given or inferred configuration (see `read_checkpoint`).
         state: name → tensor, with exactly the names of `BSMamba2(config).state_dict()`.
         metadata: further entries that were passed to `save_checkpoint`.
         notes: lines for the user: the weights that were loaded, and the settings that were assumed.
@@ -92,10 +92,10 @@ def load_checkpoint(
     config: ModelConfig | str | os.PathLike[str] | None = None,
     scan: ssd.Scan | str = ssd.chunked,
 ) -> BSMamba2:
-    """Load a model from a file of any layout, in evaluation mode, on the CPU, in float32.
+    """Load a model from a file of any layout; the model is in evaluation mode, in float32, on the CPU.
 
-    Arguments and errors are those of `read_checkpoint`. `scan` is a function such as `ssd.chunked`, or "recurrent",
-    "matrix" or "chunked".
+    Other arguments and errors are those of `read_checkpoint`. `scan` is a function such as `ssd.chunked`, or its name:
+    "recurrent", "matrix" or "chunked".
     """
     return read_checkpoint(path, weights=weights, config=config).model(scan=scan)
 
@@ -106,20 +106,20 @@ def read_checkpoint(
     weights: Weights = "auto",
     config: ModelConfig | str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint of any layout, which is recognised by its content, not by its name.
+    """Read a checkpoint of any layout, which is recognised by the file's content, not its name.
 
-    A published file has no configuration. Widths, depth, bands and the number of stems are then inferred from the
+    A published file has no configuration, so widths, depth, bands and the number of stems are inferred from the
     tensors. The rest comes from a YAML file of the training toolbox (`config.read_config`) in the same folder, if one
     fits, or is assumed: 44,100 Hz; hop 441 (n_fft / 4 if that is too long); a window of n_fft; two channels, or one if
     only then n_fft = 2·(bins - 1) is a power of two; stem `vocals`, or `stem_0`, `stem_1`, … for several.
 
     A Lightning file of the authors' code has the raw weights in `state_dict` and their moving averages, in the order
     of the parameters, under `optimizer_states` in a list `ema` (read from code, not seen in their file). Their training
-    validates the averages; their `evaluate.py` and `inference.py` use the raw weights.
+    validates with the averages; their `evaluate.py` and `inference.py` use the raw weights.
 
     Args:
         path: the file.
-        weights: `ema` or `raw`, in a file that has both; `auto` prefers the averages.
+        weights: `ema` or `raw`, for a file that has both; `auto` prefers the averages.
         config: the architecture, if the file has none or the assumptions do not fit; or a YAML or JSON file with some
             of its fields.
 
@@ -127,7 +127,7 @@ def read_checkpoint(
         The checkpoint. Weights of any floating type become float32 and share no memory.
 
     Raises:
-        CheckpointError: when the file is not a checkpoint, is truncated or damaged, is of a different model, lacks the
+        CheckpointError: when the file is not a checkpoint, is truncated or damaged, holds a different model, lacks the
             requested `weights`, or has tensors that are missing, unexpected, misshapen, not floating-point or not
             finite.
         FileNotFoundError: when the file does not exist.
@@ -186,19 +186,19 @@ def save_checkpoint(
     layout: Layout = "bsmamba2",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Save a model atomically: after a failure, an older file at `path` is unchanged.
+    """Save a model atomically: if saving fails, an existing file at `path` is unchanged.
 
     Args:
-        model: its weights keep their type.
-        path: replaced if it exists; its folder must exist.
-        layout: `bsmamba2`; or `published` or `lightning`, which store only the weights (`lightning` only `state_dict`,
-            all that the authors' evaluation and inference read).
-        metadata: further strings for a `bsmamba2` file (`read_checkpoint(path).metadata`).
+        model: the model to save; its weights keep their data type.
+        path: output file, replaced if it exists; its folder must exist.
+        layout: `bsmamba2`; or `published` or `lightning`, which store only the weights (`lightning` only in
+            `state_dict`, because the authors' evaluation and inference read nothing else).
+        metadata: further strings for a `bsmamba2` file (returned in `read_checkpoint(path).metadata`).
 
     Raises:
         CheckpointError: when a weight is not finite, or the model does not match its configuration (a custom
             `sequence_layer`).
-        OSError: when the file cannot be written, on a full disk for example; it names `path`.
+        OSError: when the file cannot be written, for example on a full disk; the message names `path`.
         ValueError: for an unknown layout, or metadata that cannot be stored.
     """
     if layout not in ("bsmamba2", "published", "lightning"):
@@ -226,7 +226,7 @@ def save_checkpoint(
 
 
 def bundled_checkpoint() -> Path:
-    """Path of the checkpoint bundled with the package; CheckpointError when this copy has none."""
+    """Path of the checkpoint bundled with the package; raises CheckpointError if this copy has none."""
     if not BUNDLED_CHECKPOINT.is_file():
         fix = "name one with --checkpoint, or run `make train` and name book/results/first_run/checkpoint.safetensors"
         raise CheckpointError(f"this copy of bsmamba2 has no checkpoint ({BUNDLED_CHECKPOINT} is missing): {fix}")
@@ -262,7 +262,7 @@ def _read_file(path: Path) -> tuple[FoundWeights, dict[str, str]]:
 
 
 def _serialize(state: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file with a hash, and with sorted metadata, because the library shuffles them."""
+    """Bytes of a safetensors file with a hash; metadata are sorted, because the library's order is arbitrary."""
     content = safetensors.torch.save(state, {**metadata, HASH_KEY: sha256_state(state, metadata)})
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -273,7 +273,7 @@ def _serialize(state: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skip random initialisation: weights stay uninitialised memory until a checkpoint's replace them.
+    """Skip random initialisation: weights stay uninitialised until those of a checkpoint replace them.
 
     Building the paper's model then takes 0.05 s and no memory. (`torch.device("meta")` would import the compiler.)
     """

@@ -1,17 +1,17 @@
-"""Export a model to ONNX, a file format that programs in many languages run without PyTorch.
+"""Export a model to ONNX, a file format that programs in many languages can run without PyTorch.
 
-The file holds the model between the spectrogram and the masks, in real numbers, because ONNX has no complex ones:
+The file holds the part of the model from spectrogram to masks, in real numbers, because ONNX lacks complex numbers:
 
     spectrogram (c, f, t, 2)  →  bands → (time, band) × L → norm → mask estimators  →  masks (stem, c, f, t, 2)
 
-The last axis is real and imaginary part; t is any number of frames. The program that runs the file computes the STFT,
-multiplies it by the masks and inverts it; the metadata `config` holds the `ModelConfig` as JSON. The page "Use it" of
-the book has an example.
+The last axis holds the real and imaginary parts; t may be any number of frames. The program that runs the file must
+compute the STFT, multiply it by the masks and invert it. The metadata entry `config` holds the `ModelConfig` as JSON.
+The page "Use it" of the book has an example.
 
 PyTorch's exporter rejects complex numbers and takes minutes for the thousands of operations that it traces, so we
-write the nodes of the core's forward methods ourselves. One thing differs: the recurrence between the chunks of the
-scan is a matrix product too, so that the graph has no loop. It needs the packages onnx and onnxruntime (the extra
-`export`). Axis letters: see `bsmamba2.config`.
+write the nodes of the core's forward methods ourselves. One thing differs: the scan also computes the recurrence
+between chunks as a matrix product, so that the graph has no loop. The export needs the packages onnx and onnxruntime
+(the extra `export`). Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from ..model import BSMamba2
 from ..ssd import CHUNK
 
 OPSET = 18
-"""Version of ONNX's operators."""
+"""Version of the ONNX operator set."""
 TOLERANCE = 1e-4
-"""Largest error of the exported masks, relative to the largest mask value."""
+"""Largest allowed error of the exported masks, relative to the largest mask value."""
 
 
 def export_onnx(model: BSMamba2, path: Path) -> float:
-    """Write a model as an ONNX file, after a check against ONNX Runtime on random input.
+    """Write a model as an ONNX file, after checking its masks with ONNX Runtime on random input.
 
     Args:
-        model: in float32, with Mamba-2 layers.
-        path: the file, replaced when it exists.
+        model: a float32 model with Mamba-2 layers.
+        path: output file, replaced if it exists.
 
     Returns:
         The largest error of the masks, relative to the largest mask value.
 
     Raises:
         ImportError: without the packages onnx and onnxruntime.
-        ValueError: for other layers, or when the error is above `TOLERANCE`.
+        ValueError: for layers other than Mamba-2, or when the error is above `TOLERANCE`.
         OSError: when the file cannot be written.
     """
     try:
@@ -87,14 +87,14 @@ class _Graph:
         return partial(self.append, operator)
 
     def append(self, operator: str, *inputs: Any, outputs: int | None = None, **attributes: Any) -> Any:
-        """Append a node; returns the name of its output, or with `outputs` a list of so many names."""
+        """Append a node; returns the name of its output, or, with `outputs`, a list of that many names."""
         names = [value if isinstance(value, str) else self.constant(torch.as_tensor(value)) for value in inputs]
         results = [f"{operator}_{len(self.nodes)}_{i}" for i in range(outputs or 1)]
         self.nodes.append(self.onnx.helper.make_node(operator, names, results, **attributes))
         return results if outputs else results[0]
 
     def constant(self, value: Tensor) -> str:
-        """Add a constant; returns its name. A matrix that float16 holds exactly is stored in half the bytes."""
+        """Add a constant; returns its name. A matrix that float16 represents exactly is stored as float16."""
         value = value.detach().cpu().contiguous()
         narrow = value.dtype == torch.float32 and value.dim() > 1 and torch.equal(value.half().float(), value)
         name = f"constant_{len(self.constants)}"
@@ -103,7 +103,7 @@ class _Graph:
 
 
 def onnx_bytes(model: BSMamba2) -> bytes:
-    """The content of the ONNX file; arguments and errors as for `export_onnx`, but nothing is checked."""
+    """Content of the ONNX file; arguments and errors as for `export_onnx`, but the masks are not checked."""
     g, config, bands = _Graph(), model.config, list(model.band_split.bands)
     x = g.Reshape(g.Transpose("spectrogram", perm=[2, 1, 0, 3]), [0, -1])  # (t, f·c·2)
     parts = g.Split(x, model.band_split.widths, axis=1, outputs=len(bands))
@@ -149,14 +149,14 @@ def _silu(g: _Graph, x: str) -> str:
 
 
 def _mask(g: _Graph, x: str, band: Any) -> str:
-    """Linear, tanh, Linear, GLU. The Sigmoid of ONNX Runtime is inexact near 0, where most gates of a mask are."""
+    """Linear, tanh, Linear, GLU; without ONNX Runtime's Sigmoid, which is inexact near 0, where most gates are."""
     y = _linear(g, g.Tanh(_linear(g, x, band.expand)), band.project)
     value, gate = g.Split(y, axis=-1, num_outputs=2, outputs=2)
     return g.Div(value, g.Add(g.Exp(g.Neg(gate)), 1.0))
 
 
 def _bidirectional(g: _Graph, x: str, block: Any, chunk: int | None) -> str:
-    """(b, t, d) → (b, t, d)."""
+    """Bidirectional block, (b, t, d) → (b, t, d)."""
 
     def flip(x: str) -> str:
         return g.Slice(x, [-1], [-(2**62)], [1], [-1])
@@ -169,11 +169,11 @@ def _bidirectional(g: _Graph, x: str, block: Any, chunk: int | None) -> str:
 
 
 def _mixer(g: _Graph, x: str, mixer: Any, chunk: int | None) -> str:
-    """(b, t, d) → (b, t, d); the scan takes so many frames at once, or all."""
+    """Mamba-2 mixer, (b, t, d) → (b, t, d); the scan has chunks of `chunk` frames, or only one if `chunk` is None."""
     if not isinstance(mixer, Mamba2):
         raise ValueError(f"only a model with Mamba-2 layers can be exported, not with {type(mixer).__name__}")
     frames = g.Shape(x, start=1, end=2)
-    if chunk:  # zeros fill the last chunk; no frame reads a later one
+    if chunk:  # zeros fill the last chunk; no output depends on a later frame
         x = g.Pad(x, g.Concat([0, 0, 0, 0], g.Mod(g.Neg(frames), [chunk]), [0], axis=0))
     z, xBC, dt = g.Split(_linear(g, x, mixer.in_proj), list(mixer.proj_sizes), axis=-1, outputs=3)
     conv = mixer.conv1d

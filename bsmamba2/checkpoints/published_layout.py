@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, is_positive_int, read_config
 
-KNOWN_FILES = {  # sha256: bytes, where from
+KNOWN_FILES = {  # SHA-256: size in bytes, origin
     "b1fcf93fdd6f7bc79e5410b1330b3d0fd5a6ca6ea23a94730c684629c71cd5ca": (
         770_628_060,
         "the authors' BSMamba2 vocals (Lightning checkpoint, README of EuiYeonKim/BSMamba2)",
@@ -57,7 +57,7 @@ def _block(name: str, shape: str) -> tuple[str, str, str]:
     return "layers.{i}.{axis}.{direction}." + name, "layers.{i}.{axis}.{direction}_blocks.0." + name, shape
 
 
-TENSORS = (  # every tensor of the model: our name, the published one, shape
+TENSORS = (  # every tensor of the model: our name, published name, shape
     ("band_split.bands.{k}.norm.gain", "band_split.to_features.{k}.0.gamma", "w"),
     ("band_split.bands.{k}.linear.weight", "band_split.to_features.{k}.1.weight", "d w"),
     ("band_split.bands.{k}.linear.bias", "band_split.to_features.{k}.1.bias", "d"),
@@ -81,7 +81,7 @@ TENSORS = (  # every tensor of the model: our name, the published one, shape
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and shapes → the published ones; names that are not ours, and the order, stay unchanged."""
+    """Rename and reshape tensors: our layout → the published one; their order and unknown names stay unchanged."""
     return {
         _rename(name, _OURS): tensor.T.unsqueeze(-1).contiguous() if name.endswith(".merge.weight") else tensor
         for name, tensor in state.items()
@@ -89,7 +89,7 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and shapes → ours; names that are not published, and the order, stay unchanged."""
+    """Rename and reshape tensors: the published layout → ours; their order and unknown names stay unchanged."""
     renamed = {_rename(name, _PUBLISHED): tensor for name, tensor in state.items()}
     return {
         name: tensor.squeeze(-1).T.contiguous() if name.endswith(".merge.weight") else tensor
@@ -98,7 +98,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe_known_file(path: str | os.PathLike[str]) -> str | None:
-    """Identify a published file by its SHA-256, or None; it is hashed only if its size is known."""
+    """Identify a published file by its SHA-256, else None; a file is hashed only if its size matches."""
     path = Path(path)
     for digest, (size, name) in KNOWN_FILES.items():
         if path.stat().st_size == size:
@@ -123,7 +123,7 @@ def is_model_name(name: str) -> bool:
 
 
 def unsupported_variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The name of the related model that tensors belong to, or None."""
+    """Name of the related, unsupported model that the tensors belong to; None if there is none."""
     names = "\n".join(shapes)
     variant = next((variant for pattern, variant in _VARIANTS if re.search(pattern, names)), None)
     if variant == ROFORMER:
@@ -137,7 +137,7 @@ def unsupported_variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def expected_shapes(config: ModelConfig, *, published: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a model, under our names or the published ones; allocates no memory."""
+    """Shapes of all tensors of a model, by our names or the published ones; allocates no tensors."""
     d, e, h = config.dim, config.inner, config.heads
     x = e + 2 * config.d_state
     sizes = {"1": 1, "d": d, "2d": 2 * d, "e": e, "h": h, "x": x, "z": e + x + h, "v": config.d_conv}
@@ -163,15 +163,15 @@ def expected_shapes(config: ModelConfig, *, published: bool = False) -> dict[str
 def infer_config(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any] | None = None) -> ModelConfig:
     """Infer the configuration from tensor shapes; `read_checkpoint` lists the assumptions.
 
-    Each tensor votes for the sizes that its shape shows, and an index counts when it has more than half as many tensors
-    as the most frequent one. A missing, additional or misshapen tensor is outvoted, so that it can be reported.
+    Each tensor votes for the sizes in its shape, and an index counts if it has more than half as many tensors as the
+    most frequent index. Missing, additional or misshapen tensors are thus outvoted, so that the caller can report them.
 
     Args:
         shapes: name → shape; names of either layout count, others are ignored.
-        fields: known fields of the configuration, as from `config.read_config`.
+        fields: known fields of the configuration, for example from `config.read_config`.
 
     Raises:
-        ValueError: when the shapes do not make a configuration.
+        ValueError: when no configuration fits the shapes.
     """
     given = dict(fields or {})
     votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
@@ -201,7 +201,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any
     def count(slot: str) -> int:
         fullest = max(indices[slot].values(), default=0)
         last = max((index for index, n in indices[slot].items() if 2 * n > fullest), default=-1)
-        if last >= len(shapes):  # before anything of that size is made
+        if last >= len(shapes):  # checked before anything of that size is allocated
             raise ValueError(f"{len(shapes)} tensors are too few for index {last:,} of a layer, band or stem")
         return 1 + last
 
@@ -229,13 +229,13 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any
 def choose_config(
     path: Path, shapes: Mapping[str, tuple[int, ...]], stored: str | None, given: Path | None
 ) -> tuple[ModelConfig, list[str]]:
-    """The configuration of a checkpoint: as stored, else inferred, with fields from a YAML file.
+    """Choose the configuration of a checkpoint: stored, otherwise inferred, with fields from a YAML file.
 
     Args:
-        path: the checkpoint, for YAML files in its folder.
+        path: path of the checkpoint, in whose folder YAML files are tried.
         shapes: name → shape of its tensors.
-        stored: its own configuration as JSON, or None.
-        given: a file whose fields take precedence, or None.
+        stored: its stored configuration as JSON, or None.
+        given: a configuration file whose fields take precedence, or None.
 
     Returns:
         The configuration, and notes on its origin.
@@ -287,7 +287,7 @@ def _match(name: str, side: int) -> tuple[tuple[str, str, str], dict[str, str]] 
 
 
 def _rename(name: str, side: int) -> str:
-    """The name in the opposite layout; a name that does not belong to this layout stays unchanged."""
+    """Translate a name into the opposite layout; a name that is not in this layout stays unchanged."""
     matched = _match(name, side)
     if matched is None:
         return name

@@ -1,4 +1,4 @@
-"""Safe unpickling: `torch.save` files are read without running or importing anything that they name.
+"""Safe unpickling: read `torch.save` files without running or importing anything that they name.
 
 Only containers, numbers, text and tensors are rebuilt. Every other object (NumPy values, paths, a whole model, a call
 of `os.system`) becomes a `Skipped`. Time and memory are bounded by the size of the file.
@@ -39,14 +39,14 @@ class _Storage(Skipped):
 
 
 def load_pickle(source: Path | BinaryIO) -> Any:
-    """Unpickle a `torch.save` file safely, with every tensor on the CPU; see `Skipped`.
+    """Unpickle a `torch.save` file safely, with every tensor on the CPU; objects of other kinds become `Skipped`.
 
     Args:
-        source: a path, or a file open for reading in which `seek` works.
+        source: a path, or a seekable file that is open for reading.
 
     Raises:
-        ValueError: when the file is cut short, damaged (the CRC-32 checksums are tested), would unpack to far more than
-            its own size, or is not from `torch.save`.
+        ValueError: when the file is truncated or damaged (the CRC-32 checksums are verified), would unpack to far more
+            than its own size, or is not from `torch.save`.
         OSError: when the file cannot be opened.
     """
     if isinstance(source, Path):
@@ -56,13 +56,13 @@ def load_pickle(source: Path | BinaryIO) -> Any:
         return _load_zip(source) if zipfile.is_zipfile(source) else _load_legacy(source)
     except _Refused:
         raise
-    except Exception as error:  # bad bytes raise a dozen kinds, and OSError for an offset below 0
+    except Exception as error:  # bad bytes raise a dozen kinds, including OSError for a negative offset
         reason = f"{type(error).__name__}: {error!s:.200}".splitlines()[0]
         raise ValueError(f"is truncated or damaged ({reason}): get it again") from error
 
 
 class _Refused(ValueError):
-    """A fault with its own message."""
+    """A fault whose message reaches the user unchanged."""
 
 
 def _load_zip(file: BinaryIO) -> Any:
@@ -89,7 +89,7 @@ def _load_zip(file: BinaryIO) -> Any:
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The bytes of an entry, with their CRC-32 checked; never more than its header states."""
+    """Read an entry and check its CRC-32; never reads more bytes than its header states."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise _Refused("is compressed as torch.save never does: save it again with torch.save")
     with archive.open(entry) as part:
@@ -97,12 +97,12 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _load_legacy(file: BinaryIO) -> Any:
-    """Pickles of a magic number, a version, the machine, the object and the storage keys, followed by the storages."""
+    """Read pickles of a magic number, a version, the machine, the object and the storage keys, then the storages."""
     file.seek(0)
-    content = io.BytesIO(file.read())  # of a bounded length: reading 2^40 bytes from a file would allocate them
+    content = io.BytesIO(file.read())  # bounds all reads; reading 2^40 bytes from a file would allocate them
     free = len(content.getbuffer())
 
-    def reserve(_: str, nbytes: int) -> Tensor:  # the tensors are views, filled below
+    def reserve(_: str, nbytes: int) -> Tensor:  # tensors are views of the storages, filled below
         nonlocal free
         free -= nbytes
         if nbytes < 0 or free < 0:
@@ -126,7 +126,7 @@ def _as_tensor(data: bytes) -> Tensor:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> object:
-    """A view of a storage: not larger than it (strides of 0), and within it (as_strided checks)."""
+    """Rebuild a tensor as a view of a storage; strides of 0 cannot make it larger, and as_strided checks bounds."""
     if type(size) is not tuple or type(stride) is not tuple:
         return Skipped("a tensor without a size")
     flat = storage.content.view(storage.dtype)
@@ -166,7 +166,7 @@ _STORAGES = {
 
 
 def _find_global(module: object, name: object) -> object:
-    """A function that rebuilds a tensor, a data type, or a placeholder; nothing is imported or looked up elsewhere."""
+    """Resolve a global to a data type, a tensor-rebuilding function or a placeholder; nothing is imported."""
     if not isinstance(module, str) or not isinstance(name, str):
         return Skipped("a global without a name")
     if (module, name) in _FUNCTIONS:
@@ -179,9 +179,10 @@ def _find_global(module: object, name: object) -> object:
 
 
 class _Machine:
-    """Pickle's stack machine, in which classes, calls and sets do nothing; `pickletools` decodes the opcodes.
+    """Pickle's stack machine without classes and sets; only `_FUNCTIONS` are called. `pickletools` decodes the opcodes.
 
-    Python's own would run calls, allocate 32 GB for a memo index of 2^31, and hash nested tuples in exponential time.
+    Python's unpickler would run calls, allocate 32 GB for a memo index of 2^31, and hash nested tuples in exponential
+    time.
     """
 
     def __init__(self, content: BinaryIO, read_storage: Callable[[str, int], Tensor]) -> None:
@@ -192,7 +193,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Run to the opcode STOP, and return the object."""
+        """Run until the opcode STOP, and return the object."""
         for opcode, argument, _ in pickletools.genops(self.content):
             self._step(opcode, argument)
         return self.stack.pop()
@@ -273,13 +274,13 @@ class _Machine:
         if not isinstance(function, FunctionType) or type(arguments) is not tuple or len(arguments) > 16:
             self._skip([function])
             return
-        try:  # one of _FUNCTIONS: nothing else gets here
+        try:  # always one of _FUNCTIONS
             self.stack.append(function(*arguments))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             self.stack.append(Skipped(f"a tensor that cannot be rebuilt ({type(error).__name__})"))
 
     def _add(self, items: list[Any]) -> None:
-        """Add to a list, or to a dict under keys of text or integers, whose hashes cannot be made to collide."""
+        """Add items to a list or dict; only keys whose hashes cannot be made to collide: text and small integers."""
         target = self.stack[-1]
         if type(target) is list:
             target.extend(items)

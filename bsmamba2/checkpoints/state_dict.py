@@ -32,7 +32,7 @@ class FoundWeights:
 
     Attributes:
         tensors: name → tensor, without prefixes.
-        averages: EMA weights in the order of `tensors`, or none.
+        averages: EMA weights in the order of `tensors`; empty if there are none.
         lightning: whether `tensors` were under `state_dict`, as PyTorch Lightning writes them.
         only_averages: whether `tensors` are the EMA weights themselves, because the file has no others.
     """
@@ -47,7 +47,7 @@ def find_weights(content: Any) -> FoundWeights:
     """Find the weights in the content of a file; anything else in it is ignored.
 
     Args:
-        content: as `safe_pickle.load_pickle` returns it, or name → tensor.
+        content: the result of `safe_pickle.load_pickle`, or a dict of name → tensor.
 
     Raises:
         ValueError: when there are no tensors, or an entry of the model is not a tensor.
@@ -71,7 +71,7 @@ def find_weights(content: Any) -> FoundWeights:
         return FoundWeights(raw, averages, lightning)
     if ema:
         return FoundWeights(ema, list(ema.values()), lightning, only_averages=True)
-    for _, entries in _dicts(content, False, set()):  # of a different model, which the caller names
+    for _, entries in _dicts(content, False, set()):  # of a different model; the caller reports which
         if tensors := {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Tensor)}:
             return FoundWeights(tensors, [], lightning)
     name, value = next(iter(entries.items()), ("", None))
@@ -81,7 +81,7 @@ def find_weights(content: Any) -> FoundWeights:
 
 
 def _dicts(content: dict[Any, Any], averaged: bool, seen: set[int]) -> Iterator[tuple[bool, dict[Any, Any]]]:
-    """A dict and the dicts wrapped in it, each with a flag: whether its weights are averages."""
+    """Yield a dict and the dicts wrapped in it, each with a flag that is true if its weights are averages."""
     seen.add(id(content))
     yield averaged, content
     for key in WRAPPERS:
@@ -91,7 +91,7 @@ def _dicts(content: dict[Any, Any], averaged: bool, seen: set[int]) -> Iterator[
 
 
 def _groups(entries: dict[Any, Any]) -> dict[str, dict[str, Tensor]]:
-    """Prefix → name without it → tensor."""
+    """Group tensors by prefix: prefix → name without prefix → tensor."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, value in entries.items():
         if not isinstance(name, str):
@@ -109,7 +109,7 @@ def _kind(value: object) -> str:
 
 
 def _lightning_ema(optimizer_states: object) -> list[Tensor]:
-    """The EMA weights that NeMo's callback keeps in a Lightning file, in the order of the parameters."""
+    """EMA weights that NeMo's callback stores in a Lightning file, in the order of the parameters."""
     for entry in optimizer_states if isinstance(optimizer_states, list) else []:
         averages = entry.get("ema") if isinstance(entry, dict) else None
         if isinstance(averages, list | tuple) and all(isinstance(value, Tensor) for value in averages):
@@ -118,7 +118,7 @@ def _lightning_ema(optimizer_states: object) -> list[Tensor]:
 
 
 def misfit(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], kind: str = "") -> str | None:
-    """A message that names tensors that are missing, unexpected, misshapen or not floating-point, or None."""
+    """Message about missing, unexpected, misshapen or non-floating-point tensors; None if all tensors fit."""
     faults = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [f"{name:.100}" for name in state if name not in expected],
@@ -143,13 +143,13 @@ def misfit(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]],
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """A message that names the first tensor with NaN or infinite values, or None."""
+    """Message about the first tensor with NaN or infinite values; None if all values are finite."""
     bad = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
     return None if bad is None else f"{bad} has NaN or infinite values: use an earlier checkpoint"
 
 
 def own_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, each in memory of its own."""
+    """Contiguous copies of the tensors on the CPU, each with its own memory."""
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 

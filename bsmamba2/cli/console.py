@@ -1,4 +1,4 @@
-"""Console output of the commands: results, messages on standard error, progress bars, one-line errors; and signals."""
+"""Console output of the commands: results, messages on standard error, progress bars and errors; signal handling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _output_lost = 0
 
 
 def log(*messages: object) -> None:
-    """Print each message on its own line on standard error, unless that is closed."""
+    """Print each message on its own line on standard error, unless it is closed."""
     for message in messages:
         with suppress(OSError, ValueError):
             print(escape(message), file=sys.stderr)
@@ -32,7 +32,7 @@ def print_line(*results: object) -> int:
     """Print each result on its own line and flush; when standard output cannot be written, the command continues.
 
     Returns:
-        1 when a line was lost since `main` started, on a full disk for example; 0 otherwise, and for a closed pipe.
+        1 if a line was lost since `main` started, for example on a full disk; 0 otherwise, also for a closed pipe.
     """
     global _output_lost
     try:
@@ -40,7 +40,7 @@ def print_line(*results: object) -> int:
             print(escape(result))
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for the content of its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the buffered output goes there too
         if not isinstance(error, BrokenPipeError):
             log(f"standard output: {reason(error)}")
             _output_lost = 1
@@ -92,7 +92,7 @@ def signals_as_interrupts(restore: bool) -> Iterator[None]:
             raise KeyboardInterrupt
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # Python takes no signals elsewhere
+    if threading.current_thread() is threading.main_thread():  # Python handles signals only there
         for number in {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")}:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, interrupt)
@@ -116,7 +116,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
 
 
 def make_output(folder: Path) -> None:
-    """Make the output folder, unless it exists; ValueError when that fails."""
+    """Create the output folder if it does not exist; raises ValueError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`bsmamba2 cost --preset NAME`: estimate whether training fits, and how long it takes."""
+"""`bsmamba2 cost --preset NAME`: estimate whether training fits in memory, and how long it takes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the cost, one line per number."""
-    from ..experiments.cost import GPUS, training_cost  # here: torch's counter imports Triton, in half a second
+    from ..experiments.cost import GPUS, training_cost  # here, because torch's counter imports Triton (0.5 s)
 
     try:
         cost = training_cost(

@@ -1,4 +1,4 @@
-"""`bsmamba2 evaluate [FOLDER] -o DIR`: score a checkpoint on tracks whose stems are known."""
+"""`bsmamba2 evaluate [FOLDER] -o DIR`: score a checkpoint on tracks with known stems."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     failures: list[Failure] = []
     total = len({protocol.segment, *args.segments}) * len(tracks.tracks) * len(model.config.stems)
     try:
-        # One file gives different models with different --config or --weights.
+        # The same file gives different models with different --config or --weights.
         identity = f"{sha256} {args.weights} {model.config.to_json()}" if args.checkpoint else sha256
         results = evaluation.run(
             model, identity, tracks, protocol, output,

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export the checkpoint; an older file is replaced."""
+    """Export the checkpoint; an existing file is replaced."""
     try:
         if args.output.suffix != ".onnx":  # so that no other file is replaced by mistake
             raise ValueError(f"{args.output}: must end in .onnx")

@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose `--help` reports a standard output that cannot be written."""
+    """Argument parser whose `--help` exits with code 1 if its output is lost."""
 
     def print_help(self, file: Any = None) -> None:
         if print_line(*self.format_help().splitlines()):
@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     console._output_lost = 0
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed, or there is no console: a file that is opened next must not get its number
+        if stream is None:  # closed, or no console; the next file opened must not get its descriptor
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: PTH123, SIM115
         elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show stops no command
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     warnings.formatwarning = lambda message, *_, **__: f"{escape(message)}\n"
     parser = _Parser(prog="bsmamba2", description="BSMamba2, a vocal separator.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -67,5 +67,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _expand(value: Any) -> Any:
-    """An argument with the `~` of a path expanded: shells do not do it within an argument, as in --output=~/x."""
+    """Expand the `~` of a path argument, because shells do not expand it within an argument such as --output=~/x."""
     return expand_user(value) if isinstance(value, Path) else value

@@ -48,11 +48,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_checkpoint(args: argparse.Namespace) -> checkpoints.Checkpoint:
-    """Read the checkpoint that the options choose, and log what a user should know about it.
+    """Read the checkpoint that the options choose, and log notes for the user.
 
     Raises:
         ValueError: for a checkpoint that cannot be used.
-        OSError: for one that does not exist.
+        OSError: for a checkpoint that does not exist.
     """
     path = args.checkpoint or checkpoints.bundled_checkpoint()
     if args.checkpoint is None:

@@ -1,4 +1,4 @@
-"""`bsmamba2 separate SONG... -o DIR`: take the vocals out of songs."""
+"""`bsmamba2 separate SONG... -o DIR`: separate the vocals of songs."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Separate every song that was named or found."""
+    """Separate every song that was named, or found in a folder."""
     try:
         model = load_model(args)
         make_output(args.output)
     except (ValueError, OSError, BackendError) as error:
         log(error)
         return 2
-    songs = expand_wildcards(args.songs) if os.name == "nt" else args.songs  # cmd.exe does not
+    songs = expand_wildcards(args.songs) if os.name == "nt" else args.songs  # cmd.exe does not expand them
     jobs, failed = find_songs(songs, args.output)
     unstated: list[Path] = []
-    written: dict[str, tuple[Path, Path]] = {}  # by name without case: a result and its song
+    written: dict[str, tuple[Path, Path]] = {}  # name without case → a result and its song
     for song, base in jobs.items():
         try:
             for path in result_paths(model.config, base, args.format).values():
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fold(path: Path) -> str:
-    """Name without case and Unicode form, which some file systems ignore."""
+    """Normalise case and Unicode form, which some file systems ignore."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", str(path)).casefold())
 
 
@@ -129,14 +129,14 @@ def expand_wildcards(given: list[Path]) -> list[Path]:
 
 
 def find_songs(given: list[Path], output: Path) -> tuple[dict[Path, Path], int]:
-    """Songs to separate, each with the base name of its results, and the number of arguments that could not be listed.
+    """Return the songs to separate, each with the base name of its results, and the number of folders that failed.
 
-    Folders are searched. A song named twice, or named and found, is separated once. Results are in the output folder,
-    and none is hidden.
+    Folders are searched. A song that is named or found more than once is separated once. Results are inside the output
+    folder, and are not hidden.
     """
-    jobs: dict[Path, tuple[Path, Path]] = {}  # by absolute name
+    jobs: dict[Path, tuple[Path, Path]] = {}  # key: absolute path
     failed = 0
-    # Path's own functions raise an error for a closed folder, and for a link to itself.
+    # Path's own methods raise an error for an unreadable folder, and for a link to itself.
     folders = {os.path.realpath(path) for path in given if os.path.isdir(path)}  # noqa: PTH112
     for path in given:
         songs, base = [path], output
@@ -160,6 +160,6 @@ def find_songs(given: list[Path], output: Path) -> tuple[dict[Path, Path], int]:
 
 
 def _visible(name: str) -> str:
-    """The name of a song or folder without leading dots, which would hide its results or leave their folder."""
+    """Replace leading dots in the name of a song or folder, because they would hide its results or leave the folder."""
     shown = name.lstrip(".")
     return "_" * (len(name) - len(shown)) + shown

@@ -23,7 +23,7 @@ EPILOG = "Many GPUs: torchrun --standalone --nproc-per-node 2 -m bsmamba2 train 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `bsmamba2 train`: a flag for each field of `JobConfig`, absent unless given."""
+    """Add the arguments of `bsmamba2 train`: a flag for each field of `JobConfig`, absent from `args` unless given."""
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument("--params", type=Path, metavar="FILE", help="YAML or JSON with any of the names below")
     types = get_type_hints(JobConfig)
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train to the end; returns 0, 1 when the run stopped before, 2 for wrong parameters."""
+    """Train to the end; returns 0, 1 if the run failed after it began, 2 for wrong parameters, or 130 after Ctrl-C."""
     given = {name: value for name, value in vars(args).items() if name not in ("params", "command")}
     try:
         parameters = read_parameters(args.params) if "params" in args else {}
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
         log(str(error) or "stopped at once")
         return 130
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError) as error:
-        worker_died = "DataLoader worker" in str(error)  # in torch's words
+        worker_died = "DataLoader worker" in str(error)  # torch's wording
         if isinstance(error, RuntimeError) and not isinstance(error, BackendError) and not worker_died:
             raise
-        notes = getattr(error, "__notes__", [])  # a run that had begun adds where it stopped
+        notes = getattr(error, "__notes__", [])  # a run that had begun notes where it stopped
         log(*str(error or "too little memory").strip().split("\n"), *notes)
         if worker_died:
             log("too little memory? use fewer --workers")

@@ -50,7 +50,7 @@ class SongScore:
     model: float
     oracle: float
     model_csdr: float
-    silence_leakage: float | None  #: dB, relative to the mixture (`metrics.silence_leakage`); None without a silence
+    silence_leakage: float | None  #: dB, relative to the mixture (`metrics.silence_leakage`); None if no silence
 
 
 def oracle_vocals(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tensor:
@@ -61,9 +61,9 @@ def oracle_vocals(song: Song, n_fft: int = 2048, hop_length: int = 441) -> Tenso
 
 
 def score(model: BSMamba2, song: Song, *, segment: float = 8.0, overlap: float = 0.5) -> SongScore:
-    """Score a model on one song: separate the mixture and compare the estimate of the vocals with the vocals.
+    """Score a model on one song: separate the mixture and compare the estimated vocals with the true ones.
 
-    The oracle uses the model's own STFT. See `separate.separate` for segment and overlap.
+    The oracle uses the model's own STFT. See `separate.separate` for `segment` and `overlap`.
 
     Raises:
         ValueError: when the song is not at the model's sample rate, or the model has no stem `vocals`.
@@ -95,7 +95,7 @@ class EvalTrack:
     """A track to evaluate on."""
 
     name: str  #: unique in its set
-    identity: str  #: a text that changes when the sound does
+    identity: str  #: text that changes when the audio changes
     load: Callable[[], tuple[Tensor, dict[str, Tensor], int]]
     """Reads the track: mixture (c, samples), the reference of each stem by name (c, samples), sample rate in hertz."""
 
@@ -115,12 +115,12 @@ INSTRUMENTAL = ("instrumental", "accompaniment")
 def load_tracks(folder: str | os.PathLike[str], stems: Sequence[str] = ("vocals",)) -> EvalSet:
     """List the tracks of a folder in MUSDB18-HQ's layout: `test/<track>/{mixture,vocals,drums,bass,other}.wav`.
 
-    The folder may also be `test` itself, any folder of such tracks, or one track. The files of a track are read
-    when it is evaluated: the stems, and the mixture or, without a file of the mixture, the four stems to add up. The
-    set is called MUSDB18-HQ's test set if a folder `test` has 50 complete tracks; their names are not checked.
+    The folder may also be `test` itself, any folder of such tracks, or one track. The files of a track are read only
+    when it is evaluated: the stems, and the mixture or, if it has no file, the four stems that add up to it. The set is
+    named `MUSDB18-HQ test` if a folder `test` has 50 complete tracks; the names of the tracks are not checked.
 
     Raises:
-        ValueError: when there is no track, or no such folder.
+        ValueError: when the folder does not exist or has no track.
     """
     folder = Path(os.path.abspath(expand_user(folder)))  # noqa: PTH100  (links stay)
     if not folder.is_dir():
@@ -166,7 +166,7 @@ def tracks_of(songs: Sequence[Song], name: str = "") -> EvalSet:
     """Evaluation set of songs in memory, for example synthesised ones, with all their stems.
 
     Raises:
-        ValueError: when there are none, or two have the same name.
+        ValueError: when there are no songs, or two have the same name.
     """
     names = {song.name for song in songs}
     if not songs or len(names) != len(songs):
@@ -196,17 +196,17 @@ class EvalRow:
     segment: float  #: in seconds
     seconds: float  #: length of the track
     occupancy: float  #: fraction of the track outside the stem's silent regions, 0 to 1
-    csdr: float  #: in dB, as `usdr` and `si_sdr`
+    csdr: float  #: in dB, like `usdr` and `si_sdr`
     usdr: float
     si_sdr: float
-    bleedless: float  #: 0 to 100, as `fullness`
+    bleedless: float  #: 0 to 100, like `fullness`
     fullness: float
     silence_leakage: float  #: in dB, relative to the mixture
     silence_leakage_dbfs: float  #: the same in dBFS
     onset_delay: float  #: median over the track's onsets, in milliseconds
     onset_error: float  #: median over the track's onsets, in dB
     onsets: int  #: number of onsets
-    onsets_missed: int  #: number of onsets that the estimate does not have
+    onsets_missed: int  #: number of onsets missing from the estimate
     mixture_usdr: float  #: uSDR of the mixture as the estimate, in dB
     compute_seconds: float  #: time of the separation, for all stems together
 
@@ -220,7 +220,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A track that could not be evaluated, and why."""
+    """A track that could not be evaluated, and the reason."""
 
     track: str
     segment: float
@@ -234,7 +234,7 @@ def evaluate_track(
 
     Raises:
         ValueError: when the track cannot be read or does not fit the model: a different rate (nothing is resampled
-            here), different channels, or a stem of the model that the track does not have.
+            here), different channels, or a stem of the model that the track lacks.
     """
     config = model.config
     mixture, references, rate = track.load()
@@ -283,11 +283,11 @@ def run(
     """Evaluate track by track. Stored rows are read, not computed again, so that an evaluation can be resumed.
 
     The rows of a track, one for each stem, form one file, `rows/<key>/<track>.json` in `output`, written atomically.
-    The key is a hash of the checkpoint's identity, the protocol and the type: after a change of any of these, every
-    row is computed again. A stored row is used only if the track's `identity` has not changed since then.
+    The key is a hash of the checkpoint's identity, the protocol and the type, so every row is computed again after a
+    change of any of these. A stored row is used only if the track's `identity` has not changed since then.
 
     Args:
-        model, tracks, protocol: what is evaluated, and how.
+        model, tracks, protocol: the model to evaluate, on these tracks and under this protocol.
         checkpoint: identity of the model: `sha256_file` of its file, and anything else that selects the model in it.
         output: folder, created if absent.
         segments: further segment lengths in seconds; the protocol's own comes first.
@@ -314,7 +314,7 @@ def run(
                     yield Failure(track.name, segment, f"{path}: is a folder, not a stored row; remove it")
                     continue
                 log(f"{path}: is damaged ({type(error).__name__}: {str(error)[:80]}); computed again")
-                path.unlink()  # before it is written: a link is replaced, not followed
+                path.unlink()  # so that a link is replaced, not followed
                 rows = []
             if not rows:
                 try:
@@ -328,11 +328,11 @@ def run(
 
 
 ROW_VERSION = 3
-"""Increased when a metric of a row is computed differently, because rows of older versions are not read."""
+"""Increased when the computation of a metric changes, so that rows of older versions are not read."""
 
 
 def row_key(checkpoint: str, protocol: EvalProtocol, dtype: torch.dtype = torch.float32) -> str:
-    """Cache key of a row: everything it depends on except its track, as 16 hexadecimal digits."""
+    """Cache key of a row: hash of everything that it depends on except its track, as 16 hexadecimal digits."""
     fields = asdict(protocol)
     del fields["name"], fields["over_tracks"]  # mean or median does not change a row
     columns = [field.name for field in dataclasses.fields(EvalRow) if field.name != "stem"]
@@ -349,7 +349,7 @@ def _stored_rows(path: Path, track: EvalTrack, segment: float, stems: Sequence[s
     """Read a track's stored rows; empty if there are none for this sound and these stems. Raises `_DAMAGED`."""
     if not os.path.lexists(path):
         return []
-    if path.is_symlink() or not path.is_file():  # a pipe would wait forever
+    if path.is_symlink() or not path.is_file():  # reading a pipe could block forever
         raise ValueError("not a regular file")
     with path.open("rb") as file:
         text = file.read(MAX_ROW_BYTES + 1)
@@ -358,7 +358,7 @@ def _stored_rows(path: Path, track: EvalTrack, segment: float, stems: Sequence[s
     content = json.loads(text)
     if content["identity"] != track.identity:
         return []
-    if "row" in content:  # as written when models had one stem, and a track under a second no cSDR
+    if "row" in content:  # older format: one stem; tracks under a second had no cSDR
         content["rows"] = [content["row"]] if content["row"]["seconds"] >= 1 else []
     undefined = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
     rows = []

@@ -1,4 +1,4 @@
-"""Evaluation protocols, and which published scores are comparable under each.
+"""Evaluation protocols, and the published scores that are comparable under each.
 
 A score has a meaning only together with its protocol: segment, overlap, dropped silent seconds, tracks, and mean or
 median over tracks. `EvalProtocol` describes a protocol, `PROTOCOLS` has the named ones, and `compare` lists the
@@ -27,8 +27,8 @@ class EvalProtocol:
     segment: float = setting(8.0, "in seconds", within="(0, inf)")
     overlap: float = setting(0.0, "fraction of a segment that the next one also covers; 0: no window", within="[0, 1)")
     sources: tuple[str, ...] = ("vocals",)
-    """Evaluated together, the target first: `vocals` (or the stem in question), and optionally `instrumental`, the
-    mixture minus the target. Seconds when one of the sources is silent are dropped from the cSDR."""
+    """Sources evaluated together, the target first: `vocals` (or the stem in question), and optionally `instrumental`,
+    the mixture minus the target. Seconds with a silent source are dropped from the cSDR."""
     over_tracks: str = setting("mean", "average in the headline; both are always reported", ("mean", "median"))
 
     def __post_init__(self) -> None:
@@ -48,10 +48,10 @@ PROTOCOLS = {
         EvalProtocol(name="two-sources", sources=SOURCES),
     )
 }
-"""`paper` is the authors' evaluation; every other protocol changes one thing."""
+"""`paper` is the authors' evaluation; every other protocol changes one setting."""
 
 SEGMENTS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Segment lengths that the paper varies, in seconds."""
+"""Segment lengths that the paper compares, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Published figures and the differences of their protocol: none if comparable, perhaps with a `note`."""
+    """Published figures and how their protocol differs; if it does not, they are comparable, perhaps with a `note`."""
 
     published: Published
     differs: tuple[str, ...]
@@ -92,9 +92,9 @@ class Comparison:
 
 
 def compare(tracks: str, protocol: EvalProtocol) -> list[Comparison]:
-    """Compare a protocol, on the tracks of this name, with the protocol of each published figure.
+    """Compare a protocol, on the track set named `tracks`, with the protocol of each published figure.
 
-    If only mean or median over tracks is not stated, this is a note and not a difference, because we report both.
+    An unstated choice of mean or median over tracks is a note, not a difference, because we report both.
     """
 
     def text(field: str, value: object) -> str:

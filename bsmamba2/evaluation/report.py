@@ -43,7 +43,7 @@ def average(rows: Sequence[EvalRow], metric: str) -> Average:
 
 
 def by_occupancy(rows: Sequence[EvalRow], stem: str = "vocals") -> dict[str, list[EvalRow]]:
-    """Group rows of one stem by its occupancy: none, then by quarters, upper bound included; groups may be empty."""
+    """Group rows of one stem by occupancy: zero, then quarters with the upper bound included; groups may be empty."""
     groups = {f"no {stem}": [row for row in rows if row.occupancy <= 0]}
     for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)):
         groups[f"{low:.0%} – {high:.0%}"] = [row for row in rows if low < row.occupancy <= high]
@@ -58,8 +58,8 @@ class Evaluation:
     checkpoint_sha256: str  #: its `sha256_file`
     tracks: EvalSet
     protocol: EvalProtocol
-    dtype: str  #: of the model's arithmetic
-    rows: tuple[EvalRow, ...]  #: of all segment lengths and stems
+    dtype: str  #: type of the model's arithmetic
+    rows: tuple[EvalRow, ...]  #: rows of all segment lengths and stems
     failures: tuple[Failure, ...] = ()  #: tracks without a row
 
     @property
@@ -91,7 +91,7 @@ class Evaluation:
         return self._groups(lambda stem: {f"{segment:g} s": self.at(segment, stem) for segment in self.segments})
 
     def _table(self, groups: dict[str, list[EvalRow]]) -> list[dict[str, Any]]:
-        """A line for each group: mean or median over tracks, as in the protocol."""
+        """One line per group: mean or median over tracks, as in the protocol."""
         return [
             {"": name, "tracks": len(rows)}
             | {metric: getattr(average(rows, metric), self.protocol.over_tracks) for metric in METRICS}
@@ -99,15 +99,15 @@ class Evaluation:
         ]
 
     def segment_table(self) -> list[dict[str, Any]]:
-        """A line for each stem and segment length."""
+        """One line per stem and segment length."""
         return self._table(self.by_segment())
 
     def occupancy_table(self) -> list[dict[str, Any]]:
-        """A line for each stem and group of occupancy, at the protocol's segment length."""
+        """One line per stem and occupancy group, at the protocol's segment length."""
         return self._table(self._groups(lambda stem: by_occupancy(self.at(self.protocol.segment, stem), stem)))
 
     def comparison_table(self) -> list[dict[str, Any]]:
-        """A line for this model's vocals, then for each published model: figures only if the protocol is the same."""
+        """Two lines for this model's vocals, then one per published model; figures only if the protocol is the same."""
         rows = self.at(self.protocol.segment)
         missing = len(self.tracks.tracks) - len(rows)
         tracks = f"{self.tracks.name} but {missing} that failed" if missing else self.tracks.name
@@ -129,7 +129,7 @@ class Evaluation:
         return lines if "vocals" in self.stems or not self.stems else []
 
     def save(self, output: str | os.PathLike[str]) -> list[Path]:
-        """Write `evaluation.json` and `rows.csv` into a folder that exists; returns their paths.
+        """Write `evaluation.json` and `rows.csv` into an existing folder; returns their paths.
 
         NaN is null in the JSON, and an empty cell in the CSV; the infinities are "inf" and "-inf".
         """

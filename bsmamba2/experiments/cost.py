@@ -1,11 +1,10 @@
 """Cost of training: parameters, floating-point operations, memory, and the time of a step on a given device.
 
-We count operations (torch's `FlopCounterMode`, on one sequence of each axis) and the tensors that autograd saves, both
-on fake tensors, which have shapes but no data. The mixers are those of the backend "chunked", which needs no compiler:
-the compiled kernels compute the same matrix products in chunks of different lengths, and save no more.
-`tests/gpu/tracked_cost.py` compares the memory with PyTorch's own tracker.
-Only matrix products count as operations, two for each multiply-add; transforms and element-wise work appear in the
-time, as memory traffic.
+We count operations (with torch's `FlopCounterMode`, on one sequence along each axis) and the tensors that autograd
+saves. Both use fake tensors, which have shapes but no data. The mixers use the backend "chunked", which needs no
+compiler; the compiled kernels compute the same matrix products in chunks of different lengths, and save no more
+tensors. `tests/gpu/tracked_cost.py` compares the memory with PyTorch's own tracker. Only matrix products count as
+operations, two for each multiply-add; transforms and element-wise work enter the time only as memory traffic.
 
 Book: "Scaling up". Axis letters: see `bsmamba2.config`.
 """
@@ -42,8 +41,8 @@ TRAINING_STATE = 20
 class Gpu:
     """Peaks of a GPU from its data sheet: matrix products in FLOP/s by type, bandwidth in bytes/s, memory in bytes.
 
-    bfloat16 products are dense, with sums in float32; float32 ones run without TF32, which is PyTorch's default. A
-    driver reports 5 to 7 % more memory, because it counts in GiB.
+    bfloat16 products are dense, with float32 accumulation; float32 products run without TF32 (PyTorch's default).
+    A driver reports 5 to 7 % more bytes, because a GPU sold as 80 GB has nearly 80 GiB.
     """
 
     bfloat16: float
@@ -60,14 +59,14 @@ GPUS = {
     "H100 80 GB": Gpu(989.4e12, 67e12, 3350e9, 80e9),
 }
 """NVIDIA's figures: white papers "Ampere GA102 GPU architecture" and "Ada GPU architecture", data sheets "A100 Tensor
-Core GPU" and "H100 Tensor Core GPU" (both SXM). Checked on pages that quote them, which chapter "Scaling up" names."""
+Core GPU" and "H100 Tensor Core GPU" (both SXM). We checked them on pages that quote them (see chapter "Scaling up")."""
 
 
 @dataclass(frozen=True)
 class Cost:
     """Operations and memory of a training step on one batch on one device, without accumulation.
 
-    Operations are floating-point ones, memory is in bytes.
+    Operations are floating-point operations; memory is in bytes.
     """
 
     parameters: int  #: weights of the model
@@ -75,15 +74,15 @@ class Cost:
     forward: dict[str, float]  #: operations of the forward pass, by part
     step: float  #: operations of a step: forward, backward, and the recomputation by gradient checkpointing
     state: int  #: memory for weights, gradients, moments and moving average
-    activations: float  #: memory for the tensors that the backward pass needs, at its highest
-    scratch: float  #: additional temporary memory, on a GPU: the loss, or a mixer's backward pass with mamba-ssm's scan
-    traffic: float  #: bytes that a step moves through memory, an estimate
+    activations: float  #: peak memory for the tensors that the backward pass needs
+    scratch: float  #: more temporary memory on a GPU, for the loss or a mixer's backward pass with mamba-ssm's scan
+    traffic: float  #: estimate of the bytes that a step moves through memory
 
     def seconds(self, flops: float, bandwidth: float) -> float:
         """Estimated time of a step on a device with these peaks, in FLOP/s and in bytes/s.
 
-        It assumes all matrix products at the first peak, then all memory traffic at the second; real devices reach
-        neither.
+        We assume that all matrix products run at the first peak, then all memory traffic at the second; real devices
+        reach neither.
         """
         return self.step / flops + self.traffic / bandwidth
 
@@ -93,9 +92,9 @@ class Cost:
         return self.state + self.activations + self.scratch
 
     def lower_bound(self, flops: float, bandwidth: float) -> float:
-        """Time that a step must exceed on a device with these peaks: calculated, not measured.
+        """Lower bound of a step's time on a device with these peaks, calculated and not measured.
 
-        It is the time of all products, or of writing and reading the activations once, whichever is longer; we assume
+        It is the time for all products, or for writing and reading the activations once, whichever is longer; we assume
         that everything else takes no time.
         """
         return max(self.step / flops, 2 * self.activations / bandwidth)
@@ -110,7 +109,7 @@ def training_cost(
     config: ModelConfig, *, batch: int, seconds: float, dtype: str = "float32",
     gradient_checkpointing: bool = False, loss_hop: int = 147,
 ) -> Cost:  # fmt: skip
-    """The cost of a training step on a batch, without running it.
+    """Cost of a training step on one batch, computed without running it.
 
     Raises:
         ValueError: for a batch below 1, an unknown type, or less audio than the loss needs.
@@ -129,11 +128,11 @@ def training_cost(
     everything = sum(saved.values()) + (config.depth - 1) * saved["layer"]
     kept = everything - saved["masks"]
     if gradient_checkpointing:
-        inputs = batch * frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]  # of a layer
+        inputs = batch * frames * len(config.freqs_per_bands) * config.dim * BYTES[dtype]  # inputs of one layer
         kept = config.depth * inputs + saved["band split"]
-    # After the forward pass comes the loss; then the masks are freed, and the last layer has its backward pass.
+    # The loss follows the forward pass; then the masks are freed, and the backward pass of the last layer runs.
     at_loss, in_mixer = kept + saved["masks"], kept + saved["layer"] * gradient_checkpointing
-    # STFT of the longest window: frames, spectrum, what is transformed back, twice, and moduli, half as large.
+    # STFT of the longest window: frames, spectrum, two copies of the inverse transform, and moduli, half as large.
     loss = 4 * 4.5 * max(WINDOWS) * batch * config.channels * (samples // loss_hop + 1)
     activations = max(at_loss, in_mixer)
     return Cost(
@@ -144,7 +143,7 @@ def training_cost(
         state=TRAINING_STATE * parameters,
         activations=activations,
         scratch=max(at_loss + loss, in_mixer + batch * _mixer_scratch(config, frames)) - activations,
-        # Saved tensors are written once and read twice, so are their gradients; recomputed ones once more.
+        # Saved tensors are written once and read twice, and so are their gradients; recomputed tensors count again.
         traffic=(6 + 3 * gradient_checkpointing) * everything + 2 * TRAINING_STATE * parameters,
     )
 
@@ -156,14 +155,14 @@ def forward_flops(config: ModelConfig, frames: int, *, gradients: bool = True) -
     """Floating-point operations of the forward pass for one example, by part.
 
     Args:
-        frames: of the spectrogram.
-        gradients: whether a backward pass follows. Without one, the scan's chunks are longer.
+        frames: number of spectrogram frames.
+        gradients: whether a backward pass follows. Without one, the scan uses longer chunks.
     """
     return {part: forward for part, (forward, _) in _model_flops(config, frames, gradients).items()}
 
 
 def backward_flops(config: ModelConfig, frames: int, *, gradient_checkpointing: bool = False) -> float:
-    """Floating-point operations of the backward pass for one example, with the operations that checkpointing repeats.
+    """Floating-point operations of the backward pass for one example, including the recomputation by checkpointing.
 
     PyTorch does not repeat a layer's last product, the merge of the band block, because no gradient needs its output.
     """
@@ -211,7 +210,7 @@ def _model_flops(config: ModelConfig, frames: int, gradients: bool) -> dict[str,
 
 
 def _count(run: Callable[[], Tensor], times: int, gradients: bool) -> tuple[float, float]:
-    """Operations of a forward and a backward pass, times `times`."""
+    """Operations of a forward and a backward pass, multiplied by `times`."""
     with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as forward:
         output = run()
     with FlopCounterMode(display=False) as backward:
@@ -233,11 +232,11 @@ def _one_layer(config: ModelConfig) -> BSMamba2:
 
 
 def _mixer_scratch(config: ModelConfig, frames: int) -> float:
-    """Temporary bytes of a mixer's backward pass, for one example, on the larger axis.
+    """Temporary bytes of a mixer's backward pass for one example, along the axis that needs more.
 
-    mamba-ssm's scan stores for each chunk the state and its gradient in float32, and both in the type of x (one copy
-    less with float32), and for each sequence the last state. The convolution in PyTorch stores five copies of its
-    input.
+    For each chunk, mamba-ssm's scan stores the state and its gradient in float32, and both again in the type of x (one
+    copy fewer if that is float32). For each sequence, it also stores the last state. PyTorch's convolution stores five
+    copies of its input.
     """
     bands = len(config.freqs_per_bands)
 
@@ -253,7 +252,8 @@ def _mixer_scratch(config: ModelConfig, frames: int) -> float:
 def activation_bytes(config: ModelConfig, batch: int, samples: int, dtype: str = "float32") -> dict[str, int]:
     """Bytes of the tensors that autograd saves in the forward pass.
 
-    Returns: those of the `band split`, of one dual-path `layer`, and of the `masks` and all that follows them.
+    Returns:
+        Bytes of the `band split`, of one dual-path `layer`, and of the `masks` up to their product with the mixture.
     """
     frames, bands, kind = samples // config.hop_length + 1, len(config.freqs_per_bands), getattr(torch, dtype)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -273,7 +273,7 @@ def activation_bytes(config: ModelConfig, batch: int, samples: int, dtype: str =
 
 
 def _saved_bytes(run: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd saves, each once, weights left out."""
+    """Bytes of the tensors that autograd saves; each counts once, and weights are left out."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: Tensor) -> Tensor:

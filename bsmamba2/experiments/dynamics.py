@@ -1,7 +1,7 @@
-"""Interventions on the step Δ of a trained model: hold a head's Δ, rescale it, exchange it; score what changes.
+"""Interventions on the step Δ of a trained model: hold, rescale or exchange a head's Δ, and score the effect.
 
 `python -m bsmamba2.experiments.dynamics FILE` scores all conditions on all songs with the bundled checkpoint, and
-writes them. Book: "Inside the trained model". Axis letters: see `bsmamba2.config`.
+writes the scores to FILE. Book: "Inside the trained model". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .benchmark.tables import machine
 from .silence import score
 
 SEED, SONGS = 4_000_000, 20
-"""Seed of the first test song, and the number of test songs; training drew other seeds."""
+"""Seed of the first test song, and the number of test songs; training used different seeds."""
 HEAD, PARTNER = 1, 4
-"""The head under test and the one of the control exchanges, counted from 0, in the last layer's forward time mixer."""
+"""The head under test and the head of the control exchanges, counted from 0, in the last layer's forward time mixer."""
 
 Change = Callable[[Tensor], Tensor]
-"""Steps Δ as the mixer computes them, (b, t, h) → those that the scan gets."""
+"""Function that maps the mixer's own steps Δ, (b, t, h), to the steps that the scan gets, (b, t, h)."""
 
 
 @contextmanager
 def changed_steps(mixer: Mamba2, change: Change) -> Iterator[list[Tensor]]:
     """Run a mixer with the steps `change(Δ)`; yields a list to which each call appends the mixer's own Δ, (b, t, h).
 
-    Meanwhile the mixer has its plain form, because the fused kernels compute Δ themselves.
+    Inside the context the mixer has its plain form, because the fused kernels compute Δ themselves.
     """
     form, scan, steps = type(mixer), mixer.scan, []
 
@@ -58,17 +58,17 @@ def changed_steps(mixer: Mamba2, change: Change) -> Iterator[list[Tensor]]:
 
 
 def hold(head: int, frames: Tensor) -> Change:
-    """Δ of one head becomes, in every frame, its mean over the `frames`, (t,) bool, of the same sequence."""
+    """Replace one head's Δ in every frame by its mean over the `frames`, (t,) bool, of the same sequence."""
     return lambda dt: _replaced(dt, head, dt[:, frames, head].mean(1, keepdim=True))
 
 
 def rescale(head: int, frames: Tensor, factor: float) -> Change:
-    """Δ of one head is multiplied by the factor in the `frames`, (t,) bool."""
+    """Multiply one head's Δ by the factor in the `frames`, (t,) bool."""
     return lambda dt: _replaced(dt, head, torch.where(frames, factor * dt[..., head], dt[..., head]))
 
 
 def exchange(first: int, second: int) -> Change:
-    """Two heads exchange their Δ."""
+    """Exchange the Δ of two heads."""
     return lambda dt: _replaced(_replaced(dt, first, dt[..., second]), second, dt[..., first])
 
 
@@ -79,7 +79,7 @@ def _replaced(dt: Tensor, head: int, values: Tensor) -> Tensor:
 
 
 def sung_frames(song: Song, frames: int, hop_length: int) -> Tensor:
-    """Whether somebody sings in a frame: (t,) bool."""
+    """Whether somebody sings in each frame, (t,) bool."""
     times = torch.arange(frames) * hop_length / song.sample_rate
     return torch.stack([(times >= start) & (times < end) for start, end in song.vocal_segments]).any(0)
 
@@ -106,7 +106,7 @@ def residual_stream(model: BSMamba2, mixture: Tensor) -> list[Tensor]:
 
 
 def decode(model: BSMamba2, features: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
-    """The first stem's mask for features (1, t, k, d), complex (c, f, t), and the estimate (c, samples)."""
+    """Mask of the first stem, complex (c, f, t), and its estimate (c, samples), from features (1, t, k, d)."""
     lengths = model.config.n_fft, model.config.hop_length, model.config.win_length
     mask = model.mask_estimators[0](model.final_norm(features))
     return mask[0], istft(mask * stft(mixture[None], *lengths), mixture.shape[-1], *lengths)[0]
@@ -115,8 +115,9 @@ def decode(model: BSMamba2, features: Tensor, mixture: Tensor) -> tuple[Tensor, 
 def conditions(dt: Tensor, sung: Tensor) -> dict[str, Change]:
     """The interventions on a mixer's Δ, (b, t, h), by name, with heads counted from 1; `sung` is (t,) bool.
 
-    "sing h", "rest h": held at the mean while somebody sings, and while nobody does. "open h": in silence, times the
-    ratio of these two means of the head under test. "exchange h g". "no state": Δ = 0 for all heads.
+    "sing h" holds the Δ of head h in all frames at its mean over the sung frames, and "rest h" at its mean over the
+    other frames. "open h" multiplies the Δ of head h in the other frames by the ratio of these two means of the head
+    under test. "exchange h g" exchanges the Δ of two heads. "no state" sets Δ = 0 for all heads; "own" changes nothing.
     """
     heads = range(dt.shape[-1])
     ratio = float(dt[:, sung, HEAD].mean() / dt[:, ~sung, HEAD].mean())
@@ -130,7 +131,7 @@ def conditions(dt: Tensor, sung: Tensor) -> dict[str, Change]:
 
 @torch.inference_mode()
 def run_song(model: BSMamba2, number: int, names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Score test song `number`: a row with the metrics in dB for each of `names`, or for all conditions."""
+    """Score test song `number`: a row of metrics in dB for each condition in `names`, by default for all."""
     song = synthesise(SEED + number, occupancy=0.5)
     mixer, rows = model.layers[-1].time.forwards.mixer, []  # type: ignore[union-attr]
     with changed_steps(mixer, lambda dt: dt) as steps:  # type: ignore[arg-type]

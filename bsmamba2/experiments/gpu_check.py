@@ -1,14 +1,14 @@
-"""GPU check: the book's claims about GPUs, tested on one GPU in at most eight minutes.
+"""GPU check: test the book's claims about GPUs on one GPU in at most eight minutes.
 
     python -m bsmamba2.experiments.gpu_check                        on the GPU
     python -m bsmamba2.experiments.gpu_check --device cpu --tiny    tests the check itself, at toy size
 
 environment → self-tests → kernels' tests → parts of the model → training step → loading → separation → training
 
-A part yields rows, name → value, or raises `SkipPart` with the reason; `benchmark` measures most of the parts. Each has
-a time limit, and the results are written after each part. The check needs PyTorch, NumPy and safetensors; mamba-ssm and
-Triton for the fused kernels; pytest and hypothesis for their tests; soundfile, av and soxr for loading and training. It
-needs no network. **Not run on a GPU yet.**
+A part yields rows, name → value, or raises `SkipPart` with the reason; `benchmark` measures most of the parts. Each
+part has a time limit, and the results are written after each part. The check needs PyTorch, NumPy and safetensors;
+mamba-ssm and Triton for the fused kernels; pytest and hypothesis for their tests; soundfile, av and soxr for loading
+and training. It needs no network. **Not run on a GPU yet.**
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ from .cost import training_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 480.0
-"""Seconds that all parts may take."""
+"""Time limit of all parts together, in seconds."""
 Row = dict[str, Any]
-"""Name → value. The row of a candidate that failed has a `reason`; `times` are the seconds of each run."""
+"""Name → value. The row of a candidate that failed has a `reason`; `times` holds the seconds of each run."""
 
 
 class SkipPart(Exception):
-    """A part that cannot run here; the message is the reason."""
+    """A part cannot run here; the message gives the reason."""
 
 
 class OutOfTime(BaseException):
-    """The time of a part is over. An alarm raises it at any point; no part may catch it as its own failure."""
+    """A part has reached its time limit. An alarm raises it at any point; no part may catch it as its own failure."""
 
 
 class Check:
-    """The state of a check.
+    """State of a GPU check: its settings and its results.
 
     Attributes:
-        device: to measure on.
-        tiny: toy sizes, to test the check itself.
-        deadline: of the part, on the monotonic clock in seconds.
+        device: device to measure on.
+        tiny: whether to use toy sizes, which test the check itself.
+        deadline: end of the part, in seconds on the monotonic clock.
         results: all results so far, for JSON.
-        preset, backend: of the model, for training and separation.
-        dtypes: to measure, the most important first.
+        preset, backend: preset and backend of the model, for training and separation.
+        dtypes: types to measure, the most important first.
     """
 
     def __init__(self, device: torch.device, *, tiny: bool = False, deadline: float = 0.0) -> None:
@@ -78,7 +78,7 @@ class Check:
         self.dtypes = ("float32",) if tiny else ("bfloat16", "float32")
 
     def measure(self, part: str, **changes: Any) -> Iterator[Row]:
-        """A row for each case of a part of the benchmark; `changes` are of its settings."""
+        """Measure a part of the benchmark: a row for each case; `changes` override its settings."""
         values: Row = {
             "parts": (part,), "lengths": (1.0, 4.0, 8.0), "dtypes": self.dtypes, "device": self.device.type,
             "backends": ("recurrent", "plain", "chunked", "triton"), "baselines": (), "repeats": 3,
@@ -102,7 +102,7 @@ class Check:
 
 
 def environment(check: Check) -> Iterator[Row]:
-    """Versions, the GPU, the two packages of kernels, and the measured peaks."""
+    """Versions, the GPU, the two kernel packages, and the measured peaks."""
     values = {**tables.machine(), "bsmamba2": __version__, "CUDA": torch.version.cuda}
     if check.device.type == "cuda":
         wanted = "driver_version,memory.total,compute_cap,power.limit,clocks.max.sm"
@@ -132,7 +132,7 @@ def environment(check: Check) -> Iterator[Row]:
 
 
 def self_tests(check: Check) -> Iterator[Row]:
-    """The fused scan and convolution against float64, outputs and gradients."""
+    """Compare the fused scan and convolution with float64: outputs and gradients."""
     for name, test in (("fused scan", triton.self_test_error), ("fused convolution", triton.conv_self_test_error)):
         for dtype in triton.TYPES:
             started = time.perf_counter()
@@ -143,7 +143,7 @@ def self_tests(check: Check) -> Iterator[Row]:
 
 
 def kernel_tests(check: Check) -> Iterator[Row]:
-    """`tests/interpreter`, on the GPU; on a CPU in the interpreter."""
+    """Run `tests/interpreter` on the GPU, or on a CPU in Triton's interpreter."""
     folder = ROOT / "tests" / "interpreter"
     if not folder.is_dir():
         raise SkipPart(f"the folder {folder} is not there: copy the whole project")
@@ -158,7 +158,7 @@ def kernel_tests(check: Check) -> Iterator[Row]:
 
 
 def step(check: Check) -> Iterator[Row]:
-    """Training steps: the published batch with several options, and one small enough for a loop, before and after."""
+    """Training steps: the published batch with several options, and a small batch that the loop can train too."""
     batch = 1 if check.tiny else 5
     published: Row = {"lengths": (8.0,), "batch": batch, "gradient_checkpointing": True, "compile": False}
     loop = {**published, "lengths": (1.0, 4.0), "batch": 1, "backends": ("recurrent", check.backend)}
@@ -181,7 +181,7 @@ def step(check: Check) -> Iterator[Row]:
 
 
 def loading(check: Check) -> Iterator[Row]:
-    """Examples read per second, and those that a step of the published batch needs."""
+    """Examples read per second, and the rate that the fastest step of the published batch needs."""
     _require("soundfile", "av", "soxr")
     yield from check.measure("loading")
     steps = check.results.get("parts", {}).get("step", {}).get("rows", [])
@@ -191,7 +191,7 @@ def loading(check: Check) -> Iterator[Row]:
 
 
 def separation(check: Check) -> Iterator[Row]:
-    """Four minutes of noise, end to end and overlapping by half."""
+    """Separate four minutes of noise, in segments end to end and overlapping by half."""
     torch.manual_seed(0)
     dtype = DTYPES[check.dtypes[0]]
     model = BSMamba2(ModelConfig.preset(check.preset)).to(check.device).eval()
@@ -208,7 +208,7 @@ def separation(check: Check) -> Iterator[Row]:
 
 
 def train(check: Check) -> Iterator[Row]:
-    """The command `train`, killed in the middle and started again: does it resume from its last state?"""
+    """Kill the command `train` in the middle and start it again: it must resume from its last state."""
     _require("soundfile", "av", "soxr", "tqdm")
     flags: Row = {"steps": 10**6, "save-every": 10, "segment": 2, "batch": 8, "songs": 20}
     if check.tiny:
@@ -261,7 +261,7 @@ PARTS: dict[str, tuple[Callable[[Check], Iterator[Row]], float]] = {
     "separation": (separation, 20),
     "train": (train, 60),
 }
-"""Name → function, and its time limit in seconds."""
+"""Name of a part → its function, and its time limit in seconds."""
 
 
 def _require(*modules: str) -> None:
@@ -282,7 +282,10 @@ def _version(package: str) -> str:
 
 
 def run(check: Check, folder: Path, names: Sequence[str] = tuple(PARTS), total: float = TOTAL) -> Path:
-    """Run the parts, and write `NAME.json` and `NAME.md` into a folder after each of them; returns the JSON file."""
+    """Run the parts, and write `NAME.json` and `NAME.md` into a folder after each part.
+
+    Returns the path of the JSON file.
+    """
     end = time.monotonic() + total
     machine = check.results.setdefault("machine", tables.machine())
     gpu = machine["gpu"] if check.device.type == "cuda" else "cpu"
@@ -320,7 +323,7 @@ def run_part(check: Check, function: Callable[[Check], Iterator[Row]], seconds: 
         record |= {"state": "skipped", "reason": str(error)}
     except (OutOfTime, subprocess.TimeoutExpired):
         record |= {"state": "cut short", "reason": f"after {seconds:.0f} s"}
-    except Exception as error:  # the parts after it still run
+    except Exception as error:  # the following parts still run
         state = "out of memory" if is_out_of_memory(error) else "failed"
         record |= {"state": state, "reason": measuring.failure(error)}
     measuring.free(check.device)
@@ -338,7 +341,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again where a callback swallowed the first
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # repeated, in case a callback swallows the first
     try:
         yield
     finally:
@@ -349,7 +352,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 # --- tables -----------------------------------------------------------------------------------------------
 
 
-PAIRS = {  # name: part, before, and what replaces it, the best first
+PAIRS = {  # name: part, old candidate, and its replacements, the best first
     "scan": ("scan", "recurrent", ("triton", "chunked")),
     "convolution": ("convolution", "conv1d", ("causal-conv1d", "shifts")),
     "loss": ("loss", "five windows, torch.stft", ("five windows",)),
@@ -357,11 +360,11 @@ PAIRS = {  # name: part, before, and what replaces it, the best first
     "whole model": ("model", "recurrent", ("triton", "chunked")),
     "training step": ("step", "recurrent", ("auto", "plain")),
 }
-"""The parts of the table of before and after."""
+"""Rows of the table that compares each old candidate with its replacement."""
 
 
 def before_and_after(parts: Mapping[str, Any]) -> list[Row]:
-    """The speed-up of each pair of `PAIRS`, from runs that took turns, at the greatest length that both could do."""
+    """Speed-up of each pair in `PAIRS`, from alternating runs, at the greatest length that both completed."""
     lines = []
     for name, (part, before, afters) in PAIRS.items():
         rows = [row for row in parts.get(part, {}).get("rows", []) if row.get("times")]
@@ -384,7 +387,7 @@ def before_and_after(parts: Mapping[str, Any]) -> list[Row]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: a heading, the table of before and after, and a table for each part."""
+    """The results as Markdown: a heading, the table of speed-ups, and a table for each part."""
     machine, toy = results["machine"], " at toy size, which says nothing about speed" if results["tiny"] else ""
     place = machine["gpu"] if results["device"].startswith("cuda") else f"a CPU ({machine['processor']})"
     versions = f"torch {machine['torch']}, bsmamba2 {results['bsmamba2']}"
@@ -401,7 +404,7 @@ def _outcome(record: Row) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    """Rows as a Markdown table; lists are for the JSON file only."""
+    """Rows as a Markdown table; lists appear only in the JSON file."""
 
     def text(value: Any) -> str:
         shown = tables.digits(value) if isinstance(value, float) else str(value)
@@ -414,7 +417,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the check from the command line; 1 when a part failed, 2 without the device."""
+    """Run the check from the command line; returns 1 if a part failed, 2 if the GPU is missing."""
     parser = argparse.ArgumentParser(prog="python -m bsmamba2.experiments.gpu_check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to measure on (cuda)")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: tests the check itself")

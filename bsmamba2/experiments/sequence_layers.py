@@ -1,4 +1,4 @@
-"""Sequence layers to put in place of a Mamba-2 mixer, with as many parameters: an LSTM and self-attention.
+"""Sequence layers that replace a Mamba-2 mixer of equal size: an LSTM and self-attention.
 
     LSTM        x → LSTM of width w → Linear                                         causal
     Attention   x → q, k, v of every head, with rotary positions → softmax(q kᵀ / √p) v → Linear,
@@ -27,7 +27,7 @@ from ..dual_path import SequenceLayer
 from ..mamba2 import Mamba2, RMSNorm
 
 BUDGET_TOLERANCE = 0.01
-"""Two layers have the same size when their numbers of parameters differ by at most this fraction."""
+"""Two layers count as equal in size if their numbers of parameters differ by at most this fraction."""
 ROPE_BASE = 10_000.0
 """Base of the rotary positions: the slowest pair of features makes one turn in about 2π · ROPE_BASE frames."""
 
@@ -46,13 +46,13 @@ class LSTM(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the whole sequence with rotary positions, then a feed-forward: a Transformer's layer.
+    """Transformer layer: self-attention over the whole sequence with rotary positions, then a feed-forward network.
 
         a = out_proj(softmax(q kᵀ / √p) v),   y = a + W₂ gelu(W₁ rms(u + a))
 
-    u is the input, which the block around it has normed already (pre-norm); the block adds y to its own input.
-    Attention looks both ways, so the two layers of a bidirectional block read the same frames, one of them backwards.
-    `width` is that of the feed-forward between its two Linears; `headdim` is p, even, and a divisor of d = `dim`.
+    u is the input, already normalised by the surrounding block (pre-norm), which adds y to its own input. Attention is
+    not causal, so both layers of a bidirectional block depend on all frames; one of them reads the frames backwards.
+    `width` is the hidden width of the feed-forward network; `headdim` is p, which must be even and divide d = `dim`.
 
     Raises:
         ValueError: for a headdim that is odd or does not divide d.
@@ -81,8 +81,8 @@ def apply_rotary(x: Tensor, offset: int = 0) -> Tensor:
 
         (x_i, x_{i + p/2}) in frame j  ↦  the pair rotated by j · ROPE_BASE^(−2i/p),   i < p/2
 
-    The product of a q rotated for frame j and a k rotated for frame m depends only on j − m. x is (..., length, p), p
-    even; `offset` is the number of its first frame. Returns (..., length, p).
+    The product of q rotated for frame j and k rotated for frame m depends on the frames only through j − m. x is
+    (..., length, p) with an even p; `offset` is the number of its first frame. Returns (..., length, p).
     """
     half = x.shape[-1] // 2
     speed = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -96,14 +96,14 @@ def apply_rotary(x: Tensor, offset: int = 0) -> Tensor:
 
 
 def make_layer(name: str, config: ModelConfig) -> SequenceLayer:
-    """A constructor of sequence layers, for the `sequence_layer` of a `BSMamba2` of this configuration.
+    """Constructor of sequence layers, to pass as `sequence_layer` to a `BSMamba2` of this configuration.
 
     Args:
         name: one of `LAYERS`: "mamba2", "lstm" or "attention".
-        config: gives d, and the size of the Mamba-2 mixer that the other layers are fitted to.
+        config: determines d, and the size of the Mamba-2 mixer that the other layers must match.
 
     Raises:
-        ValueError: for an unknown name, or when no width brings the layer within `BUDGET_TOLERANCE` of the mixer's
+        ValueError: for an unknown name, or if no width brings the layer within `BUDGET_TOLERANCE` of the mixer's
             number of parameters.
     """
     if name not in LAYERS:
@@ -112,7 +112,7 @@ def make_layer(name: str, config: ModelConfig) -> SequenceLayer:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trainable parameters of a module."""
+    """Number of parameters of a module."""
     return sum(weight.numel() for weight in module.parameters())
 
 
@@ -122,13 +122,13 @@ def _mamba2(config: ModelConfig) -> SequenceLayer:
 
 
 def parameter_budget(config: ModelConfig) -> int:
-    """Number of parameters of the Mamba-2 mixer of a configuration, which the other layers are fitted to."""
+    """Number of parameters of the Mamba-2 mixer of a configuration, which the other layers must match."""
     with torch.device("meta"):
         return count_parameters(_mamba2(config)())
 
 
 def _fitted(layer: Callable[[int, int], nn.Module], config: ModelConfig) -> SequenceLayer:
-    """The layer with the width whose number of parameters is nearest to the budget."""
+    """Constructor of the layer with the width whose number of parameters is closest to the budget."""
     budget = parameter_budget(config)
 
     def count(width: int) -> int:

@@ -1,10 +1,10 @@
-"""Does Mamba meet silence? One small model with three sequence layers, trained alike, on ever sparser singing.
+"""Does Mamba meet silence? One small model with each of three sequence layers, tested on ever sparser singing.
 
 layer, seed → model → training → songs at every occupancy, in segments of every length → rows → all runs in one file
 
-Two runs with the same seed share the songs, the batches and their order, the number of steps, the optimiser, the
-initial weights of everything but the sequence layers and, within 1 %, the number of parameters of these. All runs are
-scored on the same songs, and a song has the same accompaniment at every occupancy.
+Two runs with the same seed share the songs, the batches and their order, the number of steps, the optimiser, and the
+initial weights of everything but the sequence layers. Their sequence layers have equal numbers of parameters within
+1 %. All runs are scored on the same songs, and a song has the same accompaniment at every occupancy.
 
 Book: "Does Mamba meet silence?". Axis letters: see `bsmamba2.config`.
 """
@@ -42,27 +42,27 @@ MODEL = ModelConfig(
     dim=48, depth=1, freqs_per_bands=generate_bands(16, 513), sample_rate=16_000, n_fft=1024, hop_length=320,
     d_state=16, headdim=32, expand=2, mask_expand=2,
 )  # fmt: skip
-"""Smaller than the preset `small`, and at 16 kHz, which keeps most of a voice: a run takes two minutes on two cores."""
+"""Smaller than the preset `small`, and at 16 kHz, which keeps most of a voice; a run takes two minutes on two cores."""
 
 TEST_SEED = 2_000_000
-"""Seed of the first test song; the training songs have other seeds."""
+"""Seed of the first test song; the training songs have different seeds."""
 METRICS = ("usdr", "vocal_usdr", "silence_leakage", "onset")
-"""The metrics of a row: see `score`."""
+"""The metrics of a row; see `score`."""
 COLUMNS = ("song", "occupancy", "segment", *METRICS, "mixture")
 """All fields of a row."""
 COMPARED = ("mamba2", "lstm", "attention")
-"""The sequence layers that the experiment compares, of those in `sequence_layers.LAYERS`."""
+"""The sequence layers that the experiment compares, by their names in `sequence_layers.LAYERS`."""
 SOURCES = (
     "bands.py", "config.py", "data.py", "dual_path.py", "losses.py", "mamba2.py", "masks.py", "metrics.py", "model.py",
     "separate.py", "settings.py", "spectrogram.py", "ssd.py", "train.py", "kernels", "synth", "training/run_dir.py",
     "experiments/sequence_layers.py", "experiments/silence.py",
 )  # fmt: skip
-"""Files and folders of the package on which a run's numbers may depend."""
+"""Files and folders of the package that may affect the numbers of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """The parameters of one run, checked on creation; a `ValueError` names the one that is wrong."""
+    """Parameters of one run, checked on creation; a `ValueError` names the wrong parameter."""
 
     layer: str = setting("mamba2", "the sequence layer", COMPARED)
     seed: int = setting(0, "of the initial weights, the training songs and the batches", within=NOT_NEGATIVE)
@@ -104,7 +104,7 @@ class Experiment:
         return cls(**given)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Names and values, which `from_mapping` reads again."""
+        """Names and values, which `from_mapping` accepts."""
         return dataclasses.asdict(self)
 
 
@@ -112,10 +112,10 @@ class Experiment:
 
 
 def build(experiment: Experiment) -> BSMamba2:
-    """The untrained model; with one seed, all weights outside the sequence layers are the same for every layer.
+    """The untrained model; with the same seed, its weights outside the sequence layers are equal for every layer.
 
     Raises:
-        ValueError: when the layer cannot be fitted to the Mamba-2 mixer's number of parameters.
+        ValueError: if no width of the layer matches the Mamba-2 mixer's number of parameters.
     """
     torch.manual_seed(experiment.seed)
     model = BSMamba2(MODEL, sequence_layer=sequence_layers.make_layer(experiment.layer, MODEL))
@@ -135,10 +135,10 @@ def batches(experiment: Experiment) -> Remixer:
 
 
 def start(experiment: Experiment, folder: Path) -> RunDir:
-    """The training run in its folder: new, or resumed from its last state (`bsmamba2.training.run_dir`).
+    """Training run in its folder: new, or resumed from its last state (`bsmamba2.training.run_dir`).
 
     Raises:
-        RunError: when the folder's run has other parameters.
+        RunError: if the folder contains a run with different parameters.
     """
     config = TrainConfig(
         steps=experiment.steps, lr=experiment.lr, schedule="cosine", ema_decay=0.98,
@@ -161,8 +161,8 @@ def scored_song(number: int, occupancy: float, seconds: float) -> Song:
 def score(song: Song, estimate: Tensor) -> dict[str, float | None]:
     """The metrics of an estimate of a song's vocals, in dB; None where a metric is not defined.
 
-    `vocal_usdr` is the uSDR of the song without its silent regions, `onset` the error in the first 0.2 s after a
-    silence, the median over the song's onsets. The song may be at any rate; the estimate is (c, samples).
+    `vocal_usdr` is the uSDR of the song without its silent regions. `onset` is the error in the first 0.2 s after a
+    silence, as the median over the song's onsets. The song may have any sample rate; the estimate is (c, samples).
     """
     voice, rate = song.vocals, song.sample_rate
     sounding = torch.ones(song.samples, dtype=torch.bool)
@@ -181,9 +181,9 @@ def score(song: Song, estimate: Tensor) -> dict[str, float | None]:
 def score_segments(
     model: BSMamba2, song: Song, number: int, occupancy: float, segments: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Separate a song once for each segment length in seconds, end to end, and score it: a row for each length.
+    """Separate and score a song once for each segment length, in seconds, without overlap: one row per length.
 
-    The model has one stem, and the rate of the song, whose `number` and `occupancy` the rows repeat.
+    The model must have one stem and the song's sample rate. Each row repeats the song's `number` and `occupancy`.
     """
     mixture = round(metrics.usdr(song.vocals, song.mixture), 3)
     rows = []
@@ -196,7 +196,7 @@ def score_segments(
 
 
 def source_hash() -> str:
-    """The first 16 digits of the SHA-256 of the files in `SOURCES`."""
+    """The first 16 hexadecimal digits of the SHA-256 of the files in `SOURCES`."""
     digest = hashlib.sha256()
     for path in (Path(__file__).parents[1] / name for name in SOURCES):
         sources = path.rglob("*") if path.is_dir() else [path]
@@ -219,9 +219,10 @@ def read_runs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     `data` is `{"runs": [...]}`, each run as `notebooks/silence.ipynb` writes it into its `summary.json`.
 
     Raises:
-        ValueError: naming what is missing, repeated or unequal. Parameters other than layer and seed, and the source
-            hash, must be the same, the numbers of parameters equal within `sequence_layers.BUDGET_TOLERANCE`; there
-            must be one run for each layer and seed, with one row for each song, occupancy and segment.
+        ValueError: if anything is missing, repeated or unequal. All runs must have the same source hash, and the same
+            parameters other than layer and seed. The layers' numbers of parameters must be equal within
+            `sequence_layers.BUDGET_TOLERANCE`. There must be one run for each layer and seed, with one row for each
+            song, occupancy and segment.
     """
     runs = data.get("runs")
     if not isinstance(runs, list) or not runs:
@@ -259,7 +260,7 @@ def read_runs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 def average(rows: Sequence[Mapping[str, Any]], metric: str, by: Sequence[str]) -> dict[tuple[Any, ...], float]:
     """The mean of a metric over all rows with the same values of the fields `by`: (their values) → mean.
 
-    Rows where the metric is None are left out; a group without other rows is absent.
+    Rows where the metric is None are left out; a group with no other rows is absent.
     """
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:

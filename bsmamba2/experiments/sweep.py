@@ -1,10 +1,10 @@
-"""Grid of training runs: one notebook, run once for every point of a parameter grid, several runs at a time.
+"""Grid of training runs: run a notebook once for every point of a parameter grid, several runs at a time.
 
 grid → points → one papermill process each, on this machine or on a Dask cluster → each run's summary, or its error
 
-A run that fails does not stop the others. A run that has finished is not repeated, and one that was interrupted
-resumes, as its `bsmamba2.training.run_dir` does. papermill writes the names of parameters into the notebook as code, so
-only names that the notebook defines are passed on to it.
+A failed run does not stop the others. A finished run is not repeated, and an interrupted run resumes (see
+`bsmamba2.training.run_dir`). papermill writes the names of parameters into the notebook as code, so only names that the
+notebook defines are passed to it.
 
 Book: "Scaling up".
 """
@@ -33,9 +33,9 @@ import yaml
 class GridPoint:
     """One run of the grid."""
 
-    name: str  #: the values of the grid's parameters, also the folder's name: `lr=0.001,seed=0`
+    name: str  #: values of the grid's parameters, also the folder's name, for example `lr=0.001,seed=0`
     parameters: dict[str, Any]  #: all parameters of the notebook
-    folder: Path  #: with `run.ipynb`, `parameters.yaml`, `log.txt`, and the notebook's own results
+    folder: Path  #: contains `run.ipynb`, `parameters.yaml`, `log.txt`, and the notebook's own results
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Result:
     """The result of a run: its `summary.json`, or the error."""
 
     point: GridPoint
-    summary: dict[str, Any] | None  #: as the notebook wrote it; None when it failed
-    error: str  #: the last lines of its output when it failed, otherwise empty
-    seconds: float  #: duration; 0 when the run had finished before
+    summary: dict[str, Any] | None  #: as the notebook wrote it; None if the run failed
+    error: str  #: the last lines of output if the run failed, otherwise empty
+    seconds: float  #: duration; 0 if the run had already finished
 
 
 def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], folder: Path) -> list[GridPoint]:
@@ -57,7 +57,7 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
         folder: the grid's folder.
 
     Raises:
-        ValueError: for an empty grid, a name that is not an identifier, a value without a plain type in YAML, a
+        ValueError: for an empty grid, a name that is not an identifier, a value that is not of a plain YAML type, a
             parameter without a list of values, or two points with the same name.
     """
     _check_plain({**grid, **fixed})
@@ -81,7 +81,7 @@ def expand_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], fol
 
 
 def _check_plain(value: object) -> None:
-    """Check that a value consists of YAML's plain types, with identifiers for names. Raises ValueError."""
+    """Check that a value consists of YAML's plain types, and that names are identifiers. Raises ValueError."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if not isinstance(name, str) or not name.isidentifier():
@@ -98,7 +98,7 @@ def check_parameters(parameters: Mapping[str, Any], notebook: Path) -> None:
     """Check that a notebook defines every parameter, in its cell tagged `parameters`, and that values are plain.
 
     Raises:
-        ValueError: naming the parameter, or when the notebook cannot be read.
+        ValueError: if a parameter fails the check, or if the notebook cannot be read.
     """
     _check_plain(parameters)
     try:
@@ -113,16 +113,16 @@ def check_parameters(parameters: Mapping[str, Any], notebook: Path) -> None:
 
 
 def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, scheduler: str = "") -> Iterator[Result]:
-    """Run a grid, `workers` runs at a time on this machine, or on the Dask cluster with this scheduler's address.
+    """Run a grid: `workers` runs at a time on this machine, or on the Dask cluster at a scheduler's address.
 
-    Yields each result as it arrives. The workers of a cluster need this package, and the folders at the same paths.
+    Yields each result as it arrives. The workers of a cluster need this package, and the same paths to the folders.
     Dask over `tcp://` has no authentication: anyone who reaches the port of a scheduler or a worker can run code there.
     `--host 127.0.0.1` binds both to this machine; across machines use `tls://` with certificates.
 
     Raises:
-        ValueError: for less than one worker, or a parameter that the notebook does not have (`check_parameters`).
-        ImportError: when a scheduler is given and the `distributed` package is missing.
-        OSError: when the scheduler cannot be reached.
+        ValueError: for fewer than one worker, or a parameter that the notebook does not have (`check_parameters`).
+        ImportError: if a scheduler is given and the `distributed` package is missing.
+        OSError: if the scheduler cannot be reached.
     """
     notebook = notebook.resolve()
     for point in points:
@@ -145,7 +145,7 @@ def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, s
     with pool:
         try:
             for future in finished(futures):
-                lost = future.exception()  # of a cluster, when the worker itself disappeared
+                lost = future.exception()  # on a cluster, if the worker itself disappeared
                 yield future.result() if lost is None else Result(futures[future], None, repr(lost), 0.0)
         finally:
             for future in futures:
@@ -153,13 +153,13 @@ def run_grid(points: Sequence[GridPoint], notebook: Path, *, workers: int = 2, s
 
 
 def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> Result:
-    """Run one point of a grid in its own process, unless it has finished before.
+    """Run one point of a grid in its own process, unless it has already finished.
 
     The notebook gets the parameters, and writes `summary.json` into `output_dir`. The process uses `threads` threads.
     """
     check_parameters(point.parameters, notebook)
     parameters, summary_path = point.folder / "parameters.yaml", point.folder / "summary.json"
-    wanted = yaml.safe_dump(json.loads(json.dumps(point.parameters)))  # in JSON, papermill takes 1e-05 for a text
+    wanted = yaml.safe_dump(json.loads(json.dumps(point.parameters)))  # papermill would read JSON's 1e-05 as text
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, "-m", "papermill", str(notebook), str(point.folder / "run.ipynb"), "-f", str(parameters)]
@@ -186,7 +186,7 @@ def run_point(point: GridPoint, notebook: Path, threads: int | None = None) -> R
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of a run; None when the file is absent, or was cut off by a kill or a full disk."""
+    """The summary of a run; None if the file is absent, or cut off by a kill or a full disk."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

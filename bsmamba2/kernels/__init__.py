@@ -1,9 +1,9 @@
-"""Speed: faster forms of the core's scan, mixer and bidirectional block, and the one call that installs them.
+"""Faster forms of the core's scan, mixer and bidirectional block, and `accelerate`, which installs them.
 
-Begin with `accelerate(model)`: it chooses by device and self-test (`resolver.py`), and `restore(model)` undoes it.
-`chunked` and `blockwise` need PyTorch only; `cpu`, with `cpu_layers`, needs a C++ compiler once; `triton` needs a CUDA
-device and mamba-ssm (causal-conv1d optional). All compute the function of `bsmamba2.ssd` and `bsmamba2.mamba2`, and
-each self-test compares them with it. Nothing here is imported by the core.
+Start with `accelerate(model)`, which chooses a backend by device and self-test (`resolver.py`); `restore(model)` undoes
+it. `chunked` and `blockwise` need only PyTorch; `cpu`, with `cpu_layers`, needs a C++ compiler once; `triton` needs a
+CUDA device and mamba-ssm (causal-conv1d is optional). All compute the same functions as `bsmamba2.ssd` and
+`bsmamba2.mamba2`; the self-tests compare the compiled kernels with them. The core does not import this package.
 """
 
 from .resolver import (

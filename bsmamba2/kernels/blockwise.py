@@ -1,10 +1,10 @@
-"""Layers that work block by block, so that intermediate results stay in the processor's cache.
+"""Layers that process their input in blocks, so that intermediate results stay in the processor's cache.
 
-    BlockwiseMamba2   the mixer, some frames at a time, with `chunked.chunked` for its scan
+    BlockwiseMamba2   the mixer, a few frames at a time, with `chunked.chunked` as its scan
     BlockwiseBlock    the bidirectional block, a few sequences at a time
 
-Each computes the same function as the plain class that it derives from, and has the same parameters; `accelerate`
-exchanges the classes of a model's modules. It runs on a CPU without the C++ kernel.
+Each class computes the same function as its plain base class and has the same parameters; `accelerate` replaces the
+classes of a model's modules. These layers also run on a CPU without the C++ kernel.
 Book: "The fused kernel". Axis letters: see `bsmamba2.config`.
 """
 
@@ -22,21 +22,21 @@ from ..mamba2 import EPS, Mamba2, MixerState, RMSNorm, at_least_fp32
 from .chunked import chunked
 
 FRAMES_PER_CHUNK = 128
-"""Frames that a mixer takes at once on a CPU, without gradients: one chunk of its scan."""
+"""Number of frames that a mixer processes at once on a CPU, without gradients: one chunk of its scan."""
 BLOCK = 2**20
-"""Features, d for each frame of each sequence, that a layer reads at once on a CPU; half of it with gradients."""
+"""Number of features (sequences × frames × d) that a layer processes at once on a CPU; half as many with gradients."""
 
 
 def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, max_sequences: int | None = None) -> Tensor:
-    """Apply a layer that reads each sequence separately; on a CPU, apply it to a few sequences at a time.
+    """Apply a layer that processes each sequence separately; on a CPU, to a few sequences at a time.
 
-    Intermediate results then stay in the processor's cache, where the whole batch would go through memory at every
-    operation.
+    Intermediate results then stay in the processor's cache. Those of the whole batch would be written to memory and
+    read back at every operation.
 
     Args:
         layer: (b, length, d) → (b, length, d).
         x: (b, length, d).
-        max_sequences: at a time; by `BLOCK` when absent.
+        max_sequences: largest number of sequences at a time; None: derived from `BLOCK`.
     """
     b, length, d = x.shape
     if max_sequences is None:
@@ -45,17 +45,17 @@ def block_by_block(layer: Callable[[Tensor], Tensor], x: Tensor, max_sequences: 
     if x.device.type != "cpu" or b <= max_sequences:
         return layer(x)
     blocks = -(-b // max_sequences)
-    sizes = [(b + i) // blocks for i in range(blocks)]  # as equal as can be
+    sizes = [(b + i) // blocks for i in range(blocks)]  # as equal as possible
     return torch.cat([layer(part) for part in x.split(sizes)])
 
 
 def gate_norm_linear(x: Tensor, z: Tensor, norm: RMSNorm, linear: nn.Linear) -> Tensor:
-    """linear(norm(x · SiLU(z))), (t, b, w) twice → (t, b, d), for a Linear without bias.
+    """Gated norm and projection, linear(norm(x · SiLU(z))): x and z (t, b, w) → (t, b, d), for a Linear without bias.
 
-    The gain goes into the matrix and the root mean square, one value per row, out of the product: the wide product
-    x · SiLU(z) is written and read once each.
+    The gain is folded into the matrix, and the root mean square, one value per row, is applied after the product.
+    The normalised x · SiLU(z) is therefore never written to memory.
     """
-    if x.dtype == torch.float16:  # it could not hold the product before the norm
+    if x.dtype == torch.float16:  # the product before the norm can overflow it
         return linear(norm(at_least_fp32(x) * functional.silu(z)).to(x.dtype))
     gated = x * functional.silu(z)
     scale = (at_least_fp32(gated).square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -64,20 +64,20 @@ def gate_norm_linear(x: Tensor, z: Tensor, norm: RMSNorm, linear: nn.Linear) -> 
 
 
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None = None) -> Tensor:
-    """`bsmamba2.mamba2.causal_conv1d_silu` with the frames first, as one addition in place for each tap.
+    """`bsmamba2.mamba2.causal_conv1d_silu` with frames as first axis, computed by one in-place addition per tap.
 
-    It takes a half to a quarter of the time of `conv1d` on a CPU, which moves the channels first and back.
+    On a CPU, it takes a half to a quarter of the time of `conv1d`, which moves the channels first and back again.
 
     Args:
         x: (t, b, w).
-        weight: (w, 1, taps), as `nn.Conv1d` with w groups has it.
-        bias: (w,), or none.
-        conv_state: the frames before the first, (taps − 1, b, w); zeros when absent.
+        weight: (w, 1, taps), as in `nn.Conv1d` with w groups.
+        bias: (w,), or None.
+        conv_state: the frames before the first one, (taps − 1, b, w); zeros if None.
 
     Returns:
-        (t, b, w), of the type of x.
+        (t, b, w), in the type of x.
     """
-    dtype = at_least_fp32(x).dtype  # bfloat16 sums are slow on a CPU, and coarse
+    dtype = at_least_fp32(x).dtype  # bfloat16 sums are slow and imprecise on a CPU
     taps = weight[:, 0].mT.to(dtype).contiguous()
     bias = taps.new_zeros(taps.shape[1]) if bias is None else bias.to(dtype)
     conv_state = x.new_zeros(len(taps) - 1, *x.shape[1:]) if conv_state is None else conv_state.to(x.dtype)
@@ -85,7 +85,7 @@ def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_stat
 
 
 class _CausalConvSiLU(torch.autograd.Function):
-    """The convolution with a backward pass that keeps only its inputs; autograd's takes twice as long."""
+    """Convolution whose backward pass needs only the inputs; the backward pass of autograd takes twice as long."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, conv_state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ class BlockwiseBlock(BidirectionalBlock):
 
 
 class BlockwiseMamba2(Mamba2):
-    """`Mamba2`, some frames at a time: its convolution as shifted sums, its gate and norm in the last product."""
+    """`Mamba2`, a few frames at a time, with a convolution by shifted sums, and the norm merged into the projection."""
 
     convolve = staticmethod(causal_conv1d_silu)
-    """The convolution that runs; a subclass has its own."""
+    """The convolution to run; subclasses may override it."""
     run_scan = staticmethod(chunked)
-    """The scan that runs: any function with the signature in `bsmamba2.ssd`."""
+    """The scan to run: any function with the signature in `bsmamba2.ssd`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, d) → (b, t, d)."""
@@ -149,13 +149,13 @@ class BlockwiseMamba2(Mamba2):
         return block_by_block(lambda part: self._chunks(part, None, False)[0], x)
 
     def step(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        """As `Mamba2.step`."""
+        """Same as `Mamba2.step`."""
         y, after = self._segment(x, state, True) if x.device.type != "cpu" else self._chunks(x, state, True)
         assert after is not None
         return y, after
 
     def _chunks(self, x: Tensor, state: MixerState | None, return_state: bool) -> tuple[Tensor, MixerState | None]:
-        """`_segment` of `FRAMES_PER_CHUNK` frames after the others."""
+        """Apply `_segment` to successive chunks of at most `FRAMES_PER_CHUNK` frames."""
         outputs, parts = [], x.tensor_split(-(-x.shape[1] // FRAMES_PER_CHUNK), dim=1)
         for i, part in enumerate(parts, start=1):
             y, state = self._segment(part, state, return_state or i < len(parts))
@@ -163,11 +163,11 @@ class BlockwiseMamba2(Mamba2):
         return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), state
 
     def _segment(self, x: Tensor, state: MixerState | None, return_state: bool) -> tuple[Tensor, MixerState | None]:
-        """A segment in one piece. The frames come first in memory, (t, b, …): a tap of the convolution is then a shift
-        of whole rows, and the heads of all sequences form one batch for the scan."""
+        """Process a segment at once. Frames are the first axis in memory, (t, b, …), so that a tap of the convolution
+        is a shift of whole rows, and the heads of all sequences form one batch for the scan."""
         conv_state, ssm_state = state or (None, None)
         conv_state = None if conv_state is None else conv_state.transpose(0, 1)
-        # Autocast would split a product with a tensor that is not contiguous into one for each frame.
+        # Under autocast, a product with a non-contiguous tensor would be split into one product per frame.
         z, xBC, dt = self.in_proj(x.transpose(0, 1).contiguous()).split(self.proj_sizes, dim=-1)
         convolved = self.convolve(xBC, self.conv1d.weight, self.conv1d.bias, conv_state)
         inputs = self.scan_inputs(convolved.transpose(0, 1), dt.transpose(0, 1))
@@ -180,7 +180,7 @@ class BlockwiseMamba2(Mamba2):
         return gate_norm_linear(y, z, self.norm, self.out_proj).transpose(0, 1), after
 
     def last_frames(self, conv_state: Tensor | None, xBC: Tensor) -> Tensor:
-        """The next `conv_state`: (taps − 1, b, w) or none, (t, b, w) → (taps − 1, b, w)."""
+        """The next `conv_state`: (taps − 1, b, w) or None, (t, b, w) → (taps − 1, b, w)."""
         past = self.conv1d.kernel_size[0] - 1
         conv_state = xBC.new_zeros(past, *xBC.shape[1:]) if conv_state is None else conv_state
         new = min(past, len(xBC))
@@ -188,7 +188,7 @@ class BlockwiseMamba2(Mamba2):
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrices multiply x: its own, or that of autocast, which leaves float64 alone."""
+    """Type for matrix products with x: the autocast type if autocast is enabled and x is not float64, else x.dtype."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x.dtype

@@ -1,9 +1,10 @@
-"""The chunked scan arranged for caches: the function of `bsmamba2.ssd.chunked`.
+"""The chunked scan arranged for caches; it computes the same function as `bsmamba2.ssd.chunked`.
 
-One chunk after the other, so that intermediate results stay in the processor's cache, and one product for all heads,
-where the plain form has a matrix for each. It runs on a CPU without a C++ compiler, and for input that the kernels do
-not take. Where a gradient is wanted, the plain form runs. Book: "Choosing the chunk". Axis letters: see
-`bsmamba2.config`.
+It processes one chunk at a time, so that intermediate results stay in the processor's cache, and uses one product for
+all heads, whereas the plain form needs a matrix per head. It runs on CPUs without a C++ compiler, and for inputs that
+the kernels do not support. If a gradient is required, the plain form runs.
+
+Book: "Choosing the chunk". Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from .. import ssd
 
 INFERENCE_CHUNK = 128
-"""Most frames in a chunk without gradients: the scores of a longer chunk cost less than writing the state again."""
+"""Largest chunk without gradients, in frames. Scores of a longer chunk cost less than writing the state again."""
 SPAN = 120.0
-"""Most octaves that the decays of a level may span: factors from 2⁻⁶⁰ to 2⁶⁰, with as much to spare in float32."""
+"""Largest span of the decays of a level, in octaves: factors from 2⁻⁶⁰ to 2⁶⁰, about half of float32's range."""
 FAR = 50.0
-"""Octaves of decay beyond which a frame counts as forgotten: twice the precision of float32. Its factor would soon be a
-denormal number, and a product with those takes a hundred times as long on some processors."""
+"""Decay, in octaves, after which a frame counts as forgotten: twice the precision of float32. Its factor is set to
+zero, because it would soon be denormal, and products with denormal numbers take a hundred times as long on some
+processors."""
 
 
 def chunked(
@@ -41,17 +43,18 @@ def chunked(
     return_state: bool = False,
     chunk: int | None = None,
 ) -> Any:
-    """The scan, chunk by chunk; `bsmamba2.ssd` has the shapes. Fastest when frames are the outermost axis in memory.
+    """Chunked scan, one chunk at a time; for shapes, see `bsmamba2.ssd`.
 
-    Any length works; a sequence of one chunk takes no state at all unless one is given or asked for. Float16 is
-    computed in float32, because the decay factors pass the largest float16. Where an input requires a gradient,
-    `ssd.chunked` runs instead; it keeps only its inputs, and runs again in the backward pass.
+    It is fastest if frames are the outermost axis in memory. Any length works; a sequence of one chunk needs no state
+    unless one is passed in or requested. Float16 inputs are computed in float32, because the decay factors can exceed
+    the range of float16. If an input requires a gradient, `ssd.chunked` runs instead; only its inputs are kept, and it
+    runs again in the backward pass.
 
     Args:
-        chunk: most frames in a chunk; when absent 128, and 64 where a gradient is wanted.
+        chunk: largest number of frames in a chunk; None: 128, or 64 if a gradient is required.
 
     Raises:
-        ValueError: for a chunk below 1, or shapes that do not fit.
+        ValueError: if `chunk` is below 1, or shapes do not match.
     """
     inputs = (x, dt, A, B, C, D, initial_state)
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in inputs):
@@ -67,8 +70,8 @@ def chunked(
     wide = ssd.check(x, dt, A, B, C, D, initial_state)
     dtype, x = x.dtype, x.float() if x.dtype == torch.float16 else x
     t = x.shape[1]
-    q = -(-t // -(-t // chunk))  # chunks of one length, as few as possible
-    with torch.autocast(x.device.type, enabled=False):  # products are of the type of x, whatever surrounds them
+    q = -(-t // -(-t // chunk))  # chunks of equal length, as few as possible
+    with torch.autocast(x.device.type, enabled=False):  # products use the type of x, even under autocast
         y, state = _chunk_by_chunk(
             x.transpose(0, 1),
             dt.to(wide).transpose(0, 1),
@@ -87,27 +90,28 @@ def chunked(
 def _chunk_by_chunk(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, q: int, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunked` with the frames first: y (t, b, h, p), and with `keep` the last state (b, n, h, p).
+    """`chunked` with frames as first axis: y (t, b, h, p), and with `keep` the last state (b, n, h, p).
 
-    i and j are frames of a chunk, r_i is the sum of dt·A up to frame i, R that up to the end, S the state before the
-    chunk. With G = C Bᵀ, shared by the heads,
+    i and j are frames of a chunk, r_i is the sum of dt·A up to frame i, R the sum up to the end of the chunk, S the
+    state before the chunk. With G = C Bᵀ, shared by the heads,
 
         y_i = Σ_{j<i} e^{r_i − r_j} G_ij dt_j x_j + (G_ii dt_i + D) x_i + e^{r_i} S C_i
         S ← e^R S + Σ_j e^{R − r_j} dt_j x_j B_jᵀ
 
-    The decay is a product, e^{r_i − r_j} = e^{r_i − m} · e^{m − r_j}, whatever m. So no head needs a matrix of its own:
-    x is scaled by the second factor, one product with the lower triangle of G serves all heads, and one more the state;
-    the rows are scaled by the first. The factors may leave the range of a float, where their product does not. So where
-    a head's decays span more than `SPAN` octaves, its rows are divided into levels of that size, each with an m of its
-    own (`_split_by_decay`), and every level but the first takes a product more, of such heads only. From two levels
-    back, a factor of 2⁻¹²⁰ is left: the state, too, is read by the first level only.
+    For any m, the decay is a product, e^{r_i − r_j} = e^{r_i − m} · e^{m − r_j}. So no head needs its own matrix: x is
+    scaled by the second factor, one product with the lower triangle of G serves all heads, another one updates the
+    state, and the output rows are scaled by the first factor. The factors may leave the range of a float although their
+    product does not. If a head's decays span more than `SPAN` octaves, its rows are therefore divided into levels of
+    that size, each with its own m (`_split_by_decay`). Every level after the first needs one more product, but only for
+    these heads. Frames two levels back are neglected, because their factor is at most 2⁻¹²⁰; for the same reason, only
+    the first level reads the state.
 
-    Sums of dt·A are in float64, so that differences of large ones keep their precision, and in octaves, because
-    PyTorch's exp2 is three times as fast on a CPU as its exp.
+    Sums of dt·A are in float64, so that differences of large sums keep their precision, and in octaves, because
+    PyTorch's exp2 is three times as fast as its exp on a CPU.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     narrow = None if state is None else state.to(x.dtype).flatten(2)  # (b, n, h·p)
-    octaves = (dt.double() * (A.double() * math.log2(math.e))).clamp(min=-SPAN)  # of a step: more is nothing left
+    octaves = (dt.double() * (A.double() * math.log2(math.e))).clamp(min=-SPAN)  # per step; more leaves nothing
     parts = zip(*(part.split(q) for part in (x, dt, B, C, octaves, y)), strict=True)
     for i, (x_now, dt_now, B_now, C_now, steps, y_now) in enumerate(parts, start=1):
         sums = steps.cumsum(0)  # r_i, (q, b, h), float64
@@ -120,7 +124,7 @@ def _chunk_by_chunk(
         for number, heads, into, out, to_end in _split_by_decay(sums, dt_now):
             some = x_now[:, :, heads]
             weighed = (some * into.to(x.dtype)[..., None]).transpose(0, 1).contiguous().flatten(2)  # (b, q, h·p)
-            if number == 0 and narrow is not None:  # S C_i in the scale of the first level
+            if number == 0 and narrow is not None:  # S C_i, scaled as in the first level
                 found = reader @ narrow
                 torch.baddbmm(found, G, weighed, beta=2.0 ** (-SPAN / 2), out=found)
             else:
@@ -145,21 +149,21 @@ def _chunk_by_chunk(
 
 
 def _split_by_decay(sums: Tensor, dt: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
-    """The levels of a chunk's rows: where dt·A summed up to a row is between −k·SPAN and −(k + 1)·SPAN octaves.
+    """Split the rows of a chunk into levels; in level k, dt·A sums to between −k·SPAN and −(k + 1)·SPAN octaves.
 
     Args:
-        sums: of dt·A in octaves, falling, (q, b, h), float64.
+        sums: cumulative sums of dt·A in octaves, decreasing, (q, b, h), float64.
         dt: (q, b, h).
 
     Yields:
-        For each level k and each run of neighbouring heads in which it occurs: k; the h' heads; and with m in the
-        middle of the level e^{m − r_j} dt_j of all frames up to it, zero beyond, (q, b, h'); e^{r_i − m} of its rows,
-        zero of others, (q, b, h'); and e^{R − m} where it is the last, else zero, (b, h'). First of all comes level 0,
-        in all heads at once.
+        For each level k and each run of adjacent heads that reach it: k; the h' heads; and, with m in the middle of the
+        level, e^{m − r_j} dt_j for frames up to the level, zero for later ones, (q, b, h'); e^{r_i − m} for rows of the
+        level, zero for others, (q, b, h'); and e^{R − m} if the level is the last one, else zero, (b, h'). Level 0
+        comes first, for all heads together.
     """
-    if isinstance(sums, FakeTensor):  # it has a shape alone
+    if isinstance(sums, FakeTensor):  # it has only a shape
         deepest = [0] * sums.shape[-1]
-    else:  # a sum that is NaN lies in the first, and goes through
+    else:  # a NaN sum belongs to level 0 and propagates
         deepest = (sums[-1].nan_to_num() / -SPAN).amax(0).clamp(min=0).floor().int().tolist()
     for number in range(max(deepest) + 1):
         for heads in _runs([last >= number for last in deepest]):
@@ -176,7 +180,7 @@ def _split_by_decay(sums: Tensor, dt: Tensor) -> Iterator[tuple[int, slice, Tens
 
 
 def _runs(wanted: list[bool]) -> Iterator[slice]:
-    """The places of neighbouring trues."""
+    """Slices of adjacent true values."""
     start = 0
     for true, run in itertools.groupby(wanted):
         end = start + sum(1 for _ in run)

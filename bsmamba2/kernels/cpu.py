@@ -1,11 +1,11 @@
-"""The mixer's own kernel for CPUs: C++, in `cpp`, built at first use, and used where its self-test passes.
+"""C++ kernel of the mixer for CPUs (sources in `cpp`), built at first use; it runs if its self-test passes.
 
     scan             the function of `bsmamba2.ssd`
     conv_scan_gate   convolution, scan and gate of a mixer fused: x, B and C never leave the cache
-    rms_norm         of frames, without gradients
+    rms_norm         RMS norm of frames, without gradients
 
-It takes float32 and bfloat16. The first two have gradients, for which only their inputs are kept. `extension` builds it
-on this machine with a C++ compiler, and keeps it for the next process.
+It supports float32 and bfloat16. The first two operators have gradients and keep only their inputs for the backward
+pass. `extension` builds the kernel on this machine with a C++ compiler, and caches it for later processes.
 
 Book: "Appendix: the CPU kernel". Axis letters: see `bsmamba2.config`; w is the width of the convolution, h·p + 2n.
 """
@@ -26,9 +26,9 @@ from .extension import load_extension
 from .self_test import BackendError, raise_unsupported, relative_errors, self_test
 
 WIDTH_MULTIPLE = 32
-"""Headdim and d_state must be multiples of it: the features that two rows of registers hold."""
+"""Headdim and d_state must be multiples of this number of features, which fills two rows of registers."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
-"""Largest error of a self-test, relative to float64 in the Euclidean norm, for each type that the kernel takes."""
+"""Tolerance of the self-test for each supported type: error relative to float64, in the Euclidean norm."""
 
 
 # --- the operators ----------------------------------------------------------------------------------------
@@ -45,11 +45,11 @@ def scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Any:
-    """The scan, with the signature of `bsmamba2.ssd`, which has the shapes. Not self-tested.
+    """The scan in C++, with the signature and shapes of `bsmamba2.ssd`. It does not run the self-test.
 
     Raises:
-        BackendError: where it cannot be built, or for a tensor that it does not take.
-        ValueError: for shapes that do not fit.
+        BackendError: if the kernel cannot be built, or does not support the tensor.
+        ValueError: if shapes do not match.
     """
     ssd.check(x, dt, A, B, C, D, initial_state)
     _, _, h, p = x.shape
@@ -77,7 +77,7 @@ def conv_scan_gate(
     backwards: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Convolution, scan and gate of a mixer, fused: all between its projections, but for the gain of its norm.
+    """Fused convolution, scan and gate of a mixer: everything between its projections except the gain of its norm.
 
         x, B, C = SiLU(conv(xBC))      y = scan(x, softplus(dt + dt_bias), A, B, C, D)
         y · SiLU(z) / rms(y · SiLU(z))
@@ -85,17 +85,18 @@ def conv_scan_gate(
     Args:
         projected: z, xBC and dt concatenated, (b, t, h·p + w + h).
         dt_bias, A, D: (h,).
-        weight, bias: of the convolution, (w, 1, taps) and (w,).
-        conv_state: xBC of the frames before the first, (b, taps − 1, w); zeros when absent.
-        initial_state: (b, h, p, n).
-        backwards: read the frames from the last to the first; states then belong to the other ends.
-        out: where to put the first result, without gradients.
+        weight, bias: parameters of the convolution, (w, 1, taps) and (w,).
+        conv_state: xBC of the frames before the first one, (b, taps − 1, w); zeros if None.
+        initial_state: (b, h, p, n); zeros if None.
+        return_state: whether to return the last state.
+        backwards: read the frames from last to first; "first" and "last" then refer to the reading order.
+        out: buffer for the first result, which then has no gradients.
 
     Returns:
-        (b, t, h·p), of the type of `projected`, and with `return_state` the state after the last frame.
+        (b, t, h·p), in the type of `projected`, and the state after the last frame, or None without `return_state`.
 
     Raises:
-        BackendError, ValueError: as `scan`.
+        BackendError, ValueError: as for `scan`.
     """
     (b, t, _), h, (w, _, taps) = projected.shape, A.shape[0], weight.shape
     inner = projected.shape[2] - w - h
@@ -154,7 +155,7 @@ class _Scan(torch.autograd.Function):
 
 
 class _ConvScanGate(torch.autograd.Function):
-    """The operator `conv_scan_gate`, after softplus, with its gradients; those of `projected` in one tensor."""
+    """The operator `conv_scan_gate` after softplus, with its gradients; the gradient of `projected` is one tensor."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
@@ -175,7 +176,7 @@ class _ConvScanGate(torch.autograd.Function):
 
     @staticmethod
     def parts(projected: Tensor, dt_bias: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, xBC, and the argument of softplus."""
+        """Split into z, xBC and dt + dt_bias, the argument of softplus."""
         w, h = taps.shape[1], len(dt_bias)
         z, xBC, dt = projected.split((projected.shape[2] - w - h, w, h), dim=-1)
         return z, xBC, dt.float() + dt_bias
@@ -199,21 +200,21 @@ class _ConvScanGate(torch.autograd.Function):
 
 
 def _gradients(y: Tensor, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradient of y, zeros where nothing depends on it, and that of the last state if something does."""
+    """Gradients of y and of the last state; if nothing depends on them, zeros for y and None for the state."""
     return torch.zeros_like(y) if dy is None else _rows(dy), None if dlast is None else dlast.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMS norm, x · rsqrt(mean x² + eps) · weight over the last axis: (..., d), (d,) → (..., d); d is a multiple of 32.
 
-    It has no gradients. x is float32 or bfloat16, and so is the result.
+    It has no gradients. x is float32 or bfloat16, and the result has the type of x.
     """
     weight = x.new_ones(x.shape[-1]) if weight is None else weight
     return load_extension().rms_norm(x.contiguous(), weight.float().contiguous(), eps)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with the features of a frame contiguous."""
+    """Make the features of each frame in x contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -244,10 +245,11 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, p: int, n: int
 
 @functools.cache
 def self_test_error(dtype: torch.dtype) -> BackendError | None:
-    """The fault that keeps the operators from working on this CPU for inputs of a type; none when they work.
+    """Self-test of the operators on this CPU for one input type: the fault, or None if they work.
 
-    Builds them, runs each once with its gradients, the mixer also from the last frame to the first, and compares with
-    the recurrence in float64. Once for each type in a process. Too little memory is raised.
+    It builds the operators, runs each one, with its gradients if any, and compares the results with the recurrence in
+    float64. The mixer also runs from the last frame to the first. The result is cached for each type. An out-of-memory
+    error is raised unchanged.
     """
     fix = "a newer torch or C++ compiler, and for bfloat16 a CPU with AMX; the chunked form runs meanwhile"
     errors = functools.partial(_errors, dtype)
@@ -255,8 +257,8 @@ def self_test_error(dtype: torch.dtype) -> BackendError | None:
 
 
 def _errors(dtype: torch.dtype) -> dict[str, float]:
-    """Errors of every output of the operators, on 80 frames that follow a state, and of its gradients."""
-    g = torch.Generator().manual_seed(2)  # with 0, the sum that is the gradient of A cancels
+    """Errors of all outputs and gradients of the operators, on 80 frames that start from a given state."""
+    g = torch.Generator().manual_seed(2)  # with seed 0, the terms of the gradient of A cancel
     b, t, h, p, n, taps = 2, 80, 2, 32, 64, 4  # two chunks
 
     def normal(*shape: int) -> Tensor:
@@ -266,7 +268,7 @@ def _errors(dtype: torch.dtype) -> dict[str, float]:
     inputs = {
         "projected": normal(b, t, h * p + w + h).to(dtype),
         "dt_bias": torch.full((h,), -2.0),
-        "A": -torch.tensor([1.0, 60.0]),  # one forgets at once
+        "A": -torch.tensor([1.0, 60.0]),  # the second head forgets at once
         "D": normal(h),
         "weight": normal(w, 1, taps),
         "bias": normal(w),

@@ -1,7 +1,7 @@
 """Layers that run the C++ kernel: the mixer, and the bidirectional block with adjacent matrices multiplied in advance.
 
-Each computes the same function as the plain class that it derives from, and has the same parameters. For types, sizes
-and devices that the kernel does not support, the blockwise form computes instead. Book: "Appendix: the CPU kernel".
+Each class computes the same function as its plain base class and has the same parameters. For types, sizes and devices
+that the kernel does not support, the blockwise form runs instead. Book: "Appendix: the CPU kernel".
 Axis letters: see `bsmamba2.config`.
 """
 
@@ -20,22 +20,23 @@ from .blockwise import BlockwiseBlock, BlockwiseMamba2, block_by_block, matmul_d
 from .self_test import warn_once
 
 CPU_BLOCK = 15 * 2**20
-"""Values of the first projection that the C++ kernel reads at once, without gradients."""
+"""Number of values of the first projection that the C++ kernel processes at once, without gradients."""
 
 
 class Workspace:
-    """Preallocated buffers for the CPU kernel, one block of sequences.
+    """Preallocated buffers for the CPU kernel, for one block of sequences.
 
-    The C library gives large buffers back after each use, and the system clears them when they are asked for again: a
-    quarter of the time of a model. With gradients each block has its own, because they need the projections.
+    Without them, the C library would return large buffers to the system after each use, and the system would clear them
+    at the next allocation; this takes a quarter of a model's run time. With gradients, each block has its own buffers,
+    because the backward pass needs the projections.
 
     Args:
         x: all sequences, (b, length, d).
-        mixer: that reads them.
-        dtype: of the products.
+        mixer: mixer that processes them.
+        dtype: type of the matrix products.
 
     Attributes:
-        max_sequences: in a block.
+        max_sequences: largest number of sequences in a block.
     """
 
     def __init__(self, x: Tensor, mixer: CpuMamba2, dtype: torch.dtype) -> None:
@@ -67,7 +68,7 @@ class CpuMamba2(BlockwiseMamba2):
             return block_by_block(run, x, workspace.max_sequences)
 
     def step(self, x: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        """As `Mamba2.step`."""
+        """Same as `Mamba2.step`."""
         if not self.takes(x):
             return super().step(x, state)
         conv_state, ssm_state = state or (None, None)
@@ -79,7 +80,7 @@ class CpuMamba2(BlockwiseMamba2):
         return functional.linear(y, self.output_matrix()), MixerState(frames.transpose(0, 1), after)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the C++ kernel computes x; warns once if it should but fails its self-test."""
+        """Whether the C++ kernel runs for x; warns once if it supports x but fails its self-test."""
         dtype = matmul_dtype(x)
         if cpu.unsupported_reasons(x.device, dtype, self.headdim, self.conv_sizes[1]):
             return False
@@ -89,18 +90,18 @@ class CpuMamba2(BlockwiseMamba2):
         return error is None
 
     def output_matrix(self) -> Tensor:
-        """The matrix that follows the kernel, (d, h·p): the gain of the norm, then the last projection."""
+        """Matrix applied after the kernel, (d, h·p): the gain of the norm and the output projection combined."""
         return self.out_proj.weight * self.norm.weight
 
     def conv_scan_gate(self, projected: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """`cpu.conv_scan_gate` of the projected input with the parameters of this mixer; options as there."""
+        """Run `cpu.conv_scan_gate` on the projected input with the parameters of this mixer, and the same options."""
         A, conv = -at_least_fp32(self.A_log).exp(), self.conv1d
         return cpu.conv_scan_gate(projected, self.dt_bias, A, self.D, conv.weight, conv.bias, **options)
 
     def project_and_run(
         self, x: Tensor, matrix: Tensor, workspace: Workspace | None, *, backwards: bool = False
     ) -> Tensor:
-        """`conv_scan_gate` of `matrix` x: (b, t, d), (·, d) → (b, t, h·p), in the workspace if there is one."""
+        """`conv_scan_gate` of x projected by `matrix`, in the workspace if given: (b, t, d), (·, d) → (b, t, h·p)."""
         if workspace is None:
             return self.conv_scan_gate(functional.linear(x, matrix), backwards=backwards)[0]
         frames = x.shape[0] * x.shape[1]
@@ -112,13 +113,14 @@ class CpuMamba2(BlockwiseMamba2):
 
 
 class CpuBlock(BlockwiseBlock):
-    """`BidirectionalBlock` with the C++ kernel, in fewer passes, because adjacent matrices become one.
+    """`BidirectionalBlock` with the C++ kernel, in fewer passes because adjacent matrices are combined.
 
         u = x / rms(x)      y_f = kernel(W_f γ_f u),   y_b = kernel(W_b γ_b u), from the last frame to the first
         out = M_f (x + O_f y_f) + M_b (x + O_b y_b) + m + x = (M_f + M_b) x + M_f O_f y_f + M_b O_b y_b + m + x
 
-    W and O are the projections of a mixer, γ the gain of the norm before it, [M_f M_b] and m the merging Linear.
-    Modules inside are not called, so hooks on them do not run. A layer of another class keeps its own `forward`.
+    W and O are the input and output projections of a mixer, γ the gain of the norm before it, [M_f M_b] and m the
+    weight and bias of the merging Linear. The inner modules are not called, so their hooks do not run. If one of them
+    has a different class, the modules are called as usual.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class CpuBlock(BlockwiseBlock):
         return self.fused_forward(x) if self.fuses(x) else super().forward(x)
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether both directions are mixers of one size that the C++ kernel runs for x."""
+        """Whether both directions have mixers of the same size and the C++ kernel runs for x."""
         directions = (self.forwards, self.backwards)
         if type(self.merge) is not nn.Linear or any(
             type(way) is not PreNormResidual or type(way.norm) is not RMSNorm or type(way.mixer) is not CpuMamba2
@@ -137,7 +139,7 @@ class CpuBlock(BlockwiseBlock):
         return f.proj_sizes == g.proj_sizes and f.takes(x) and g.takes(x)
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        """`forward` by the equations of the class."""
+        """Compute `forward` by the equations in the docstring of the class."""
         directions = (self.forwards, self.backwards)
         mixers = [cast("CpuMamba2", way.mixer) for way in directions]
         dtype = matmul_dtype(x)

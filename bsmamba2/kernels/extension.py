@@ -1,7 +1,9 @@
-"""The C++ extension behind `cpu`: built on this machine for this machine, cached on disk, verified before loading.
+"""The C++ extension used by `cpu`: built on and for this machine, cached on disk, verified before loading.
 
-A library is loaded only from a folder that no other user can write, and only if it is complete: its last 32 bytes are
-the SHA-256 of the others. Without a usable folder it is built for one process. Book: "Appendix: the CPU kernel".
+A library is loaded only from a folder that no other user can write to, and only if it is complete, that is, if its last
+32 bytes are the SHA-256 of the rest. Without a usable folder, it is built for the current process only.
+
+Book: "Appendix: the CPU kernel".
 """
 
 from __future__ import annotations
@@ -30,27 +32,27 @@ from .self_test import BackendError, warn_once
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-X86_FLAGS = ("-mprefer-vector-width=512",)  # a processor without registers so wide uses two
+X86_FLAGS = ("-mprefer-vector-width=512",)  # a processor without registers this wide uses two
 FIX_COMPILER = "apt install g++, or name a compiler in the environment variable CXX"
 NEWER_COMPILER = "g++ 11 or clang 14, or newer"
 FIX_FOLDER = "name a folder that can be written in TORCH_EXTENSIONS_DIR"
 BUILD_TIMEOUT = 600  # seconds
 
 build_seconds: float | None = None
-"""Seconds that the build took in this process; None without a build."""
+"""Build time in this process, in seconds; None without a build."""
 kept_in: Path | None = None
-"""The cache folder of the loaded extension; None before it is loaded, and when it was built for this process only."""
+"""Cache folder of the loaded extension; None before it is loaded, or if it was built for this process only."""
 
 
 @functools.cache
 def load_extension() -> Any:
-    """Load the operators of `cpp/mixer.cpp`, built first unless they are cached.
+    """Load the operators of `cpp/mixer.cpp`; build them first unless they are cached.
 
     Raises:
-        BackendError: without a compiler, when it fails, or on a system other than Linux.
+        BackendError: if there is no compiler, the build fails, or the system is not Linux.
 
     Warns:
-        RuntimeWarning: when the cache folder cannot be used, so that the build serves this process only.
+        RuntimeWarning: if the cache folder cannot be used; the build then serves this process only.
     """
     if sys.platform != "linux":
         raise BackendError(f"it is built on Linux only so far, not on {sys.platform}", "Linux")
@@ -69,13 +71,13 @@ def load_extension() -> Any:
         with tempfile.TemporaryDirectory(prefix="bsmamba2-") as temporary:
             warn_once(f"the C++ kernel is built for this process only, because {reason}: {FIX_FOLDER}")
             _build(command, Path(temporary, name))
-            return _load(Path(temporary, name))  # it stays loaded when the file is gone
+            return _load(Path(temporary, name))  # it stays loaded after the file is deleted
     except OSError as error:
         raise BackendError(f"{reason}, nor can a temporary folder ({error.strerror})", FIX_FOLDER) from error
 
 
 def cache_folder() -> Path:
-    """The cache folder: `bsmamba2` in TORCH_EXTENSIONS_DIR, or in the user's cache.
+    """Cache folder: `bsmamba2` in TORCH_EXTENSIONS_DIR, or in the `torch_extensions` folder of the user's cache.
 
     Raises:
         FileNotFoundError: for a user without a home folder.
@@ -90,8 +92,8 @@ def cache_folder() -> Path:
 
 
 def _command() -> tuple[list[str], str]:
-    """The compiler's command, and the library's name: a hash of everything that determines the result, because machines
-    with different processors may share a home folder."""
+    """Compiler command and library name. The name contains a hash of everything that determines the build, because
+    machines with different processors may share a home folder."""
     root = Path(torch.__file__).parent
     command = [*_compiler(), *FLAGS, *(X86_FLAGS if platform.machine() == "x86_64" else ())]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
@@ -104,7 +106,7 @@ def _command() -> tuple[list[str], str]:
 
 
 def _compiler() -> list[str]:
-    """CXX as a program, or as a command with arguments such as `ccache g++`, without a shell."""
+    """The compiler from CXX, as a program or a command with arguments such as `ccache g++`; no shell is used."""
     chosen = os.environ.get("CXX", "").strip() or "c++"
     try:
         return [chosen] if shutil.which(chosen) or Path(chosen).exists() else shlex.split(chosen)
@@ -113,7 +115,7 @@ def _compiler() -> list[str]:
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder that only this user can write; remove libraries from a folder that others could write."""
+    """Create a folder that only this user can write to; if others could write to it, first remove its libraries."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
@@ -127,7 +129,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library exists, is unchanged, and only this user or root could write it."""
+    """Whether a library exists, is unchanged, and could be written only by this user or root."""
     try:
         status = library.lstat()
     except FileNotFoundError:
@@ -139,11 +141,11 @@ def _is_whole(library: Path) -> bool:
 
 
 def _build_if_missing(command: list[str], library: Path) -> None:
-    """Build a library that is missing or damaged; of several processes the first builds and the others wait."""
+    """Build a library if it is missing or damaged; among several processes, the first builds and the others wait."""
     if _is_whole(library):
         return
     with _locked(library.parent) as locked:
-        if locked:  # so unfinished builds belong to processes that were killed
+        if locked:  # so any unfinished builds belong to killed processes
             for leftover in library.parent.glob("build-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in library.parent.glob(".bsmamba2-*.tmp"):
@@ -155,8 +157,8 @@ def _build_if_missing(command: list[str], library: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder against other builds until the process ends; yields whether that worked."""
-    import fcntl  # Windows has none
+    """Lock a folder against other builds while the context is active; yields whether that worked."""
+    import fcntl  # not available on Windows
 
     descriptor, deadline, locked = os.open(folder, os.O_RDONLY), time.monotonic() + BUILD_TIMEOUT, False
     try:
@@ -174,7 +176,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _build(command: list[str], library: Path) -> None:
-    """Build under a temporary name, then put the library with its hash in place atomically."""
+    """Build in a temporary folder, append the hash, and write the library to its final path atomically."""
     global build_seconds
     started, compiler = time.perf_counter(), command[0]
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:

@@ -1,12 +1,12 @@
-"""Choose the fastest verified kernels for a model, once, and put them in.
+"""Choose the fastest verified kernels for a model and install them.
 
     plain     the core: `bsmamba2.ssd.chunked` and the `forward` of each module
     chunked   the layers of `blockwise` with the scan of `chunked`: PyTorch, arranged for caches; every device
     cpu       the layers of `cpu_layers` with the C++ kernel of `cpu`; needs a C++ compiler once
     triton    the mixer of `triton` with mamba-ssm's scan and causal-conv1d's convolution; a CUDA device
 
-`accelerate` exchanges the classes of a model's modules for subclasses that compute the same; weights, names and
-gradients stay, so copies and checkpoints do too. Book: "Choosing a backend, and trusting it".
+`accelerate` replaces the classes of a model's modules by subclasses that compute the same function. Weights, names and
+gradients do not change, so copies and checkpoints keep working. Book: "Choosing a backend, and trusting it".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .cpu_layers import CpuBlock, CpuMamba2
 from .self_test import BackendError, raise_unsupported
 
 BACKENDS = ("auto", "plain", "cpu", "triton")
-"""Names of `accelerate`; it takes "chunked" as well."""
+"""Backend names for `accelerate`, which also accepts "chunked"."""
 
 _CLASSES: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
     "plain": {},
@@ -43,13 +43,13 @@ _PLAIN = {fast: plain for classes in _CLASSES.values() for plain, fast in classe
 
 @dataclass(frozen=True)
 class Acceleration:
-    """The result of `accelerate`.
+    """Result of `accelerate`.
 
     Attributes:
-        backend: that was put in: "plain", "chunked", "cpu" or "triton".
-        reason: why, in one sentence.
-        build_seconds: how long the C++ kernel took to build; none when it was not built just now.
-        kept_in: the folder that keeps it for the next run; none when it is not kept.
+        backend: the installed backend: "plain", "chunked", "cpu" or "triton".
+        reason: why this backend was chosen, in one sentence.
+        build_seconds: build time of the C++ kernel; None if it was not built just now.
+        kept_in: cache folder of the C++ kernel for the next run; None if it is not cached.
     """
 
     backend: str
@@ -63,19 +63,19 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, backend: str = "auto", *, dtype: torch.dtype = torch.float32) -> Acceleration:
-    """Put in the fastest kernels that work for a model on the device of its weights, after their self-test.
+    """Install the fastest kernels that pass their self-test for a model, on the device of its weights.
 
-    A mixer with a scan of its own (not one of `bsmamba2.ssd`) and a subclass of a module stay as they are. Input that a
-    kernel does not take (another type, say) goes through the chunked form. Call it again after moving a model to
-    another device.
+    Mixers with a custom scan (not from `bsmamba2.ssd`) and subclasses of the core's modules are left unchanged. Inputs
+    that a kernel does not support, for example of a different type, are computed by the chunked form. Call `accelerate`
+    again after moving a model to a different device.
 
     Args:
         model: a `BSMamba2` or any of its layers; changed in place.
-        backend: "auto", or the name of one that must run; "plain" undoes what was put in.
-        dtype: that the model will compute in (under autocast), for the self-test.
+        backend: "auto", or the name of a backend that must run; "plain" removes installed kernels.
+        dtype: type in which the model will compute (under autocast), used by the self-test.
 
     Raises:
-        BackendError: when the named backend cannot run here. `auto` falls back to the chunked form instead.
+        BackendError: if the named backend cannot run here. `auto` falls back to the chunked form instead.
         ValueError: for an unknown name.
     """
     built_before = extension.build_seconds
@@ -89,13 +89,13 @@ def accelerate(model: nn.Module, backend: str = "auto", *, dtype: torch.dtype = 
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: the modules have their plain classes again."""
+    """Undo `accelerate`: give the modules their plain classes again."""
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
 
 
 def resolve_backend(model: nn.Module, backend: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The backend that `accelerate` takes, and why; arguments and errors are the same."""
+    """The backend that `accelerate` would install, and the reason; same arguments and errors."""
     if backend not in (*BACKENDS, "chunked"):
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
     if backend in ("plain", "chunked"):
@@ -117,7 +117,7 @@ def resolve_backend(model: nn.Module, backend: str, dtype: torch.dtype = torch.f
 
 
 def _error(backend: str, device: torch.device, dtype: torch.dtype, p: int, n: int) -> BackendError | None:
-    """Why a backend, or causal-conv1d, does not run on a device in a type for heads of p and states of n; or none."""
+    """Why a backend, or causal-conv1d, cannot run on a device for a type, headdim p and d_state n; None if it can."""
     try:
         if backend == "cpu":
             raise_unsupported(cpu.unsupported_reasons(device, dtype, p, n))
@@ -134,10 +134,10 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, p: int, n: in
 
 
 def slowdown(device: torch.device, dtype: torch.dtype) -> float:
-    """Time of a small linear layer in `dtype`, divided by its time in float32, measured on this device.
+    """Slowdown of a small linear layer in `dtype`: its time divided by its time in float32, measured on this CPU.
 
-    A CPU without instructions for a narrow type may take 8 to 100 times as long. 0 on other devices, where nothing is
-    measured.
+    A CPU without instructions for a low-precision type may take 8 to 100 times as long. For float32 and on other
+    devices, nothing is measured and the result is 0.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return 0.0
@@ -154,7 +154,7 @@ def slowdown(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def slow_dtype_warning(device: torch.device, dtype: torch.dtype) -> str:
-    """The warning for a type that takes more than twice as long as float32 (`slowdown`); else an empty string."""
+    """Warning for a type that takes more than twice as long as float32 (`slowdown`); otherwise an empty string."""
     times = slowdown(device, dtype)
     return f"takes {times:.0f} times as long as float32, the default, on this processor" if times > 2 else ""
 
@@ -167,11 +167,11 @@ class Backend:
     """One row of `backends`.
 
     Attributes:
-        name: of the backend, or of the convolution that goes with it.
-        usable: on the device that was asked about.
+        name: name of the backend, or of the convolution package for the `triton` backend.
+        usable: whether it can run on the requested device.
         version: package and version, or a dash.
         reason: why it is usable, or not.
-        fix: the change that would make it usable; empty when it is.
+        fix: the change that would make it usable; empty if it is usable.
     """
 
     name: str
@@ -182,11 +182,11 @@ class Backend:
 
 
 def backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> list[Backend]:
-    """The backends of this machine, and the one that `auto` takes; runs each self-test once.
+    """List the backends of this machine and the choice of `auto`; runs each self-test once.
 
     Args:
-        device: where the model would be; the current GPU if there is one, else the CPU, when absent.
-        dtype: that it would compute in.
+        device: device of the model; None: the current GPU if there is one, else the CPU.
+        dtype: type in which the model would compute.
     """
     if device is None:
         has_gpu = torch.cuda.is_available()

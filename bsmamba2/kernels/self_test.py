@@ -1,6 +1,6 @@
 """Self-tests: a kernel is used only if its outputs and gradients match the reference on this machine.
 
-That an import succeeded decides nothing. Book: "Choosing a backend, and trusting it".
+A successful import is not enough. Book: "Choosing a backend, and trusting it".
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class BackendError(RuntimeError):
-    """A kernel that cannot run here.
+    """Error raised if a kernel cannot run here.
 
     Attributes:
         reason: the fault.
-        fix: the change that would make it usable.
+        fix: the change that would make the kernel usable.
     """
 
     def __init__(self, reason: str, fix: str) -> None:
@@ -29,7 +29,7 @@ class BackendError(RuntimeError):
 
 
 def raise_unsupported(reasons: list[BackendError]) -> None:
-    """Raise all reasons as one BackendError; do nothing when the list is empty."""
+    """Raise all reasons as one BackendError; do nothing if the list is empty."""
     if len(reasons) == 1:
         raise reasons[0]
     if reasons:
@@ -45,23 +45,23 @@ def self_test(
     tolerance: float,
     fixes: tuple[str, str],
 ) -> BackendError | None:
-    """Run a kernel's self-test: the fault that it shows, or none when every error is within the tolerance.
+    """Run a kernel's self-test and return the fault, or None if every error is within the tolerance.
 
     Args:
-        name: of the kernel.
-        errors: runs it; name of an output or gradient → relative error.
-        device, dtype: that it runs on, and in.
-        tolerance: largest error.
-        fixes: for a kernel that fails, and for one that gives wrong numbers.
+        name: name of the kernel.
+        errors: function that runs the kernel and returns the relative error of each output and gradient by name.
+        device, dtype: device and type of the test.
+        tolerance: largest allowed error.
+        fixes: suggested fixes for a kernel that fails, and for one that returns wrong numbers.
 
     Raises:
-        Exception: as the kernel does when memory runs out, because that is no fault of the kernel.
+        Exception: the kernel's own error if memory runs out, because this does not mean that the kernel is faulty.
     """
     try:
         with (
             torch.inference_mode(False),
             torch.autocast(device.type, enabled=False),
-        ):  # the first enables gradients, too
+        ):  # the first one also enables gradients
             found = errors()
     except BackendError as fault:
         return fault
@@ -87,10 +87,10 @@ def relative_errors(
     """Error of each output and gradient on a device, relative to the reference in float64 on the CPU.
 
     Args:
-        names: of the outputs, then of the gradients.
-        run, reference: from the inputs to the outputs.
-        inputs: of `run`, on the CPU; `reference` gets them in float64.
-        device: that `run` computes on.
+        names: names of the outputs, then of the gradients.
+        run, reference: functions from the inputs to the outputs.
+        inputs: inputs of `run`, on the CPU; `reference` gets them in float64.
+        device: device on which `run` computes.
     """
 
     def everything(function: Callable[[list[Tensor]], tuple[Tensor, ...]], parts: list[Tensor]) -> list[Tensor]:
@@ -108,14 +108,14 @@ def relative_errors(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means too little memory; Triton, drivers and the CPU's allocator each word it differently."""
+    """Whether an error means out of memory; Triton, drivers and the CPU's allocator each word it differently."""
     text = str(error).lower()
     worded = "out of memory" in text or "allocate memory" in text
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or worded
 
 
 def warn_once(message: str) -> None:
-    """Issue a RuntimeWarning, the first time in this process."""
+    """Issue a RuntimeWarning, but each message only once per process."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,10 +1,10 @@
-"""Fused GPU kernels: mamba-ssm's Triton scan and causal-conv1d's convolution, each where its self-test passes.
+"""Fused GPU kernels: mamba-ssm's Triton scan and causal-conv1d's convolution, each used if its self-test passes.
 
-Both packages are optional, each without the other, and imported when first needed. Where the tensor is decides, and
-whether the kernel gave the right numbers there, never that an import succeeded. Book: "The fused kernel". Source of the
-kernels' rules: the code of mamba-ssm 2.3.2.post1 and of causal-conv1d. The Triton kernels were run here under Triton's
-interpreter and compiled for GPUs (`tests/gpu`), not run on one. Axis letters: see `bsmamba2.config`; w is the width of
-a convolution.
+Both packages are optional, independently of each other, and imported at first use. A kernel runs if the tensor is on a
+suitable device and the kernel gave correct numbers there; a successful import is not enough. The limits of the kernels
+are taken from the code of mamba-ssm 2.3.2.post1 and of causal-conv1d. The Triton kernels were run under Triton's
+interpreter and compiled for GPUs (`tests/gpu`), but not run on a GPU. Book: "The fused kernel". Axis letters: see
+`bsmamba2.config`; w is the width of a convolution.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from . import blockwise
 from .chunked import chunked
 from .self_test import BackendError, raise_unsupported, relative_errors, self_test, warn_once
 
-GPU = "cuda"  # the type of device that the kernels are for
+GPU = "cuda"  # device type of the kernels
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORT_CHUNK, FULL_CHUNK = 64, 256  # frames; the short one up to twice its length, bands for example
+SHORT_CHUNK, FULL_CHUNK = 64, 256  # frames; the short one for sequences up to twice its length, such as bands
 MAX_BLOCKS = 65_535  # CUDA's limit for the grid axis on which the kernels put batch × chunks
 MAX_ELEMENTS = 2**31 - 1  # the kernels address with 32-bit integers
-OLDEST = (8, 0)  # compute capability; on the one before, Triton takes two minutes to compile one of a hundred binaries
+OLDEST = (8, 0)  # compute capability; on the previous one, Triton compiles a hundred binaries, two minutes each
 
 INSTALL_MAMBA = (
     "pip install einops packaging setuptools wheel && MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "
     "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1"
 )
 INSTALL_CONV = "CAUSAL_CONV1D_FORCE_BUILD=TRUE pip install --no-build-isolation causal-conv1d"
-HINTS = {  # word in an import error: how to fix it
+HINTS = {  # missing module → how to fix it
     "einops": "pip install einops",
     "triton": "a torch for Linux with CUDA, which brings Triton",
 }
 
-# Largest error of a self-test, relative to float64 in the Euclidean norm. Rounding the inputs alone gives a third of
-# it: bfloat16 has 8 bits, and the kernels multiply float32 in TF32, which has 11, where a GPU can.
+# Tolerance of the self-tests: error relative to float64, in the Euclidean norm. Rounding the inputs causes a third of
+# it, because bfloat16 has 8 significand bits, and the kernels multiply float32 in TF32, with 11, on GPUs that have it.
 TOLERANCE = {torch.float32: 3e-3, torch.float16: 5e-3, torch.bfloat16: 1.2e-2}
 FIXES = (
     "a build of the package and of Triton for this GPU and this torch; the chunked form runs meanwhile",
@@ -68,15 +68,15 @@ def scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Any:
-    """The scan by mamba-ssm's `mamba_chunk_scan_combined`, with the signature of `bsmamba2.ssd`, which has the shapes.
+    """The scan by mamba-ssm's `mamba_chunk_scan_combined`, with the signature and shapes of `bsmamba2.ssd`.
 
-    dt, A, D and the states are float32; B and C take the type of x. A batch that is too large for one
-    launch is split. Matrix products of float32 inputs run in TF32 on the GPUs that have it, which is
-    the kernels' choice. Not self-tested.
+    dt, A, D and the states are converted to float32, B and C to the type of x. A batch that is too large for one
+    launch is split. The kernels compute matrix products of float32 inputs in TF32 on GPUs that support it. This
+    function does not run the self-test.
 
     Raises:
-        BackendError: when mamba-ssm cannot be imported, x is not on a CUDA device or of another type.
-        ValueError: for shapes that do not fit.
+        BackendError: if mamba-ssm cannot be imported, or does not support the device or type of x.
+        ValueError: if shapes do not match, or the sequence is too long.
     """
     ssd.check(x, dt, A, B, C, D, initial_state)
     raise_unsupported(_unsupported_reasons(x.device, x.dtype) + _too_old(x.device))
@@ -105,7 +105,7 @@ def scan(
 
 
 def _max_batch(x: Tensor, n: int, chunk: int) -> int:
-    """The number of sequences in one launch."""
+    """Largest number of sequences in one launch."""
     _, t, h, p = x.shape
     chunks = -(-t // chunk)
     largest = max(t * h * p, chunks * chunk * max(h, chunk, n), chunks * h * p * n)  # elements of one sequence
@@ -116,13 +116,13 @@ def _max_batch(x: Tensor, n: int, chunk: int) -> int:
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x, copied if it is a view whose last element lies too far from its first."""
+    """Return x, or a copy if x is a view with its last element too far from its first for a 32-bit offset."""
     span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x if span < MAX_ELEMENTS else x.contiguous()
 
 
 def auto_scan(x: Tensor, *inputs: Any, **options: Any) -> Any:
-    """The fused scan where its self-test passes for the device and type of x, else the chunked form; warns once."""
+    """Fused scan if its self-test passes for the device and type of x, else the chunked form; warns once on failure."""
     if x.device.type == GPU:
         if (error := self_test_error(x.device, x.dtype)) is None:
             return scan(x, *inputs, **options)
@@ -134,10 +134,10 @@ def auto_scan(x: Tensor, *inputs: Any, **options: Any) -> Any:
 
 
 def auto_conv(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None = None) -> Tensor:
-    """Causal convolution by causal-conv1d's kernel where it works for x and the weight, else by plain PyTorch.
+    """Causal convolution by causal-conv1d's kernel if it works for x and the weight, else by plain PyTorch.
 
-    To go without the package is a valid state, and so is a size that it does not take. When it is installed and its
-    self-test fails, one RuntimeWarning says so. Arguments and result: as those of `causal_conv1d_silu`.
+    If the package is not installed or does not support the size, there is no warning. If it is installed and its
+    self-test fails, one RuntimeWarning is issued. Arguments and result: as for `causal_conv1d_silu`.
     """
     if x.device.type == GPU and not _unsupported_sizes(weight) and _installed("causal_conv1d"):
         error = conv_self_test_error(x.device, x.dtype)
@@ -150,20 +150,20 @@ def auto_conv(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor
 def causal_conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor | None = None) -> Tensor:
     """SiLU of a causal depthwise convolution by causal-conv1d.
 
-    The kernel takes 2 to 4 taps, a width that is a multiple of 8, and strides that are; x is copied when only its
-    strides are wrong.
+    The kernel supports 2 to 4 taps, and a width and strides that are multiples of 8; x is copied if only its strides
+    are unsuitable.
 
     Args:
         x: (t, b, w), frames first.
         weight: (w, 1, taps).
-        bias: (w,), or none.
-        conv_state: the frames before the first, (taps − 1, b, w); zeros when absent.
+        bias: (w,), or None.
+        conv_state: the frames before the first one, (taps − 1, b, w); zeros if None.
 
     Returns:
-        (t, b, w), of the type of x.
+        (t, b, w), in the type of x.
 
     Raises:
-        BackendError: when causal-conv1d cannot be imported, or does not take x or the weight.
+        BackendError: if causal-conv1d cannot be imported, or does not support x or the weight.
     """
     raise_unsupported(_unsupported_reasons(x.device, x.dtype) + _unsupported_sizes(weight))
     kernel = conv_kernel()
@@ -197,12 +197,12 @@ class TritonMamba2(blockwise.BlockwiseMamba2):
 def triton_ops() -> ModuleType:
     """mamba-ssm's module `ops.triton.ssd_combined`.
 
-    The package's own `__init__` imports everything, also what Mamba-2 does not need and what a build without
-    CUDA does not have (`selective_scan_cuda`, `transformers`, ...). So an empty module with the package's
-    path stands in its place meanwhile; a later `import mamba_ssm` is the real one.
+    The package's own `__init__` also imports modules that Mamba-2 does not need and a build without CUDA does not
+    have (`selective_scan_cuda`, `transformers`, ...). During this import, an empty module with the package's path
+    therefore replaces the package; a later `import mamba_ssm` imports the real one.
 
     Raises:
-        BackendError: when it is not installed, or fails to import.
+        BackendError: if it is not installed, or fails to import.
     """
     package = "mamba_ssm"
     shell = None
@@ -223,12 +223,12 @@ def triton_ops() -> ModuleType:
 
 
 def scan_kernel() -> Callable[..., Any]:
-    """mamba-ssm's `mamba_chunk_scan_combined`; BackendError where it cannot be had."""
+    """Import mamba-ssm's `mamba_chunk_scan_combined`; raises BackendError if this fails."""
     return triton_ops().mamba_chunk_scan_combined
 
 
 def conv_kernel() -> Callable[..., Tensor]:
-    """causal-conv1d's `causal_conv1d_fn`; BackendError where it cannot be had."""
+    """Import causal-conv1d's `causal_conv1d_fn`; raises BackendError if this fails."""
     if not _installed("causal_conv1d"):
         raise BackendError("causal-conv1d is not installed", INSTALL_CONV)
     try:
@@ -254,12 +254,12 @@ def _import_fault(package: str, error: Exception, install: str) -> BackendError:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is on, under which the kernels run on a CPU, slowly, for tests."""
+    """Whether Triton's interpreter is on; it runs the kernels on a CPU, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[BackendError]:
-    """Why the kernels do not take a tensor."""
+    """Reasons why the kernels do not support a device and type; empty if they do."""
     said = []
     if device.type != GPU and not (device.type == "cpu" and interpreted()):
         said.append(
@@ -271,7 +271,7 @@ def _unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[Backe
 
 
 def _too_old(device: torch.device) -> list[BackendError]:
-    """Why a GPU does not run the fused scan."""
+    """Reason why a GPU is too old for the fused scan; empty if it is not."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST:
         return []
     found, oldest = (".".join(map(str, of)) for of in (torch.cuda.get_device_capability(device), OLDEST))
@@ -280,7 +280,7 @@ def _too_old(device: torch.device) -> list[BackendError]:
 
 
 def missing_requirements(load: Callable[[], object]) -> list[BackendError]:
-    """Why a kernel runs on no device of this machine: the GPU, its package."""
+    """Reasons why a kernel cannot run on any device of this machine: no usable GPU, or no package."""
     said = []
     if not torch.cuda.is_available() and not interpreted():
         built = torch.version.cuda
@@ -304,11 +304,11 @@ def missing_requirements(load: Callable[[], object]) -> list[BackendError]:
 
 @functools.cache
 def self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | None:
-    """Reason why the fused scan cannot run on a device for inputs of a type; none when it works.
+    """Self-test of the fused scan on a device for one input type: the fault, or None if it works.
 
-    Runs it in short chunks and in long ones, forward and backward, and compares outputs, state and gradients
-    with the loop in float64 on the CPU. Once for each device and type in a process. Running out of memory
-    says nothing about the kernel: that error is raised unchanged, and the next call tries again.
+    It runs the scan with short and with long chunks, forward and backward, and compares outputs, state and gradients
+    with the recurrence in float64 on the CPU. The result is cached for each device and type. An out-of-memory error
+    is raised unchanged, because it does not mean that the kernel is faulty, and the next call tries again.
     """
     g = torch.Generator().manual_seed(0)
 
@@ -330,14 +330,14 @@ def self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | 
 
     def tried() -> dict[str, float]:
         short, long = in_chunks_of(SHORT_CHUNK), in_chunks_of(FULL_CHUNK)
-        return {name: float(torch.tensor([short[name], long[name]]).max()) for name in short}  # no number stays none
+        return {name: float(torch.tensor([short[name], long[name]]).max()) for name in short}  # NaN stays NaN
 
     return self_test("the fused scan", tried, device, dtype, tolerance=TOLERANCE.get(dtype, 0.0), fixes=FIXES)
 
 
 @functools.cache
 def conv_self_test_error(device: torch.device, dtype: torch.dtype) -> BackendError | None:
-    """The same for causal-conv1d, whose output is compared with that of `torch.nn.functional.conv1d`."""
+    """Self-test of causal-conv1d, as in `self_test_error`; the reference is `torch.nn.functional.conv1d`."""
     g = torch.Generator().manual_seed(0)
     t, b, w, taps = 20, 2, 16, 4
     inputs = [torch.randn(*shape, generator=g).to(dtype) for shape in [(t, b, w), (w, 1, taps), (w,)]]

@@ -19,7 +19,7 @@ LAYER_FAMILIES = {
 
 
 def play_bass(rng: Generator, score: Score, rate: int, samples: int, recorded: Recorded | None) -> Array:
-    """Bass line on the roots of the chords, (c, t)."""
+    """Play a bass line on the roots of the chords, (c, t)."""
     if rng.random() < NO_BASS_PROB:
         return np.zeros((2, samples), np.float32)
     instrument = draw_instrument(rng, rng.choice(["sub", "fingered", "fingered", "synth bass", "swept bass"]))
@@ -50,7 +50,7 @@ def play_bass(rng: Generator, score: Score, rate: int, samples: int, recorded: R
     if line is None:
         line = play_notes(rng, notes, instrument, rate, samples)
     else:
-        line /= np.sqrt(2 * np.mean(line**2))  # as loud as a wavetable
+        line /= np.sqrt(2 * np.mean(line**2))  # same level as the wavetables
     if rng.random() < BASS_AMP_PROB:
         drive = np.float32(rng.uniform(1, 4))
         line = np.tanh(drive * line) / drive
@@ -58,7 +58,7 @@ def play_bass(rng: Generator, score: Score, rate: int, samples: int, recorded: R
 
 
 def play_accompaniment(rng: Generator, score: Score, rate: int, samples: int, recorded: Recorded | None) -> Array:
-    """Two or three layers: pads or comping chords, arpeggios, a solo; (c, t)."""
+    """Play two or three layers, such as pads, comping chords, arpeggios and a solo, (c, t)."""
     choice = ["comping", "comping", "comping", "arpeggio", "arpeggio", "solo"]
     layers = ["pads", *rng.choice(choice, rng.integers(1, 3), replace=False).tolist()]
     if rng.random() < 0.25:
@@ -68,7 +68,7 @@ def play_accompaniment(rng: Generator, score: Score, rate: int, samples: int, re
         family = str(rng.choice(LAYER_FAMILIES[layer]))
         instrument = draw_instrument(rng, family)
         notes = {"pads": _pads, "comping": _comping, "arpeggio": _arpeggio, "solo": _solo}[layer](rng, score)
-        if family == "guitar":  # power chords: one note carries its fifth
+        if family == "guitar":  # power chords: the instrument adds fifth and octave to one note
             lowest: dict[float, Note] = {}
             for note in notes:
                 lowest.setdefault(note.start, note)
@@ -88,7 +88,7 @@ def _voicing(chord: tuple[int, ...], low: int) -> list[int]:
 
 
 def _pads(rng: Generator, score: Score) -> list[Note]:
-    """Sustained chords of a half bar or a bar."""
+    """Sustained chords of half a bar or one bar."""
     low, length = int(rng.integers(48, 62)), int(rng.choice([8, 16]))
     seconds = length * score.step * 0.98
     return [
@@ -127,7 +127,7 @@ def _arpeggio(rng: Generator, score: Score) -> list[Note]:
 
 
 def _solo(rng: Generator, score: Score) -> list[Note]:
-    """Melody in the range of voices, with rests."""
+    """Melody in the vocal range, with rests."""
     degree = 7 * int(rng.integers(4, 6)) + int(rng.integers(7))
     step, notes = int(rng.integers(0, 8)), []
     while step < score.steps:

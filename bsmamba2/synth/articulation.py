@@ -26,7 +26,7 @@ CONSONANTS = {
     "voiced stop": (0.14, 0.05, 1.0, 0.2), "nasal": (0.14, 0.1, 0.6, 0.45), "glide": (0.12, 0.08, 0.6, 0.7),
     "h": (0.06, 0.07, 1.0, 0.1),
 }  # fmt: skip
-"""Consonants that begin a syllable: probability, longest duration in s, shortest as a share of it, level of voicing."""
+"""Initial consonants: probability, longest duration in s, shortest as a fraction of the longest, voicing level."""
 INTERVALS = {-4: 0.03, -3: 0.05, -2: 0.13, -1: 0.2, 0: 0.2, 1: 0.19, 2: 0.12, 3: 0.05, 4: 0.03}
 """Steps of a melody in scale degrees, with their probabilities."""
 DIPHTHONG_PROB, FINAL_FRICATIVE_PROB = 0.2, 0.35
@@ -42,7 +42,7 @@ class Singer:
         self.formant_scale = tracts[kind]  # relative to an adult man
         self.high = self.low + rng.uniform(12, 19)  # highest pitch
         self.bandwidths = (np.array([70, 90, 130, 190, 280]) * rng.uniform(0.7, 1.5, 5)).astype(np.float32)  # Hz
-        self.tilt = rng.uniform(0.7, 1.4)  # fall of the formants' level per octave, in powers
+        self.tilt = rng.uniform(0.7, 1.4)  # exponent with which the formants' level falls with frequency
         self.ring = rng.uniform(-5, 5)  # level of the third and fourth formant, dB
         self.breath = 10 ** rng.uniform(-2.0, -0.9)  # level of the aspiration noise relative to the voice
         self.vibrato_rate = rng.uniform(5.0, 6.5)  # Hz

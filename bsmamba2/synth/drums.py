@@ -10,16 +10,16 @@ from .soundfont import Recorded
 
 NO_DRUMS_PROB, CLAP_PROB, SHAKER_PROB, FILL_PROB = 0.06, 0.3, 0.25, 0.2
 CRASH_PROB, RECORDED_CRASH_PROB = 0.15, 0.4
-"""Per bar."""
+"""Probability of a crash per bar, with synthetic and with recorded drums."""
 STYLES = {
     "rock": (0.35, {0, 8}), "house": (0.2, {0, 4, 8, 12}), "hip hop": (0.2, {0, 7, 10}), "half time": (0.1, {0, 6}),
     "broken": (0.15, {0, 3, 10}),
 }  # fmt: skip
-"""Probability and sixteenths of the kick, by style."""
+"""Probability of each style, and the sixteenths on which its kick plays."""
 
 
 def play_drums(rng: Generator, score: Score, rate: int, samples: int, recorded: Recorded | None) -> Array:
-    """Drum kit on a pattern with variations and fills, (c, t)."""
+    """Play a drum kit on a pattern with variations and fills, (c, t)."""
     out = np.zeros((2, samples), np.float32)
     if rng.random() < NO_DRUMS_PROB:
         return out

@@ -36,12 +36,12 @@ def pan(position: float) -> Array:
 
 
 def fast_length(samples: int) -> int:
-    """Smallest length of at least `samples` that the FFT transforms quickly."""
+    """Smallest length of at least `samples` for which the FFT is fast."""
     return min(m << max(0, math.ceil(math.log2(samples / m))) for m in (1, 3, 5, 9, 15))
 
 
 def filter_spectrum(signal: Array, gain: Callable[[Array], Array], rate: int) -> Array:
-    """Zero-phase filter of (..., t): multiply the spectrum by `gain`, a function of the frequency in Hz (from 1)."""
+    """Zero-phase filter of (..., t): multiply the spectrum by `gain`, a function of frequency in Hz (at least 1)."""
     samples = signal.shape[-1]
     length = fast_length(samples)
     response = gain(np.maximum(np.fft.rfftfreq(length, 1 / rate), 1.0)).astype(np.float32)
@@ -54,7 +54,7 @@ def bandpass(signal: Array, low: float, high: float, rate: int) -> Array:
 
 
 def convolve(signal: Array, kernel: Array, middle: int = 0) -> Array:
-    """Block convolution of (c, t) with (c, taps), cut to (c, t); time 0 of the kernel is its tap `middle`."""
+    """Block convolution of (c, t) with (c, taps), cut to (c, t); tap `middle` of the kernel is at time 0."""
     signal = np.pad(signal, ((0, 0), (0, middle)))
     channels, samples = signal.shape
     blocks, parts = -(-samples // BLOCK), -(-kernel.shape[1] // BLOCK)
@@ -73,11 +73,11 @@ def convolve(signal: Array, kernel: Array, middle: int = 0) -> Array:
 
 
 def random_eq(rng: Generator, rate: int, spread: float = 1.8) -> Array:
-    """Random equaliser, (taps=BLOCK,) with its time 0 in the middle; it also removes rumble and offset.
+    """Random equaliser: an impulse response (taps=BLOCK,) with time 0 in the middle; it also removes rumble and offset.
 
     `spread` is the standard deviation in dB of each point of its frequency response.
     """
-    points = np.array([-7.0, -5.0, -4.3, -3, -2, -1, 0, 1, 2, 3, 4, 4.6])  # octaves about 1 kHz
+    points = np.array([-7.0, -5.0, -4.3, -3, -2, -1, 0, 1, 2, 3, 4, 4.6])  # octaves relative to 1 kHz
     decibels = rng.normal(0, spread, len(points)) + rng.normal(0, 0.8) * points
     decibels[:2] = (-60, -9)
     octaves = np.log2(np.maximum(np.fft.rfftfreq(BLOCK, 1 / rate), 1) / 1_000)

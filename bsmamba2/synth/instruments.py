@@ -19,22 +19,22 @@ class Instrument:
     kind: str = "harmonic"  # or "organ", "fm", "bell", "power"
     slope: float = 1.0  # amplitude of harmonic k is k ** -slope
     even: float = 1.0  # level of the even harmonics
-    pluck: float = 0.0  # where a string is plucked, as a share of its length; 0 for not plucked
+    pluck: float = 0.0  # position where a string is plucked, as a fraction of its length; 0: not plucked
     bright: float = 8_000.0  # cutoff in Hz when a note begins
     dark: float = 1_500.0  # cutoff in Hz afterwards
-    fade: float = 0.3  # time constant between them; 0 for a steady tone
+    fade: float = 0.3  # time constant from bright to dark; 0 for a steady tone
     attack: float = 0.004
     decay: float = 0.5
     sustain: float = 0.0
     release: float = 0.08
     vibrato_cents: float = 0.0
-    glide: float = 0.0  # time constant of the slide from the note before
+    glide: float = 0.0  # time constant of the slide from the previous note
     detune_cents: float = 0.0  # between two copies, left and right
     breath: float = 0.0  # level of noise
     body: tuple[tuple[float, float], ...] = ()  # resonances: Hz, gain in dB
     drawbars: tuple[float, ...] = ()
     drive: float = 2.0  # modulation index of "fm" and "bell", gain before the clipper of "power"
-    ratio: int = 1  # of the modulator of "fm" and "bell"
+    ratio: int = 1  # frequency ratio of the modulator of "fm" and "bell"
 
 
 # fmt: off
@@ -79,7 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "body": 2},
 }
 # fmt: on
-"""Families of instruments: a tuple is a range to draw from, a list holds choices; `body` is a number of resonances."""
+"""Families of instruments: a tuple is a range, a list holds choices, and `body` is a number of resonances."""
 
 
 def draw_instrument(rng: Generator, family: str) -> Instrument:
@@ -102,12 +102,12 @@ def draw_instrument(rng: Generator, family: str) -> Instrument:
 
 
 def _wavetable(instrument: Instrument, hertz: float, cutoff: float, drive: float, phases: Array, rate: int) -> Array:
-    """One period of a note, band-limited, of mean power 1/2; the length is a power of two."""
+    """One band-limited period of a note, with mean power 1/2; the length is a power of two."""
     size = 1 << max(9, min(14, math.ceil(math.log2(rate / hertz * 20))))
     highest = max(1, min(int(0.45 * rate / hertz), size // 2 - 1, len(phases)))
     k = np.arange(1, highest + 1)
     x = 2 * np.pi * np.arange(size) / size
-    if instrument.kind == "power":  # power chord: root, fifth and octave through one clipper, over the octave below
+    if instrument.kind == "power":  # power chord: root, fifth and octave (harmonics 2, 3, 4) through one clipper
         string = sum(np.sin(n * i * x + phases[n * i]) / i for n in (2, 3, 4) for i in range(1, 7))
         spectrum: Array = np.fft.rfft(np.tanh(drive * 0.5 * np.asarray(string)))[1 : highest + 1]
     elif instrument.kind in ("fm", "bell"):

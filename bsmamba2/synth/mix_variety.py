@@ -1,6 +1,6 @@
-"""Random production (optional): changes that recordings have and clean mixes lack.
+"""Random production (optional): effects that recordings have and clean mixes lack.
 
-`apply_production` makes each change to a stem (c, t) with a probability of its own, named here, times `mix_variety`.
+`apply_production` applies each effect to a stem (c, t) with the probability given here, multiplied by `mix_variety`.
 """
 
 import math
@@ -14,14 +14,14 @@ from .song import Array
 LOWPASS_VOCALS_PROB, LOW_CUT_VOCALS_PROB, DOUBLES_PROB, ECHOES_PROB = 0.7, 1.0, 0.4, 0.4
 OVERDRIVE_BASS_PROB, WIDE_BASS_PROB, AMP_SIM_PROB, SATURATION_PROB, EQ_PROB = 1.0, 0.5, 0.6, 0.6, 1.0
 MAX_NARROWING = 0.5  # of the side signal; 0.5 is mono
-VOCALS_LEVEL = (-9, 1)  # dB, the range of the change of the vocals' level
-EQ_SPREAD = 4.0  # dB, standard deviation of the points of the equalisers
+VOCALS_LEVEL = (-9, 1)  # dB, range of the change in the vocals' level
+EQ_SPREAD = 4.0  # dB, standard deviation of each point of the equalisers
 
 
 def apply_production(rng: Generator, lowpass_rng: Generator, stems: Array, mix_variety: float, rate: int) -> float:
-    """Apply random changes to stems (s, c, t) in place; returns a change of the vocals' level in dB.
+    """Apply random effects to stems (s, c, t) in place, and return a change of the vocals' level in dB.
 
-    The levels of the stems are set afterwards.
+    The caller sets the levels of the stems afterwards.
     """
 
     def happens(probability: float) -> bool:
@@ -64,14 +64,14 @@ def apply_production(rng: Generator, lowpass_rng: Generator, stems: Array, mix_v
 
 
 def lowpass_vocals(rng: Generator, vocals: Array, mix_variety: float, rate: int) -> None:
-    """Low-pass shelf: up to 18 dB less treble, as from soft microphones and de-essers."""
+    """Low-pass shelf: up to 18 dB less treble, as from dull microphones and de-essers."""
     corner, shelf = rng.uniform(1_500, 5_000), 10 ** (-rng.uniform(3, 18) / 20)
     if rng.random() < LOWPASS_VOCALS_PROB * mix_variety and vocals.any():
         vocals[:] = filter_spectrum(vocals, lambda f: (1 + shelf * (f / corner) ** 2) / (1 + (f / corner) ** 2), rate)
 
 
 def _saturate(stem: Array, drive: float) -> Array:
-    """Soft clipping by tanh of a stem whose root mean square is `drive` dB."""
+    """Soft clipping: tanh of a stem that is first scaled to an RMS of `drive` dB."""
     return np.tanh(stem * np.float32(10 ** (drive / 20) / math.sqrt(float(np.mean(stem**2)))))
 
 

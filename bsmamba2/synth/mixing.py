@@ -10,17 +10,17 @@ from .score import Score
 from .song import STEMS, Array, Intervals
 
 TAIL_SECONDS = 0.12
-"""Longest reverberation after a sung phrase, in seconds; then the vocals are exactly zero."""
+"""Longest reverberation after a sung phrase, in seconds; after it the vocals are exactly zero."""
 WET_VOCALS_PROB, MAX_WET = 0.7, {"vocals": 0.25, "drums": 0.3, "bass": 0.0, "other": 0.5}
-"""How often the vocals have reverberation; its highest level relative to the direct sound."""
+"""Probability that the vocals have reverberation; its highest level per stem, relative to the direct sound."""
 MEAN_LEVEL, LEVEL_STD, MAX_VOCALS_LEVEL = {"vocals": 0, "drums": 0, "bass": -1, "other": 0.5}, 2.5, 6.0
-"""Levels in dB: of the vocals relative to the accompaniment while sung, of the other stems relative to 1."""
+"""Levels in dB: vocals relative to the accompaniment during phrases, other stems relative to an RMS of 1."""
 LATE_ENTRY_PROB = 0.1
-"""How often one stem of the accompaniment is silent for the first half bar or bar."""
+"""Probability that one stem of the accompaniment is silent for the first half bar or bar."""
 
 
 def equalise_and_reverberate(rng: Generator, dry: dict[str, Array], rate: int) -> tuple[Array, dict[str, float]]:
-    """Pass each stem through a random equaliser and the song's room, (s, c, t); and draw the stems' levels in dB."""
+    """Apply a random equaliser and the song's room to each stem, (s, c, t), and draw the stems' levels in dB."""
     room = _room(rng, rate)
     stems = np.zeros((len(STEMS), *dry["drums"].shape), np.float32)
     levels = {}
@@ -41,7 +41,7 @@ def equalise_and_reverberate(rng: Generator, dry: dict[str, Array], rate: int) -
 def set_levels(
     rng: Generator, stems: Array, levels: dict[str, float], offset: float, phrases: Intervals, score: Score, rate: int
 ) -> Array:
-    """Gate the vocals and set the levels of stems (s, c, t) in place; the vocals' level is `offset` dB higher."""
+    """Gate the vocals, and set the levels of stems (s, c, t) and of the mix; `offset` raises the vocals, in dB."""
     samples = stems.shape[-1]
     if rng.random() < LATE_ENTRY_PROB:
         entry = min(samples, round(min(score.time(int(rng.choice([8, 16]))), score.seconds / 2) * rate))
@@ -64,7 +64,7 @@ def set_levels(
 
 
 def _room(rng: Generator, rate: int) -> Array:
-    """Impulse response of a room, (c, taps), of unit energy: four echoes, and noise with exponential decay."""
+    """Impulse response of a room, (c, taps), with unit mean energy: four echoes, and noise with exponential decay."""
     decay = rng.uniform(0.06, 0.25)
     samples = int(3.5 * decay * rate)
     t = np.arange(samples, dtype=np.float32) / rate
@@ -77,7 +77,7 @@ def _room(rng: Generator, rate: int) -> Array:
 
 
 def _gate(phrases: Intervals, rate: int, samples: int) -> Array:
-    """Gate (t,): 1 within the phrases, 0 elsewhere, with 5 ms of fade-in and a fade-out over the tail."""
+    """Gate (t,): 1 within the phrases, 0 elsewhere, with a 5 ms fade-in and a fade-out over the tail."""
     gate = np.zeros(samples, np.float32)
     for i, (start, end) in enumerate(phrases):
         a, b = round(start * rate), min(samples, round(end * rate))

@@ -9,19 +9,19 @@ import torch
 from .song import SAMPLE_RATE, STEMS, Song
 
 STREAMS = ("mixture", "drums", "bass", "other", "vocals")
-"""Audio streams of the file."""
+"""Audio streams of the file, in order."""
 VOCAL_SEGMENTS = ((0.04, 2.04), (3.88, 6.06))
-"""Blocks of 20 ms whose power is less than 12 dB below the vocals' mean power, with gaps under 0.2 s closed."""
+"""Sung regions: 20 ms blocks with power less than 12 dB below the vocals' mean power; gaps under 0.2 s are closed."""
 
 
 def excerpt() -> Song:
     """Real excerpt with stems: 6.08 s of "Falcon 69" by The Easton Ellises, from the stempeg package.
 
-    The mixture is the sum of the stems; the file's own mixture differs from it. Samples may exceed 1.
+    The mixture is the sum of the stems, which differs from the file's own mixture. Samples may exceed 1.
     stempeg's README states the licence.
 
     Raises:
-        ImportError: without the stempeg package. It is located, not imported: importing it requires ffmpeg.
+        ImportError: without the stempeg package. It is located but not imported, because its import requires ffmpeg.
     """
     spec = importlib.util.find_spec("stempeg")
     if spec is None or not spec.submodule_search_locations:

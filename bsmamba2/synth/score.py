@@ -1,4 +1,4 @@
-"""Score of a song: tempo, key, chords, notes, and the phrases that are sung."""
+"""Score of a song: tempo, key, chords, notes and sung phrases."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MIN_REST, MAX_PHRASE = 0.25, 4.0  # seconds; MAX_PHRASE limits the mean length o
 
 @dataclass(frozen=True)
 class Note:
-    """Note to be played: `start` and `seconds` in seconds, `pitch` as a MIDI number, `velocity` from 0 to 1."""
+    """A note to play: `start` and `seconds` in seconds, `pitch` as a MIDI number, `velocity` from 0 to 1."""
 
     start: float
     seconds: float
@@ -31,14 +31,14 @@ class Note:
 
 @dataclass(frozen=True)
 class Score:
-    """Tempo, key and chords of a song in 4/4, which is counted in sixteenths."""
+    """Tempo, key and chords of a song in 4/4; time is counted in sixteenths."""
 
-    step: float  # seconds of a sixteenth
-    swing: float  # delay of every second sixteenth, as a share of a step
-    seconds: float  # of the song
+    step: float  # duration of a sixteenth, in seconds
+    swing: float  # delay of every second sixteenth, as a fraction of a step
+    seconds: float  # duration of the song
     root: int  # pitch class of the key
     scale: tuple[int, ...]  # seven pitch classes above the root
-    chords: tuple[tuple[int, ...], ...]  # pitch classes for each bar, the root first; they repeat
+    chords: tuple[tuple[int, ...], ...]  # pitch classes for each bar, root first; the sequence repeats
 
     def time(self, step: int) -> float:
         """Start of a sixteenth, in seconds."""
@@ -64,7 +64,7 @@ def to_hertz(pitch: Any) -> Any:
 
 
 def draw_score(rng: Generator, seconds: float) -> Score:
-    """Draw a score for a song of so many seconds."""
+    """Draw a random score for a song that lasts `seconds`."""
     scale = (MAJOR, MAJOR, MINOR, MINOR, DORIAN, MIXOLYDIAN)[rng.integers(6)]
     progression = np.roll(PROGRESSIONS[rng.integers(len(PROGRESSIONS))], rng.integers(4)).tolist()
     size = rng.choice([3, 4, 5], p=[0.6, 0.3, 0.1])  # triads, sevenths, ninths
@@ -75,7 +75,7 @@ def draw_score(rng: Generator, seconds: float) -> Score:
 
 
 def draw_phrases(rng: Generator, occupancy: float, score: Score) -> Intervals:
-    """Draw sung phrases that cover a share `occupancy` of the song, (start, end) in seconds.
+    """Draw sung phrases that cover a fraction `occupancy` of the song, (start, end) in seconds.
 
     Phrases are spread with random rests between them; most starts are snapped to the nearest sixteenth.
     """
@@ -92,7 +92,7 @@ def draw_phrases(rng: Generator, occupancy: float, score: Score) -> Intervals:
     lengths = shares / shares.sum() * sung
     inner = min(MIN_REST, rest / count) if count > 1 else 0.0
     weights = rng.gamma(1.0, size=count + 1)
-    weights[[0, -1]] *= rng.random(2) < 0.7  # the other songs begin or end within a phrase
+    weights[[0, -1]] *= rng.random(2) < 0.7  # otherwise the song begins or ends within a phrase
     if weights.sum() == 0.0:
         weights[rng.integers(2) * count] = 1.0
     gaps = weights / weights.sum() * (rest - inner * (count - 1))

@@ -1,4 +1,4 @@
-"""Songs in memory: four stems, and when somebody sings."""
+"""Songs in memory: four stems and the sung regions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,11 @@ class Song:
         return self.stems[STEMS.index(name)]
 
     def crop(self, stem: int, start: int, samples: int) -> torch.Tensor:
-        """Excerpt of one stem, given by its number in `STEMS`: (c=2, samples)."""
+        """Excerpt of one stem, given by its index in `STEMS`, (c=2, samples)."""
         return self.stems[stem, :, start : start + samples]
 
     def label(self, stem: int) -> str:
-        """Name of a stem in messages, given by its number in `STEMS`."""
+        """Name of a stem in messages, given by its index in `STEMS`."""
         return f"{self.name}/{STEMS[stem]}"
 
     @property
@@ -64,5 +64,5 @@ class Song:
 
     @property
     def occupancy(self) -> float:
-        """Share of the song's duration in `vocal_segments`, 0 to 1; reverberation after them is not counted."""
+        """Fraction of the song's duration in `vocal_segments`, 0 to 1; reverberation after them is not counted."""
         return sum(end - start for start, end in self.vocal_segments) / self.seconds

@@ -1,7 +1,7 @@
-"""Recorded instruments (optional): a sound font, played by FluidSynth.
+"""Recorded instruments (optional): FluidSynth plays a sound font.
 
-A sound font (`.sf2`) holds recordings of instruments, note by note. FluidSynth is a library of the system,
-`pyfluidsynth` its Python binding.
+A sound font (`.sf2`) holds recorded notes of many instruments. FluidSynth is a system library, and
+`pyfluidsynth` is its Python binding.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,11 +17,11 @@ from .score import Note
 from .song import Array
 
 DRUMS = 128
-"""Bank of a sound font that holds drum kits, where a pitch selects a drum."""
+"""Bank of drum kits in a sound font; the pitch of a note selects the drum."""
 BLOCK = 64  # samples per block of FluidSynth; notes begin and end between blocks
-GAIN = 1.5  # most instruments then use the range of 16 bits; few chords clip, in one sample of a hundred
+GAIN = 1.5  # most instruments then use the range of 16 bits; few chords clip, in about 1 % of their samples
 RECORDED_PROB = 0.7
-"""How often a part of the accompaniment is played by the sound font."""
+"""Probability that the sound font plays a part of the accompaniment."""
 PROGRAMS = {  # by family of `instruments`: General MIDI from 0, without choirs and other voice-like sounds
     "plucked": (24, 25, 26, 27, 28, 45, 46, 15, 105, 107), "piano": (0, 1, 2, 3, 6), "epiano": (4, 5, 7),
     "bell": (8, 9, 10, 11, 12, 13), "organ": (16, 17, 18, 19, 20, 21), "pad": (48, 49, 50, 51, 88, 89, 90, 95),
@@ -38,7 +38,7 @@ KIT_KEYS = {
 
 
 class SoundFont:
-    """General MIDI sound font, a file `.sf2`; `presets` are names by bank (0 or `DRUMS`) and program, from 0.
+    """General MIDI sound font, an `.sf2` file; `presets` maps bank (0 or `DRUMS`) and program (from 0) to a name.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -59,12 +59,12 @@ class SoundFont:
 
     @contextmanager
     def _synth(self, rate: int) -> Iterator[tuple[Any, int]]:
-        """A FluidSynth synthesiser, whose output does not depend on anything played before, and the font's number."""
+        """Yield a new FluidSynth synthesiser, whose output does not depend on earlier notes, and the font's number."""
         try:
             import fluidsynth
         except ImportError as error:
             raise ImportError(
-                "a sound font takes FluidSynth and its binding: pip install 'bsmamba2[soundfont]', and the library "
+                "a sound font needs FluidSynth and its binding: pip install 'bsmamba2[soundfont]', and the library "
                 "(Debian: apt install libfluidsynth3; conda and Homebrew: fluidsynth)"
             ) from error
         dry = {"synth.reverb.active": 0, "synth.chorus.active": 0, "synth.dynamic-sample-loading": 1}
@@ -83,12 +83,12 @@ class SoundFont:
     def play(self, notes: Iterable[Note], program: int, samples: int, rate: int, *, bank: int = 0) -> Array:
         """Render notes with one instrument, (c=2, t=samples) float32; the same notes give the same bits.
 
-        Notes begin and end with blocks of 64 samples; a key that is struck while it sounds ends there and begins
-        again. Notes that begin before 0 or after `samples`, or whose pitch is not from 0 to 127, are left out.
-        FluidSynth renders 16 bits with dither: silence may be ± 2⁻¹⁵.
+        Notes begin and end at multiples of 64 samples; a key that is struck while it sounds is stopped and
+        restarted. Notes that begin before 0 or after `samples`, or whose pitch is not from 0 to 127, are left out.
+        FluidSynth renders 16 bits with dither, so silence may be ± 2⁻¹⁵.
 
         Raises:
-            ValueError: for a program that the font does not have, no samples, or a rate that FluidSynth refuses.
+            ValueError: for a program that the font does not have, `samples` below 1, or a rate that FluidSynth refuses.
         """
         if (bank, program) not in self.presets:
             raise ValueError(f"{self.path} has no preset {program} in bank {bank}")
@@ -110,7 +110,7 @@ class SoundFont:
 
 
 def _events(notes: Iterable[Note], blocks: int, rate: int) -> list[tuple[int, int, int, int]]:
-    """MIDI events in order: block, 0 for note off or 1 for note on, key, velocity; the last one at block `blocks`."""
+    """MIDI events in order: block, 0 for note off or 1 for note on, key, velocity; the last is at block `blocks`."""
     spans: dict[tuple[int, int], tuple[int, int]] = {}  # (key, first block): last block, velocity
     for note in notes:
         start, end = (round(time * rate / BLOCK) for time in (note.start, note.start + note.seconds))
@@ -127,7 +127,7 @@ def _events(notes: Iterable[Note], blocks: int, rate: int) -> list[tuple[int, in
 
 
 class Recorded:
-    """Random choice of the parts of a song that a sound font plays, and of its instruments."""
+    """Random choice of the parts of a song that a sound font plays, and of the instruments for them."""
 
     probability = RECORDED_PROB
 
@@ -135,22 +135,22 @@ class Recorded:
         self.rng, self.font, self.rate = rng, font, rate
 
     def _draw_program(self, programs: tuple[int, ...], bank: int = 0) -> int | None:
-        """One of the programs that the font has; None where the part is left to the synthesiser."""
+        """Draw one of the programs that the font has; None if the part is left to the synthesiser."""
         known = [n for n in programs if (bank, n) in self.font.presets]
         return None if self.rng.random() > self.probability or not known else int(self.rng.choice(known))
 
     def play(self, family: str, notes: list[Note], samples: int) -> Array | None:
-        """Notes on a recorded instrument of a family, (c, t); None where the part is left to the wavetables."""
+        """Play notes on a recorded instrument of a family, (c, t); None if the part is left to the wavetables."""
         program = self._draw_program(PROGRAMS[family])
         if program is None:
             return None
         if family == "guitar":  # power chords, like the wavetables of this family
             notes = [Note(n.start, n.seconds, n.pitch + shift, n.velocity) for n in notes for shift in (-12, -5, 0)]
         sound = self.font.play(notes, program, samples, self.rate)
-        return sound if np.abs(sound).max() > 1e-3 else None  # a font need not have every note
+        return sound if np.abs(sound).max() > 1e-3 else None  # a font may lack some notes
 
     def kit(self) -> dict[str, Array]:
-        """One-shots of a drum kit, each (t,) with peak 1; empty where the drums are left to the synthesiser.
+        """One-shots of a drum kit, each (t,) with peak 1; empty if the drums are left to the synthesiser.
 
         Drums that the font's kit lacks are left out.
         """

@@ -2,7 +2,7 @@
 
     seed → score → vocals, drums, bass, other → equaliser, room → (random production) → levels → Song
 
-Every part draws from a random generator of its own, so that switching an option leaves the other parts unchanged.
+Every part draws from its own random generator, so that changing an option leaves the other parts unchanged.
 """
 
 import math
@@ -23,7 +23,7 @@ from .soundfont import Recorded, SoundFont
 from .voice import sing
 
 NO_VOCALS_SHARE, ALWAYS_SUNG_SHARE = 0.1, 0.1
-"""Shares of the songs of `synthesise_songs` that have no vocals, and that are sung throughout."""
+"""Fractions of the songs of `synthesise_songs` that have no vocals and that are sung throughout."""
 
 _open_soundfont = cache(SoundFont)
 
@@ -40,11 +40,11 @@ def synthesise(
     """Synthesise a song; the same arguments give the same bits.
 
     Args:
-        seed: of all random draws, at least 0.
+        seed: seed of all random draws, at least 0.
         seconds: duration, at least 0.5.
-        occupancy: share of the duration that is covered by sung phrases, from the first consonant to the end of the
-            last note; 0 gives no vocals, 1 gives singing throughout. The room rings for up to `mixing.TAIL_SECONDS`
-            after a phrase; elsewhere the vocals are exactly zero. It changes only the level of the accompaniment.
+        occupancy: fraction of the duration covered by sung phrases, each from its first consonant to the end of its
+            last note; 0 means no vocals, 1 singing throughout. Reverberation lasts for up to `mixing.TAIL_SECONDS`
+            after a phrase; elsewhere the vocals are exactly zero. Of the accompaniment, it changes only the level.
         mix_variety: 0 for a clean mix with loud vocals, up to 1 for the random production of `mix_variety`.
         sample_rate: in Hz, at least 8000.
         soundfont: path of a General MIDI sound font, whose recorded instruments play most parts of the accompaniment;
@@ -52,7 +52,7 @@ def synthesise(
 
     Raises:
         ValueError: for an argument out of range.
-        ImportError, FileNotFoundError: as `soundfont.SoundFont` does.
+        ImportError, FileNotFoundError: from `soundfont.SoundFont`.
     """
     _check_integers(seed=(seed, 0), sample_rate=(sample_rate, 8_000))
     if not (math.isfinite(seconds) and seconds >= 0.5):
@@ -97,19 +97,20 @@ def synthesise_songs(
     first: int = 0,
     every: int = 1,
 ) -> list[Song]:
-    """Synthesise `count` different songs, each with an occupancy and a mix variety of its own.
+    """Synthesise `count` different songs, each with its own occupancy and mix variety.
 
-    One song in ten has no vocals, one in ten is sung throughout; the others have an occupancy between 0.3 and 0.9.
-    Song i depends on `seed` and i only, so a longer list begins with the shorter one. A song of 6 s takes 8.5 MB.
+    One song in ten has no vocals, and one in ten is sung throughout; the others have an occupancy between 0.3 and 0.9.
+    Song i depends only on `seed` and i, so a longer list begins with the songs of a shorter one. A song of 6 s takes
+    8.5 MB.
 
     Args:
-        count: of the songs, at least 0.
-        seed: of all songs, at least 0.
+        count: number of songs, at least 0.
+        seed: seed of all songs, at least 0.
         seconds, sample_rate, soundfont: as in `synthesise`.
         mix_variety: upper limit; each song draws a value between 0 and this.
-        soundfont_share: share of the songs in which the sound font plays.
-        clean_share: share of the songs with neither mix variety nor sound font.
-        first, every: make only song number `first` and every `every`-th after it, where processes share the work.
+        soundfont_share: fraction of the songs in which the sound font plays.
+        clean_share: fraction of the songs with neither mix variety nor sound font.
+        first, every: make only songs `first`, `first + every`, … below `count`, so that processes can share the work.
 
     Raises:
         ValueError: for an argument out of range.

@@ -16,7 +16,7 @@ HARMONIES = (3.5, 7.0, 12.0, -12.0)
 
 
 def sing(rng: Generator, score: Score, phrases: Intervals, rate: int, samples: int) -> Array:
-    """Sing the phrases, (c, t), before gate and levels: a lead, and sometimes doubles or a harmony."""
+    """Synthesise the vocals, (c, t), before gate and levels: a lead, and sometimes doubles or a harmony."""
     if not phrases:
         return np.zeros((2, samples), np.float32)
     singer = Singer(rng)
@@ -81,7 +81,7 @@ def _formant_envelope(track: Controls, singer: Singer, frequencies: Array, activ
 
 
 def _noise_bands(frequencies: Array) -> Array:
-    """Magnitude spectra of the consonants' noises, (noise, f)."""
+    """Magnitude spectra of the consonant noises, (noise, f)."""
     spectra = []
     for low, high in NOISES:
         rise = 1 / (1 + (low / np.maximum(frequencies, 1)) ** 6)
@@ -122,7 +122,7 @@ def _stft(signal: Array, size: int, hop_length: int, active: Array) -> Array:
 
 
 def _istft(spectra: Array, size: int, hop_length: int, active: Array, samples: int) -> Array:
-    """Inverse of `_stft`, (samples,): overlap-add with the same window; the other frames are zero."""
+    """Inverse of `_stft`, (samples,): overlap-add with the same window; inactive frames are zero."""
     window = (np.sqrt(np.hanning(size + 1)[:-1]) / 2).astype(np.float32)
     hops = size // hop_length
     pieces = (np.fft.irfft(spectra, size).astype(np.float32) * window).reshape(len(active), hops, hop_length)

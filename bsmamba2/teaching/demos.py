@@ -1,7 +1,7 @@
-"""Demos: the numbers and the sound behind each slider of the page "Explore" and of the labs in `book/labs`.
+"""Demos: compute the numbers and the sound for each slider of the page "Explore" and of the labs in `book/labs`.
 
-The page calls each function for every setting beforehand; the labs call it while a slider moves. Both thus show the
-library's own results. Axis letters: see `bsmamba2.config`.
+The page calls each function for every setting in advance; the labs call it when a slider moves. Both therefore show
+results of the library itself. Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..synth import Song, synthesise
 def band_edges(widths: Sequence[int], sample_rate: int = 44_100) -> list[float]:
     """Band edges in hertz, one more than there are bands: band k reaches from edge k to edge k + 1.
 
-    The widths are the bins in each band, low to high; the last bin of the STFT is at half the sample rate.
+    `widths` are the numbers of bins per band, from low to high; the last bin of the STFT is at half the sample rate.
     """
     spacing = sample_rate / 2 / (sum(widths) - 1)
     return [spacing * bins for bins in itertools.accumulate(widths, initial=0)]
@@ -52,11 +52,11 @@ def band_width_at(widths: Sequence[int], hertz: float, sample_rate: int = 44_100
 
 
 def oracle_band_gain(song: Song, widths: Sequence[int], hop_length: int = 441) -> Tensor:
-    """Oracle vocals with one gain per band and frame, (c, samples): it makes the loss inside a band audible.
+    """Oracle vocals with one gain per band and frame, (c, samples), to hear the detail lost inside the bands.
 
-    With m and s the mixture's and the vocals' bins of a band (`widths` in bins) in one frame, both channels together,
-    the gain with the smallest error is g = Re⟨m, s⟩ / ⟨m, m⟩, clamped to [0, 1]. The model is not limited to this: it
-    estimates a separate mask value for every bin.
+    Let m and s be the bins of the mixture and of the vocals in one band (`widths` in bins) and one frame, over both
+    channels. The gain with the smallest error is g = Re⟨m, s⟩ / ⟨m, m⟩, clamped to [0, 1]. The model is not limited to
+    one gain per band, because it estimates a separate mask value for every bin.
     """
     n_fft = 2 * (sum(widths) - 1)
     signals = song.mixture, song.vocals
@@ -76,11 +76,12 @@ class ChunkRun:
     """Cost of the chunked scan at one chunk length.
 
     Attributes:
-        chunk: frames in a chunk.
-        scores, states: FLOPs of the products inside chunks, and of those that make and read the states between them.
-        levels: FLOPs of products that are repeated for heads whose decay in a chunk does not fit into one level.
-        seconds: the shortest of several runs.
-        memory: peak bytes of the tensors that the scan allocates, its output included and its inputs not.
+        chunk: frames per chunk.
+        scores, states: FLOPs of the products inside chunks, and of the products that write and read the states between
+            chunks.
+        levels: FLOPs of products that are repeated for heads whose decay within a chunk does not fit into one level.
+        seconds: time of the fastest of several runs.
+        memory: peak bytes of the tensors that the scan allocates, including its output but not its inputs.
     """
 
     chunk: int
@@ -94,7 +95,7 @@ class ChunkRun:
 def scan_inputs(
     sequences: int = 2, frames: int = 768, *, heads: int = 16, headdim: int = 64, d_state: int = 128, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Random x, dt, A, B, C for a scan (see `bsmamba2.ssd`); the default sizes are the published model's."""
+    """Scan inputs x, dt, A, B, C, random except A (see `bsmamba2.ssd`); the default sizes are the published model's."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     x = draw(sequences, frames, heads, headdim)
     dt = draw(sequences, frames, heads).sigmoid() * 0.1
@@ -105,8 +106,8 @@ def scan_inputs(
 def chunk_runs(chunks: Sequence[int], inputs: tuple[Tensor, ...] | None = None, *, rounds: int = 3) -> list[ChunkRun]:
     """Measure `kernels.chunked` at several chunk lengths (frames): FLOPs and memory once, time in several rounds.
 
-    Every round times all lengths in turn, so that a busy moment of the machine spoils a round and not one length.
-    The inputs x, dt, A, B, C are `scan_inputs()` when absent.
+    Every round times all lengths in turn, so that a busy moment of the machine affects a whole round and not a single
+    length. If `inputs` (x, dt, A, B, C) is None, `scan_inputs()` provides them.
 
     Raises:
         ValueError: for a chunk or rounds below 1.
@@ -128,14 +129,14 @@ def chunk_runs(chunks: Sequence[int], inputs: tuple[Tensor, ...] | None = None, 
         q = -(-t // -(-t // chunk))
         lengths = [min(q, t - start) for start in range(0, t, q)]
         scores = b * sum(2 * length**2 * (n + h * p) for length in lengths)
-        states = b * 2 * n * h * p * (2 * t - lengths[0] - lengths[-1])  # the first reads none, the last makes none
+        states = b * 2 * n * h * p * (2 * t - lengths[0] - lengths[-1])  # first chunk reads none, last writes none
         runs.append(ChunkRun(chunk, scores, states, flops - scores - states, min(seconds), bytes_))
     return runs
 
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """Peak bytes of the tensors allocated inside the context; it yields a function that returns them."""
+    """Measure the peak bytes of the tensors allocated inside the context; yields a function that returns the peak."""
     live: dict[int, int] = {}
     peak = 0
 
@@ -164,7 +165,7 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 
 @dataclass(frozen=True)
 class StateTrace:
-    """A scalar state after each frame, (t,), and the last row of the decay matrix: how much each frame weighs in it."""
+    """Scalar state after each frame, and each frame's weight in the last state (a row of the decay matrix), (t,)."""
 
     state: Tensor
     weights: Tensor
@@ -192,7 +193,7 @@ def state_trace(written: Tensor, dt: Tensor, A: float) -> StateTrace:
 def note_and_pause(
     dt_sound: float, dt_pause: float, A: float, *, frames: int = 64, note: int = 4, pause: tuple[int, int] = (16, 48)
 ) -> StateTrace:
-    """State trace of a note of one frame, which adds 1, followed by sound, a pause (first frame, end) and sound.
+    """State trace of a one-frame note, which adds 1 in frame `note`, and a later pause (first frame, end) in the sound.
 
     Δ is `dt_pause` in the pause and `dt_sound` outside; A is negative.
     """
@@ -210,8 +211,8 @@ def note_and_pause(
 class OccupancyRun:
     """A synthesised song, its separated vocals (c, samples) and their scores in dB.
 
-    uSDR is that of the estimate and of the mixture itself; `leakage` is the level of the estimate in the silent
-    regions, relative to the mixture there, NaN without any.
+    `usdr` is the score of the estimate, and `mixture_usdr` the score of the mixture itself. `leakage` is the relative
+    level of `metrics.silence_leakage`; NaN if the song has no silent regions.
     """
 
     song: Song
@@ -222,9 +223,9 @@ class OccupancyRun:
 
 
 def at_occupancy(model: BSMamba2, occupancy: float, *, seed: int = 7, seconds: float = 4.0) -> OccupancyRun:
-    """Synthesise a song with the given fraction of singing, and separate it; the model's first stem is the vocals.
+    """Synthesise a song with the given fraction of singing, and separate it; the model's first stem must be the vocals.
 
-    The same seed keeps the accompaniment.
+    With the same seed, the accompaniment is the same at every occupancy.
 
     Raises:
         ValueError: for an occupancy outside [0, 1] or fewer than 0.5 seconds.

@@ -1,7 +1,7 @@
 """Automatic grading of the book's exercises: a check takes the reader's function and returns a `CheckResult`.
 
-A check tests the function's results, not how it is written. It tests the simplest property first and reports the
-first failure, in words that point to the place.
+A check tests the function's results, not how it is written. It tests the simplest property first, and reports the
+first failure with a hint at its cause.
 
 Book: "What a port must prove". Axis letters: see `bsmamba2.config`.
 """
@@ -31,7 +31,7 @@ RATE, N_FFT = 44_100, 2048
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of a check: true when it passed, with a message that a notebook prints."""
+    """Result of a check: true if the answer passed, with a message that a notebook prints."""
 
     passed: bool
     message: str
@@ -49,10 +49,10 @@ def grade(
     """Mutation testing of a reader's test: it must pass every right version and detect every faulty one.
 
     Args:
-        detects: the reader's test: whether a candidate is faulty. An `AssertionError` means yes; None, which a test
-            made of assertions returns when all of them hold, means no.
-        right, faulty: name → a version without the fault, or with it. Several are right, so that a test does not demand
-            more than it should.
+        detects: the reader's test, which returns whether a candidate is faulty. An `AssertionError` counts as yes. None
+            counts as no, because a test made of assertions returns it when all of them hold.
+        right, faulty: name → a version without a fault, or with one. Several right versions catch a test that
+            demands too much.
         hint: printed when a faulty version passes.
     """
     for name, candidate in {**faulty, **right}.items():
@@ -71,12 +71,12 @@ def grade(
 
 
 def needs_own_clock(speedup: Callable[..., float]) -> Callable[..., float]:
-    """Wrap a benchmark (old, new, clock) → number: it raises ValueError for a clock that goes on by itself."""
+    """Wrap a benchmark (old, new, clock) → number so that it raises ValueError for a clock that runs by itself."""
 
     def checked(old: Callable[[], Any], new: Callable[[], Any], clock: Callable[[], float]) -> float:
         start, at_once = clock(), clock()
         sleep(0.05)
-        if (clock() - at_once) - (at_once - start) > 0.02:  # a clock that ticks at every call is the reader's own
+        if (clock() - at_once) - (at_once - start) > 0.02:  # the reader's own clock may tick at every call
             raise ValueError("the clock is a real one, whose times differ in every run. Build your own")
         return speedup(old, new, clock)
 
@@ -89,7 +89,7 @@ def _check(complaints: Callable[P, Iterator[str]]) -> Callable[P, CheckResult]:
     def check(*args: P.args, **kwargs: P.kwargs) -> CheckResult:
         try:
             complaint = next(complaints(*args, **kwargs), None)
-        except Exception as error:  # as above
+        except Exception as error:  # the reader's code may raise anything
             complaint = f"it stopped with {_describe(error)}"
         return CheckResult(complaint is None, complaint or "every question was answered as it should be")
 
@@ -99,7 +99,7 @@ def _check(complaints: Callable[P, Iterator[str]]) -> Callable[P, CheckResult]:
 
 
 def _describe(error: Exception) -> str:
-    """Type, message and line of an exception; the line is the innermost one in neither this file nor a library."""
+    """Type, message and line of an exception; the line is the innermost one outside this file and libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [one for one in frames if one.filename != __file__ and "site-packages" not in one.filename][-1:]
     return f"{type(error).__name__}: {error}" + "".join(f" (line {one.lineno} of {one.name})" for one in own)
@@ -125,7 +125,7 @@ def _close(x: Tensor, y: Tensor, tolerance: float = 1e-4) -> bool:
 
 @_check
 def check_best_gain(best_gain: Callable[[Tensor, Tensor], Any]) -> Iterator[str]:
-    """`best_gain(voice, mixture)`: two of (c, samples) → the number g whose g · mixture comes nearest to the voice."""
+    """`best_gain(voice, mixture)`: two (c, samples) → the gain g that brings g · mixture closest to the voice."""
     draw = torch.Generator().manual_seed(0)
     voice, backing = torch.randn(2, 2, 1000, generator=draw)
     for mixture in (voice + 2 * backing, 3 * voice, 0.5 * backing - voice):
@@ -172,7 +172,7 @@ def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
     if left[200] < 0.9:
         yield f"after muffle(audio, 1000) only {left[200]:.0%} of a tone of 200 Hz is left, and all of it should be"
     edge = {hertz: _amplitude(muffle(tones[hertz].repeat(2, 1), 1000)[0], hertz) for hertz in (991, 1012)}
-    if edge[991] < 0.4:  # 0.75 of a tone is left where its bin is the last one, 0.25 where the bin before is
+    if edge[991] < 0.4:  # 0.75 of a tone is left if its bin is the last one kept, 0.25 if the bin below is
         fix = "int() rounds down, and a slice ends one before its end"
         yield f"muffle(audio, 1000) drops bin 46, at 991 Hz; 47, at 1,012 Hz, is the first to drop: {fix}"
     if edge[1012] > 0.6:
@@ -184,7 +184,7 @@ def check_muffle(muffle: Callable[[Tensor, float], Any]) -> Iterator[str]:
 
 
 def _amplitude(signal: Tensor, hertz: float) -> float:
-    """Of one tone in a second of sound, both ends left out."""
+    """Amplitude of one tone in one second of sound, without the first and the last tenth of a second."""
     time = torch.arange(RATE // 10, RATE - RATE // 10) / RATE
     wave = torch.exp(-2j * torch.pi * hertz * time)
     return float((signal[RATE // 10 : RATE - RATE // 10] * wave).mean().abs() * 2)
@@ -192,7 +192,7 @@ def _amplitude(signal: Tensor, hertz: float) -> float:
 
 @_check
 def check_mel_bands(mel_bands: Callable[[int], Any]) -> Iterator[str]:
-    """`mel_bands(count)`: bins in each of `count` bands of equal width on the mel scale, 1,025 in all, two at least."""
+    """`mel_bands(count)`: bins in each of `count` bands of equal mel width; 1,025 in all, at least two per band."""
     for count in (8, 32, 48, 62, 512):
         bands = mel_bands(count)
         yield from _require_answer(bands)
@@ -220,7 +220,7 @@ def check_mel_bands(mel_bands: Callable[[int], Any]) -> Iterator[str]:
 
 @_check
 def check_both_ways(both_ways: Callable[..., Any]) -> Iterator[str]:
-    """`both_ways(x, dt, A, B, C)`: a scan in which every frame depends on the whole sequence, on itself once."""
+    """`both_ways(x, dt, A, B, C)`: a scan in both directions, in which every frame counts itself only once."""
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b, t, h, p, n = 2, 12, 2, 3, 4
     x, dt, A, B, C = random(b, t, h, p), random(b, t, h).abs(), -random(h).abs(), random(b, t, n), random(b, t, n)
@@ -247,7 +247,7 @@ def check_both_ways(both_ways: Callable[..., Any]) -> Iterator[str]:
 
 @_check
 def check_step(step: Callable[..., Any], mixer: Mamba2) -> Iterator[str]:
-    """`step(frame, state)`: one frame (b, d) → (b, d) and the new state: that of the scan, and three frames of xBC."""
+    """`step(frame, state)`: one frame (b, d) → (b, d) and the new state (scan state, last three frames of xBC)."""
     b, d = 2, mixer.in_proj.in_features
     u = torch.randn(b, 8, d, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -302,7 +302,7 @@ def _faulty_outputs(mixer: Mamba2, u: Tensor, fault: str) -> Tensor:
     x = x.unflatten(-1, (-1, mixer.headdim))  # (b, t, h, p)
     dt = nn.functional.softplus(dt if no_dt_bias else dt + mixer.dt_bias)  # (b, t, h)
     A, gate = -mixer.A_log.exp(), nn.functional.silu(z)
-    if early:  # C of a frame reads the state of the frame before
+    if early:  # C of a frame reads the state of the previous frame
         y = ssd.recurrent(x[:, :-1], dt[:, :-1], A, B[:, :-1], C[:, 1:])
         y = nn.functional.pad(y, (0, 0, 0, 0, 1, 0))
     else:
@@ -313,7 +313,7 @@ def _faulty_outputs(mixer: Mamba2, u: Tensor, fault: str) -> Tensor:
 
 @_check
 def check_live_dual_path(live: Callable[..., nn.Module]) -> Iterator[str]:
-    """`LiveDualPath(dim, sequence_layer)`: (b, t, k, d) → (b, t, k, d), causal along time, both ways along bands."""
+    """`LiveDualPath(dim, sequence_layer)`: (b, t, k, d) → (b, t, k, d), causal in time, bidirectional along bands."""
     if isinstance(live, type) and "forward" not in vars(live):
         yield "it has no `forward` yet"
     with torch.random.fork_rng():
@@ -353,7 +353,7 @@ class _Lopsided(nn.Module):
 
 @_check
 def check_both_sides(both_sides: Callable[..., Any]) -> Iterator[str]:
-    """`both_sides(model, mixture)`: the estimate (c, samples), the one from swapped channels, and their mean."""
+    """`both_sides(model, mixture)`: the estimate (c, samples), the estimate from swapped channels, and their mean."""
     mixture = torch.randn(2, RATE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = both_sides(_Lopsided(), mixture)

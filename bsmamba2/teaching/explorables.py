@@ -1,8 +1,10 @@
-"""Explorables: interactive figures for static pages, each with a question to answer first and its answer, folded.
+"""Explorables: interactive figures for static pages, each with a question to answer first and a folded answer.
 
-Each function returns one, for a chapter and for the page "Explore". All positions of the sliders are computed here, by
-the library, and embedded in the page; `book/_static/explore.js` only draws them. JupyterLab, which does not load that
-script, shows the question, one position in words, and the answer. Axis letters: see `bsmamba2.config`.
+Each figure function returns one explorable, for a chapter and for the page "Explore". The library computes the data
+for all positions of the sliders and embeds them in the page; `book/_static/explore.js` only draws them. JupyterLab does
+not load that script, so it shows only the question, a description of one position, and the answer.
+
+Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -41,15 +43,16 @@ def explorable(
 
     Args:
         kind: how the script draws it: "curves", "bands", "grids", "meters" or "listen".
-        name: one word, unique on the page; the element's id is `explore-` and this.
+        name: one word, unique on the page; the element's id is `explore-` followed by this word.
         question, answer: plain text; the answer is folded.
-        sliders: label → the words for its positions, from left to right.
-        settings: one for each combination of positions, the last slider's fastest: a `caption` and the data to draw.
-        start: the position of each slider in the beginning; by default the middle.
+        sliders: label → texts for its positions, from left to right.
+        settings: one for each combination of positions, the last slider varying fastest. Each contains a `caption` and
+            the data to draw.
+        start: initial position of each slider; by default the middle.
         common: data shared by all settings.
 
     Raises:
-        ValueError: when there are not as many settings as combinations.
+        ValueError: if the number of settings differs from the number of combinations.
     """
     count = math.prod(len(values) for values in sliders.values())
     if len(settings) != count:
@@ -78,7 +81,7 @@ def explorable(
 
 
 def framed(kind: str, name: str, question: str, body: str, answer: str, script: str = "") -> HTML:
-    """The frame of every explorable: its question, its body, and the folded answer; all but the question is HTML."""
+    """Frame of every explorable: question, body and folded answer; `question` is plain text, the other parts HTML."""
     return HTML(
         f'<div class="explorable" id="explore-{name}" data-kind="{kind}">'
         f'<p class="question"><strong>Answer first.</strong> {html.escape(question)}</p>{body}'
@@ -87,7 +90,7 @@ def framed(kind: str, name: str, question: str, body: str, answer: str, script: 
 
 
 def numbers(values: Any, digits: int = 2) -> str:
-    """Numbers as words: 0.50, or (1.0, −0.3) for several."""
+    """Numbers as text: 0.50, or (1.0, −0.3) for several."""
     parts = [f"{value:z.{digits}f}".replace("-", "−") for value in torch.as_tensor(values).flatten().tolist()]
     return parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
 
@@ -102,7 +105,7 @@ TOY_CHUNK = 3
 
 
 def toy_scan() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, dt, A, B, C of one head for nine frames, p = 2 and n = 3; the sixth frame has a large step, the third none."""
+    """x, dt, A, B, C of one head for nine frames, p = 2 and n = 3; Δ is large in frame 6 and near zero in frame 3."""
     x = torch.tensor([[2, 1], [-1, 2], [3, 3], [1, -2], [2, 0], [1, 1], [-2, 1], [1, 2], [0, -1]])
     dt = torch.tensor([0.5, 0.3, 0.01, 0.5, 0.2, 3.0, 0.3, 0.5, 0.2])
     B = torch.eye(3)[[0, 1, 2, 1, 0, 2, 0, 1, 2]]
@@ -113,10 +116,10 @@ def toy_scan() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def scan() -> HTML:
-    """The scan of a toy, step by step: the loop's state, the decay matrix and the chunks side by side."""
+    """The scan of a toy sequence, step by step: the loop's state, the decay matrix and the chunks side by side."""
     x, dt, A, B, C = toy_scan()
     t, q = x.shape[1], TOY_CHUNK
-    # Sequence 0 is the toy; in sequence 1 + j only frame j writes. The scan is linear, so they add up to the toy.
+    # Sequence 0 is the toy; in sequence 1 + j only frame j writes. The scan is linear, so these add up to sequence 0.
     x = torch.cat([x, x * torch.eye(t)[:, :, None, None]])
     dt, B, C = (part.expand(t + 1, *part.shape[1:]) for part in (dt, B, C))
     y = ssd.recurrent(x, dt, A, B, C)[:, :, 0]  # (1 + t, t, p)
@@ -161,7 +164,7 @@ def scan() -> HTML:
     table = {"rows": t, "cols": t, "pick": {"row": 0, "col": 1}, "labels": {"row": frames, "col": frames}, "size": 26}
     state = {"rows": 2, "cols": 3, "most": 3, "digits": 2, "size": 40}
     chunk = torch.arange(t) // q
-    kinds = (1 + (chunk[:, None] == chunk).int()).tril()  # 0 the future, 1 by the state, 2 a score
+    kinds = (1 + (chunk[:, None] == chunk).int()).tril()  # 0: future, 1: connected by the state, 2: by a score
     return explorable(
         "grids",
         "scan",
@@ -193,7 +196,7 @@ def scan() -> HTML:
 
 
 def decay() -> HTML:
-    """Δ and A: what is left of a note after a pause."""
+    """Δ and A: how much of a note is left after a pause."""
     steps = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
     rates = (-0.1, -1.0, -3.0, -16.0)
 
@@ -304,7 +307,7 @@ def reached(frames: int = 12, bands: int = 8) -> dict[str, Tensor]:
     """Change of every output cell for a change in each input cell: stage → (t, k of the input, t, k of the output).
 
     The layer is a small `DualPath` with random weights in float64; a value is the largest change of any feature,
-    relative to that of the input cell. The stages are `REACHES`; the last one is the fault of a missing transpose.
+    relative to the change of the input cell. The stages are `REACHES`; the last one lacks a transpose on purpose.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -329,7 +332,7 @@ def reached(frames: int = 12, bands: int = 8) -> dict[str, Tensor]:
 
 
 def _range(name: str, indices: Tensor, count: int) -> str:
-    """Indices from 0 as words that count from 1: band 3, bands 2 to 5, all 8 bands."""
+    """Indices from 0 as text that counts from 1: band 3, bands 2 to 5, all 8 bands."""
     first, last = int(indices.min()) + 1, int(indices.max()) + 1
     if first == last:
         return f"{name} {first}"
@@ -381,14 +384,15 @@ def reach() -> HTML:
 MACHINES = {"CPU": (100e9, 10e9, 4)} | {
     name: (GPUS[name].bfloat16, GPUS[name].bandwidth, 2) for name in ("RTX 4090", "A100 80 GB")
 }
-"""FLOP/s, bytes/s and bytes per number of an example, and of two GPUs."""
+"""Name → FLOP/s, bytes/s and bytes per number, for an example CPU and two GPUs."""
 
 
 def scan_cost(chunk: int, fused: bool, *, h: int = 16, p: int = 64, n: int = 128) -> tuple[float, float]:
-    """FLOPs per frame of the chunked scan, and the numbers that it moves per frame, by the book's cost model.
+    """FLOPs per frame of the chunked scan, and how many numbers it moves per frame, by the book's cost model.
 
-    Unfused, the scores are moved eight times and the states nine times; fused, the states four times and the scores
-    never. The inputs and the output are moved once. The default sizes are the published model's.
+    Without fusion, the scores are moved eight times and the states nine times. With fusion, the states are moved four
+    times and the scores not at all. The inputs and the output are moved once. The default sizes are the published
+    model's.
     """
     scores, states = h * chunk, h * p * n / chunk
     moved = 2 * h * p + 2 * n + h + (4 * states if fused else 8 * scores + 9 * states)
@@ -437,13 +441,13 @@ def roofline() -> HTML:
 
 
 def significand(value: float, bits: int) -> float:
-    """A number rounded to `bits` significand bits, ties to even: 24 is float32, 11 float16, 8 bfloat16 (in range)."""
+    """A number rounded to `bits` significand bits, ties to even: 24 for float32, 11 float16, 8 bfloat16 (in range)."""
     fraction, exponent = math.frexp(value)
     return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
 
 
 def bits() -> HTML:
-    """A decay stored with fewer bits: what is left of an input over eight seconds."""
+    """A decay stored with fewer bits: how an input fades over eight seconds."""
     sizes, losses = tuple(range(6, 25)), (0.1, 0.03, 0.01, 0.003, 0.001)
     types = {8: " (bfloat16)", 11: " (float16)", 24: " (float32)"}
     frames = range(0, 801, 20)

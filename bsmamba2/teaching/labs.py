@@ -50,7 +50,7 @@ class GRU(nn.Module):
 
 
 def make_gru(config: ModelConfig) -> SequenceLayer:
-    """A constructor of GRU layers whose number of parameters is the nearest to that of the Mamba-2 mixer."""
+    """A constructor of GRU layers whose number of parameters is closest to the Mamba-2 mixer's."""
     dim, budget = config.dim, parameter_budget(config)
     width = min(range(1, budget), key=lambda w: abs(3 * w * (dim + w + 2) + w * dim - budget))
     return partial(GRU, dim, width)
@@ -75,13 +75,14 @@ OPTIONS: dict[str, dict[Any, Any]] = {
     "state": {32: 32, 2: 2, 128: 128},
     "loss": {name: name for name in LOSSES},
 }
-"""What the ablation lab can change: option → its choices (as the lab shows them) → value. The first is the default."""
+"""Options of the ablation lab: option → choice (as the lab shows it) → value. The first choice is the default."""
 
 
 def ablated_model(**choices: Any) -> BSMamba2:
-    """A tiny model, 8 kHz with 16 ms per frame, with a choice for any of the `OPTIONS`.
+    """A tiny model at 8 kHz with 16 ms per frame, with a choice for any of the `OPTIONS`.
 
-    All sequence layers are of equal size. Without the backward layers, their half of each block passes its input on.
+    All kinds of sequence layer have about the same number of parameters. With "forwards only", an identity replaces the
+    backward layer of each block.
 
     Raises:
         ValueError: for an option or a choice that is not listed.
@@ -102,7 +103,7 @@ def ablated_model(**choices: Any) -> BSMamba2:
 
 
 def _chosen(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of every option: that of the choice, or of the default."""
+    """The value of every option: the chosen one, or the default."""
     value = {name: next(iter(options.values())) for name, options in OPTIONS.items()}
     for name, choice in choices.items():
         if name not in OPTIONS:
@@ -118,10 +119,10 @@ class Ablation:
     """Result of training an ablated model.
 
     Attributes:
-        parameters: number of them.
-        seconds: of training.
-        losses: after each step.
-        usdr: in dB, mean over the unseen songs with vocals; silence has 0 dB.
+        parameters: number of parameters.
+        seconds: training time.
+        losses: loss of each step.
+        usdr: mean uSDR in dB over the unseen songs with vocals; a silent estimate has 0 dB.
         song, estimate: one of these songs, and its separated vocals (c, samples).
     """
 
@@ -136,13 +137,13 @@ class Ablation:
 def ablate(
     *, steps: int = 80, seed: int = 0, on_step: Callable[[Step], Any] = lambda step: None, **choices: Any
 ) -> Ablation:
-    """Train a tiny model on synthesised songs and score it on unseen ones, with one thread; the songs never change.
+    """Train a tiny model on synthesised songs, the same in every call, and score it on unseen ones, with one thread.
 
     Args:
-        steps: of two examples of one second each.
-        seed: of the weights and of the order of the examples.
-        on_step: is called after every step.
-        choices: as for `ablated_model`; the published loss has three of its windows and fewer frames, to save time.
+        steps: training steps, each on two examples of one second.
+        seed: for the weights and the order of the examples.
+        on_step: called after every step.
+        choices: as for `ablated_model`. To save time, the published loss uses three of its windows and fewer frames.
 
     Raises:
         ValueError: for an option or a choice that is not listed, or fewer than one step.
@@ -171,7 +172,7 @@ _songs = cache(partial(synthesise_songs, seconds=4.0, sample_rate=RATE))
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch computes with one thread inside the context: small tensors gain nothing from more."""
+    """Use one PyTorch thread inside the context, because small tensors gain nothing from more threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -188,26 +189,26 @@ REMOVED = {
     "no backward layers along time": "time.backwards",
     "no forward layers along time": "time.forwards",
 }
-"""Change → the submodule of every dual-path layer that passes its input on."""
+"""Change → the submodule that an identity replaces in every dual-path layer."""
 SHUFFLED = {
     "layers along time: frames shuffled": ("time", 1),
     "layers along bands: bands shuffled": ("band", 1),
     "layers along time: bands shuffled": ("time", 0),
 }
-"""Change → block of every dual-path layer, and the axis of its input, (sequences, length, d), that is shuffled."""
+"""Change → the block in every dual-path layer, and the axis of its input (sequences, length, d) to shuffle."""
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Δ held at its mean": lambda sung, dt: dt.mean(1, keepdim=True).expand_as(dt),
     "Δ = 0 in silence": lambda sung, dt: dt * sung[:, None],
 }
-"""Change → Δ of all mixers along time, (b, t, h), from the frames in which somebody sings, (t,), and their own Δ."""
+"""Change → a function for all mixers along time: (sung frames (t,), own Δ (b, t, h)) → changed Δ (b, t, h)."""
 DECAY_BITS = {f"decay in {bits} bits": bits for bits in (8, 6, 4)}
-"""Change → significand bits of the decay exp(Δ·A) in all mixers along time; 8 are those of bfloat16."""
+"""Change → significand bits of the decay exp(Δ·A) in all mixers along time; bfloat16 has 8."""
 CHANGES = ("none", *REMOVED, *SHUFFLED, *STEPS, *DECAY_BITS)
 
 
 @contextmanager
 def changed_model(model: BSMamba2, change: str, sung: Tensor) -> Iterator[None]:
-    """Make one of the `CHANGES` to a trained model; `sung` are the frames in which somebody sings, (t,) bool.
+    """Make one of the `CHANGES` to a trained model, inside the context; `sung`, (t,) bool, marks the sung frames.
 
     Raises:
         ValueError: for a change that is not listed.
@@ -231,13 +232,13 @@ def changed_model(model: BSMamba2, change: str, sung: Tensor) -> Iterator[None]:
                 elif change in DECAY_BITS:
                     stack.callback(setattr, mixer, "scan", mixer.scan)
                     mixer.scan = partial(scan_with_rounded_decay, bits=DECAY_BITS[change])
-                    stack.enter_context(changed_steps(mixer, lambda dt: dt))  # its plain form, which calls the scan
+                    stack.enter_context(changed_steps(mixer, lambda dt: dt))  # use the plain form, which calls the scan
         yield
 
 
 @contextmanager
 def shuffled(block: nn.Module, axis: int) -> Iterator[None]:
-    """A block gets its input in random order along an axis; its output is put back into the original order."""
+    """Shuffle a block's input along an axis, and restore the original order in its output, inside the context."""
 
     def order(x: Tensor) -> Tensor:
         return torch.randperm(x.shape[axis], generator=torch.Generator().manual_seed(0))
@@ -252,10 +253,10 @@ def shuffled(block: nn.Module, axis: int) -> Iterator[None]:
 def scan_with_rounded_decay(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, bits: int
 ) -> Tensor:
-    """Chunked scan whose decay per frame, exp(Δ·A), is rounded to `bits` significand bits; shapes: `bsmamba2.ssd`."""
+    """Chunked scan (`bsmamba2.ssd`) whose decay per frame, exp(Δ·A), is rounded to `bits` significand bits."""
     fraction, exponent = torch.frexp((dt * A).exp())
     rounded = torch.ldexp((fraction * 2**bits).round(), exponent - bits)
-    # The step with the rounded decay replaces Δ, and the input is scaled to keep Δ · x.
+    # The step that gives the rounded decay replaces Δ, and the input is scaled to keep Δ · x.
     step = (rounded.clamp(min=1e-30).log() / A).clamp(min=1e-6 * dt)
     y: Tensor = chunked(x * (dt / step)[..., None], step, A, B, C)
     return y if D is None else y + D[:, None] * x
@@ -263,9 +264,9 @@ def scan_with_rounded_decay(
 
 @dataclass(frozen=True)
 class ChangedRun:
-    """A trained model with a change: estimated vocals (c, samples), uSDR, and their level in silence, both in dB.
+    """Result of a changed model: estimated vocals (c, samples), their uSDR, and their level in silence, both in dB.
 
-    The level is relative to the mixture's, in the samples outside `Song.vocal_segments`; NaN without any.
+    The level is relative to the mixture's in the samples outside `Song.vocal_segments`; NaN if there are none.
     """
 
     estimate: Tensor
@@ -275,7 +276,9 @@ class ChangedRun:
 
 @torch.inference_mode()
 def with_change(model: BSMamba2, song: Song, change: str) -> ChangedRun:
-    """Separate a song with vocals, as one segment, by a model with one of the `CHANGES`; its first stem is the vocals.
+    """Separate a song with vocals, as one segment, with one of the `CHANGES` made to the model.
+
+    The model's first stem must be the vocals.
 
     Raises:
         ValueError: for a change that is not listed.
@@ -292,10 +295,10 @@ def with_change(model: BSMamba2, song: Song, change: str) -> ChangedRun:
 
 
 def lab(show: Callable[..., Any], controls: Mapping[str, Any], *, button: str = "") -> Any:
-    """Controls (ipywidgets) by name, a status line, and the output of `show`, which gets their values by name.
+    """View of a lab: controls (ipywidgets), a status line, and the output of `show`, called with the controls' values.
 
-    `show` runs immediately and at every change, or, with a `button` (its label), when that is pressed. Meanwhile the
-    status line says "computing …", the last output is grey, and the button is disabled.
+    Without a `button` (its label), `show` runs immediately and after every change; with one, when the button is
+    pressed. While it runs, the status line shows "computing …", the last output is grey, and the button is disabled.
     """
     from ipywidgets import HTML, Box, Button, Layout, Output, VBox  # type: ignore[import-untyped]
 

@@ -31,7 +31,7 @@ from .explorables import explorable, framed, numbers
 
 
 def bands() -> HTML:
-    """Band tables by the rule of `generate_bands`, above the published one, each with the score of its best gains."""
+    """Band tables from `generate_bands`, drawn above the published table, each with the uSDR of its best gains."""
     counts = (8, 12, 16, 20, 24, 32, 40, 48, 62, 80, 96)
     song = excerpt()
     tables = {count: generate_bands(count) for count in counts}
@@ -92,8 +92,8 @@ METRICS = ("cSDR", "uSDR", "SI-SDR", "silence leakage")
 def leaking(song: Song, sung: int, louder: float) -> tuple[dict[str, float], Tensor]:
     """The `METRICS` in dB of an estimate whose leak is `louder` dB louder where nobody sings, and the estimate.
 
-    The estimate is the voice plus a tenth of the accompaniment. The song should be sung throughout: its voice is kept
-    in the first `sung` seconds and silenced in the others.
+    The estimate is the voice plus a tenth of the accompaniment. The song should contain singing throughout, because its
+    voice is kept in the first `sung` seconds and silenced after them.
     """
     end = sung * song.sample_rate
     voice, accompaniment = song.vocals.clone(), song.mixture - song.vocals
@@ -111,7 +111,7 @@ def leaking(song: Song, sung: int, louder: float) -> tuple[dict[str, float], Ten
 
 
 def leak() -> HTML:
-    """Leak and occupancy: turn up the leak where nobody sings, and watch which metric moves."""
+    """Leak and occupancy: turn up the leak where nobody sings, and see which metrics change."""
     song = synthesise(1_000_007, seconds=7.0, occupancy=1.0, sample_rate=22_050)
     rate = song.sample_rate
     results = {place: leaking(song, *place) for place in itertools.product(SUNG, LEAKS)}
@@ -160,7 +160,7 @@ def leak() -> HTML:
 
 
 def occupancy(model: BSMamba2) -> HTML:
-    """Occupancy: the same accompaniment with less and less singing, separated by a model."""
+    """Occupancy: the same accompaniment with different amounts of singing, separated by a model."""
     shares = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
     runs = [demos.at_occupancy(model, share) for share in shares]
     gain = 0.9 / max(float(run.song.mixture.abs().max()) for run in runs)
@@ -203,7 +203,7 @@ def occupancy(model: BSMamba2) -> HTML:
 
 @torch.inference_mode()
 def halflife() -> HTML:
-    """Half-lives of three heads of the bundled checkpoint over the real excerpt, and what each keeps of its state."""
+    """Half-lives of three heads of the bundled checkpoint over the real excerpt, and how their states fade."""
     song, model = excerpt(), load_checkpoint(bundled_checkpoint())
     last, frame = len(model.layers) - 1, model.config.hop_length / song.sample_rate  # seconds
     A_log: Tensor = model.layers[last].time.forwards.mixer.A_log  # type: ignore[union-attr,assignment]
@@ -260,9 +260,10 @@ def halflife() -> HTML:
 def blind_test(
     name: str, question: str, answer: str, known: Mapping[str, Tensor], hidden: Sequence[tuple[Tensor, str, str]]
 ) -> HTML:
-    """A blind test: a player of sounds, and for each hidden one a choice to make before the answer is opened.
+    """A blind test: audio players, and a choice to make for each hidden sound before the answer is opened.
 
-    Signals are (c, samples), the `known` ones by label; each hidden one has its right choice and words for the answer.
+    Signals are (c, samples). `known` maps labels to signals; each item of `hidden` contains a signal, its right choice
+    and the text for the answer.
     """
     choices = sorted({right for _, right, _ in hidden}, key=lambda right: (len(right), right))  # 9 dB before 12 dB
     options = '<option value="">no guess</option>' + "".join(f"<option>{choice}</option>" for choice in choices)
@@ -287,7 +288,7 @@ def blind_test(
 
 @torch.inference_mode()
 def blind(model: BSMamba2) -> HTML:
-    """Four scores of one song to be guessed by ear: the vocals plus the error of a model's estimate, scaled."""
+    """Four estimates whose scores you guess by ear: the vocals plus a model's error, scaled to four levels."""
     run = demos.at_occupancy(model, 0.75, seconds=3.0)
     vocals, error = run.song.vocals, run.estimate - run.song.vocals
     return blind_test(
@@ -341,7 +342,7 @@ def planted(model: BSMamba2, mixture: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def faults(model: BSMamba2) -> HTML:
-    """Faults of a port, planted in a trained model, to be told by ear from a hidden copy of the correct output."""
+    """Faults of a port, planted in a trained model, to distinguish by ear from a hidden copy of the correct output."""
     song = synthesise(2029, seconds=3.0)
     estimates = planted(model, song.mixture)
     scores = {name: metrics.usdr(song.vocals, estimate) for name, estimate in estimates.items()}
@@ -357,6 +358,6 @@ def faults(model: BSMamba2) -> HTML:
         {"correct output": estimates["correct"]},
         [
             (estimates[name], "correct" if name == "correct" else "faulty", f"{name}, uSDR {scores[name]:.1f} dB")
-            for name in sorted(estimates, key=lambda name: name[::-1])  # an order that gives nothing away
+            for name in sorted(estimates, key=lambda name: name[::-1])  # an order that does not reveal the answers
         ],
     )

@@ -1,7 +1,7 @@
 """Notebook parameters: check the names and types that papermill injects, before any long computation starts.
 
-papermill writes the given values into a cell behind the notebook's defaults. It checks no type, and only warns about a
-name that the notebook does not have. So the next cell calls `check`.
+papermill writes the given values into a cell after the notebook's defaults. It does not check types, and it only warns
+about a name that the notebook does not define. The next cell of the notebook therefore calls `check`.
 
 Book: "Training".
 """
@@ -21,16 +21,16 @@ INJECTED = "# Parameters\n"  # the first line of the cell that papermill writes
 def check(history: Sequence[str], values: Mapping[str, object], types: Mapping[str, object]) -> None:
     """Validate the parameters of a notebook: unknown names and wrong types raise.
 
-    An int passes as a float, a bool never as a number, NaN and infinity never. (YAML reads `2e-3` as a string: write
-    `2.0e-3`.)
+    An int is accepted as a float, but a bool is never accepted as a number; NaN and infinity are always rejected. (YAML
+    reads `2e-3` as a string, so write `2.0e-3`.)
 
     Args:
-        history: the cells that ran so far, `In` in a notebook.
-        values: the notebook's names, `globals()`.
+        history: the cells run so far, `In` in a notebook.
+        values: the notebook's variables, `globals()`.
         types: name → int, float, str, bool, or list[…] of one of them.
 
     Raises:
-        ValueError: naming the parameter, its value and what would be accepted.
+        ValueError: if a parameter is unknown, has no value or has the wrong type.
     """
     for cell in history:
         if cell.startswith(INJECTED):

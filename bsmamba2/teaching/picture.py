@@ -35,15 +35,14 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bsmamba2",
 }
-PHONE = 4.0  # inches: lettering of 10 points has 12 pixels in a column of 350
+PHONE = 4.0  # inches: text of 10 points is 12 pixels high in a column of 350 pixels
 
 
 class Picture(Figure):
     """A matplotlib Figure that a notebook displays as SVG, under any matplotlib backend.
 
-    The SVG holds two drawings: the figure as it was made, which JupyterLab shows on a white sheet, and a narrow one for
-    a phone, with the panels of a row stacked. `book/_ext/diagrams.py` puts both into a page, where black becomes the
-    colour of the text.
+    The SVG contains two drawings: the original figure, which JupyterLab shows on a white background, and a narrow one
+    for phones, with stacked panels. `book/_ext/diagrams.py` puts both into a page, where black becomes the text colour.
     """
 
     def _repr_svg_(self) -> str:
@@ -63,7 +62,7 @@ def _drawing(original: Figure, layout: str) -> str:
         _stack(figure)
     width, height = 72 * figure.get_size_inches()
     for axes in figure.axes:
-        if place := axes.get_subplotspec():  # no colour bar
+        if place := axes.get_subplotspec():  # not a colour bar
             rows, columns = place.get_gridspec().get_geometry()
             axes.set_title(_wrap(axes.get_title(), width / columns - 20))
             axes.set_xlabel(_wrap(axes.get_xlabel(), 0.8 * width / columns))
@@ -77,14 +76,14 @@ def _drawing(original: Figure, layout: str) -> str:
     _move_legends(figure)
     height = 72 * figure.get_figheight()
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what follows does not move the axes
+    figure.set_layout_engine("none")  # so that thinning the labels does not move the axes
     for axes in figure.axes:
         _thin(axes.xaxis)
         _thin(axes.yaxis)
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", dpi=150, transparent=True, metadata=nothing)
-    body = re.sub(r".*?</defs>", "", file.getvalue(), count=1, flags=re.DOTALL)  # the head, and style for a whole page
+    body = re.sub(r".*?</defs>", "", file.getvalue(), count=1, flags=re.DOTALL)  # drop the head and the page-wide style
     body = re.sub(r' id="[\w.]+_\d+"| transform="rotate\(-0 [^"]*"|font-family: [^;"]*;? ?|xlink:(?=href)', "", body)
     body = re.sub(r">\s+<", "><", body)
     body = re.sub(r'(?<= d=")[^"]+', lambda path: re.sub(r"(\.\d\d)\d+|\s+", r"\1 ", path[0]), body)
@@ -115,7 +114,7 @@ def _wrap(text: str, points: float) -> str:
 
 
 def _move_legends(figure: Figure) -> None:
-    """Put all legends into one above the axes, where it hides nothing, in as many columns as fit."""
+    """Merge all legends into one above the axes, where it hides nothing, with as many columns as fit."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         if old := axes.get_legend():
@@ -132,7 +131,7 @@ def _move_legends(figure: Figure) -> None:
 
 
 def _thin(axis: Axis) -> None:
-    """Leave out tick labels that would touch the one before."""
+    """Leave out tick labels that would touch the previous one."""
     labels, last, kept = axis.get_ticklabels(), None, []
     for label in labels:
         box = label.get_window_extent().padded(4)
@@ -155,7 +154,7 @@ def _number(value: float, _: Any = None) -> str:
 
 
 def _fewer_colours(png: re.Match[str]) -> str:
-    """A PNG in base64; a large one with at most 256 colours, which are as many as a colour map has."""
+    """A PNG in base64; a large one is reduced to 256 colours, because a colour map has no more."""
     data = base64.b64decode(png[0])
     if len(data) > 10_000:
         image, file = PIL.Image.open(io.BytesIO(data)), io.BytesIO()

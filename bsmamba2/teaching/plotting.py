@@ -1,7 +1,7 @@
 """Plotting, audio players, tables and source listings for the book's notebooks.
 
-Every figure function returns a matplotlib Figure that a notebook shows; nothing here computes what a chapter teaches.
-Needs the extra `book` (matplotlib, IPython). Axis letters: see `bsmamba2.config`.
+Every figure function returns a matplotlib Figure that a notebook displays; the methods that a chapter teaches are
+elsewhere in the package. Needs the extra `book` (matplotlib, IPython). Axis letters: see `bsmamba2.config`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def source(*objects: Callable[..., Any]) -> Markdown:
 
 
 def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
-    """Audio players for signals (c, samples) by label, embedded as MP3; one factor scales all, so that levels compare.
+    """Audio players for signals (c, samples) by label, embedded as MP3.
 
-    The book's pages make one player of several signals of equal length (`book/_static/player.js`).
+    One factor scales all signals, so that their levels remain comparable. The book's pages combine several signals of
+    equal length into one player (`book/_static/player.js`).
 
     Raises:
-        ValueError: when a sample is NaN or infinite.
+        ValueError: if a sample is NaN or infinite.
     """
     peak = max(float(signal.abs().max()) for signal in signals.values())
     if not np.isfinite(peak):
@@ -73,7 +74,7 @@ def audio(signals: Mapping[str, Tensor], sample_rate: int = 44_100) -> HTML:
 def thumbnail(signal: Tensor, sample_rate: int = 44_100, *, top: float = 8_000.0, loudest: float | None = None) -> str:
     """Small spectrogram of (c, samples) without axes, 0 to `top` hertz, as a PNG in a `data:` URL.
 
-    The power `loudest` is drawn brightest; by default that of the loudest bin.
+    `loudest` is the power that is drawn brightest; by default the power of the loudest bin.
     """
     n_fft, hop_length = 2048, 1764
     power = stft(signal, n_fft, hop_length).abs().square().mean(0)[: int(top / sample_rate * n_fft)]
@@ -96,12 +97,12 @@ def sound(signal: Tensor, sample_rate: int = 44_100, *, gain: float = 1.0, compr
 
 
 def progress(iterable: Iterable[Any], total: int, label: str, unit: str = "step") -> Iterator[Any]:
-    """Progress bar around an iterable that leaves one line in a stored notebook."""
+    """Progress bar for an iterable; it leaves only one line in a stored notebook."""
     yield from tqdm(iterable, total=total, desc=label, unit=unit, file=_Line(), mininterval=1, ascii=False, ncols=88)
 
 
 class _Line(io.TextIOBase):
-    """Text file of one line, displayed again and again in the same place of a notebook."""
+    """Text file of one line, which each write replaces in the same place of a notebook."""
 
     def __init__(self) -> None:
         self.handle = display(HTML("<pre></pre>"), display_id=True)
@@ -127,9 +128,9 @@ def spectrograms(
     n_fft: int = 2048,
     hop_length: int = 441,
 ) -> Figure:
-    """Spectrograms of signals (c, samples) by label, up to `top` hertz; 0 dB is the loudest bin of all.
+    """Spectrograms of signals (c, samples) by label, up to `top` hertz; 0 dB is the loudest bin of all signals.
 
-    The mean of the channels' power is drawn; `n_fft` and `hop_length` are in samples.
+    The figure shows the mean power of the channels; `n_fft` and `hop_length` are in samples.
     """
     power = {label: stft(signal, n_fft, hop_length).abs().square().mean(0) for label, signal in signals.items()}
     loudest = max(float(values.max()) for values in power.values())
@@ -148,7 +149,7 @@ def spectrograms(
 def lines(
     series: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str, *, height: float = 3.0, **limits: Any
 ) -> Figure:
-    """Line plot of several curves; `limits` go to matplotlib's Axes.set (xscale, ylim, …)."""
+    """Line plot of several curves; `limits` are passed to matplotlib's Axes.set (xscale, ylim, …)."""
     points = {label: tuple(pair) for label, pair in series.items()}  # a zip can be read only once
     with _figure(1, 1, 7.5, height) as (figure, axes):
         for style, (label, (x, y)) in zip(itertools.cycle(("-", "--", "-.", ":")), points.items(), strict=False):
@@ -164,10 +165,10 @@ def lines(
 def scores(
     rows: Sequence[Any], across: str, xlabel: str, metrics: Mapping[str, str], *, ticks: Sequence[float] = ()
 ) -> Figure:
-    """Scatter plot of scores: a point per row, one metric under the other; NaN and infinite values are left out.
+    """Scatter plot of scores: one point per row, one panel per metric; NaN and infinite values are left out.
 
-    `across` names the rows' attribute along x, `metrics` those along y, with their labels. When x has only a few
-    values, `ticks` are these: they are spaced by their logarithm, with a line through the means.
+    `across` names the attribute of a row along x; `metrics` maps the attributes along y to their labels. If x takes
+    only a few values, pass them as `ticks`: the x axis becomes logarithmic, and a line connects the means.
     """
     with _figure(len(metrics), 1, 7.5, 2.3 * len(metrics), sharex=True) as (figure, axes):
         for axis, (metric, label), colour in zip(axes[:, 0], metrics.items(), itertools.cycle(COLOURS), strict=False):
@@ -186,7 +187,7 @@ def scores(
 
 
 def bars(values: Mapping[str, Sequence[float]], xlabel: str, *, mark: float | None = None) -> Figure:
-    """Horizontal bar chart of medians, with a line from the smallest value to the largest, and a mark along x."""
+    """Horizontal bar chart of medians, each with a line from the smallest to the largest value, and a mark along x."""
     with _figure(1, 1, 7.5, 0.5 + 0.24 * len(values)) as (figure, axes):
         for (name, some), colour in zip(values.items(), itertools.cycle(COLOURS[:2]), strict=False):
             middle = float(np.median(some))
@@ -202,9 +203,9 @@ def bars(values: Mapping[str, Sequence[float]], xlabel: str, *, mark: float | No
 def images(
     arrays: Mapping[str, Any], xlabel: str, ylabel: str, *, colour_label: str = "", height: float = 3.2, **options: Any
 ) -> Figure:
-    """Heat maps side by side with one scale and one colour bar; row 0 on top unless `origin="lower"`.
+    """Heat maps side by side with one scale and one colour bar; row 0 is on top unless `origin="lower"`.
 
-    `options` go to matplotlib's imshow; without `vmin` and `vmax` the scale holds all values.
+    `options` are passed to matplotlib's imshow; without `vmin` and `vmax` the scale covers all values.
     """
     panels = {label: np.asarray(array) for label, array in arrays.items()}
     scale = {
@@ -213,7 +214,7 @@ def images(
     }
     with _figure(1, len(panels), 7.5, height) as (figure, axes):
         for axis, (label, panel) in zip(axes[0], panels.items(), strict=True):
-            way = "none" if panel.size < 40_000 else "auto"  # a large one is averaged over the pixels of the drawing
+            way = "none" if panel.size < 40_000 else "auto"  # a large one is averaged over the pixels
             image = axis.imshow(panel, **{"aspect": "auto", "interpolation": way, **scale, **options})
             axis.set(title=label, xlabel=xlabel)
         figure.colorbar(image, ax=axes[0].tolist(), label=colour_label)
@@ -224,8 +225,8 @@ def images(
 def cubes(x: Tensor, cuts: Sequence[str], *, sequence: int = 0) -> Figure:
     """Feature tensors (t, k, d) drawn as cubes, one for each cut along `time` or `band`, with one sequence outlined.
 
-    The visible sides: in front all bands and frames of the first feature, on top all features of the last band, on the
-    right all features of the last frame. `sequence` is a band where the cut is along time, else a frame.
+    The front shows all bands and frames of the first feature, the top all features of the last band, and the right side
+    all features of the last frame. `sequence` is the number of a band for a cut along time, and of a frame otherwise.
 
     Raises:
         ValueError: for any other cut.
@@ -234,13 +235,13 @@ def cubes(x: Tensor, cuts: Sequence[str], *, sequence: int = 0) -> Figure:
         if cut not in ("time", "band"):
             raise ValueError(f"cut={cut!r} must be 'time' or 'band'")
     frames, many, _ = x.shape
-    width, high, (right, up) = 3.2, 1.6, (0.9, 0.55)  # of the front, and the offset of the back
+    width, high, (right, up) = 3.2, 1.6, (0.9, 0.55)  # size of the front, and offset of the back
     sides = (  # values, corner, and the directions of their columns and rows
         (x[:, :, 0].T, (0, 0), (width, 0), (0, high)),
         (x[:, -1, :].T, (0, high), (width, 0), (right, up)),
         (x[-1, :, :], (width, 0), (right, up), (0, high)),
     )
-    edges = {  # where a cut crosses two sides, and how many sequences it makes
+    edges = {  # where a cut crosses two sides, the step to the next one, and the number of sequences
         "time": (np.array([(0, 0), (width, 0), (width + right, up)]), np.array((0, high / many)), many),
         "band": (np.array([(0, 0), (0, high), (right, high + up)]), np.array((width / frames, 0)), frames),
     }
@@ -269,7 +270,8 @@ def cubes(x: Tensor, cuts: Sequence[str], *, sequence: int = 0) -> Figure:
 def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Figure:
     """Band tables on a frequency axis: each band is a block from its lowest to its highest frequency.
 
-    Dark and light only separate neighbours; over each table stand the widths of its narrowest and its widest band.
+    Dark and light shades only separate neighbours. The label above each table gives the widths of its narrowest and its
+    widest band.
     """
     with _figure(1, 1, 7.5, 0.7 + 0.65 * len(tables)) as (figure, axes):
         axis = axes[0, 0]
@@ -288,7 +290,7 @@ def bands(tables: Mapping[str, Sequence[int]], sample_rate: int = 44_100) -> Fig
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
-    """Markdown table from rows with the same keys; floats with two decimals, a dash for NaN and None."""
+    """Markdown table from rows with the same keys; floats have two decimals, NaN and None become a dash."""
 
     def text(value: Any) -> str:
         if value is None or value != value:

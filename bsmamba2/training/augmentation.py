@@ -24,23 +24,23 @@ from ..data import Example, Remixer, Source
 
 SPEED_PROB, LOW_PASS_PROB = 0.5, 0.4
 SEMITONES = 4.0
-"""Largest change of a stem's speed, up or down; pitch and formants change with it."""
+"""Largest change of a stem's speed in semitones, up or down; pitch and formants change with it."""
 OCTAVES = np.array([-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 4.6])
-"""Positions of the random gains of `equalise`, in octaves relative to 1 kHz."""
+"""Frequencies of the random gains of `equalise`, in octaves relative to 1 kHz."""
 
 
 # --- one function per change: a stem (c, t), the sample rate, random numbers → the stem ---------------------
 
 
 def equalise(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Random EQ: a smooth curve of 2.5 dB standard deviation per octave, and a tilt of 1 dB per octave."""
+    """Random EQ: a curve with a standard deviation of 2.5 dB at each octave, and a random tilt of 1 dB per octave."""
     decibels = rng.normal(0, 2.5, len(OCTAVES)) + rng.normal(0, 1.0) * OCTAVES
     gains = 10 ** (np.interp(_octaves(stem.shape[-1], rate), OCTAVES, decibels) / 20)
     return torch.fft.irfft(torch.fft.rfft(stem) * torch.from_numpy(gains.astype(np.float32)), stem.shape[-1])
 
 
 def flip_channels(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Exchange left and right."""
+    """Swap the left and right channels."""
     return stem.flip(0)
 
 
@@ -51,18 +51,18 @@ def stereo_width(stem: Tensor, rate: int, rng: Generator) -> Tensor:
 
 
 def channel_gains(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Move the stereo image: a gain of ±6 dB for each channel."""
+    """Move the stereo image: a random gain of −6 to 6 dB for each channel."""
     return stem * torch.tensor(10 ** (rng.uniform(-6, 6, (2, 1)) / 20), dtype=torch.float32)
 
 
 def double_track(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Add a wide double: the mono signal 5 to 25 ms late, in opposite phase left and right."""
+    """Add a wide double: the mono signal, delayed by 5 to 25 ms, with opposite signs in the two channels."""
     double = stem.mean(0).roll(round(rng.uniform(0.005, 0.025) * rate)) * rng.uniform(0.2, 0.8)
     return stem + torch.stack((double, -double))
 
 
 def saturate(stem: Tensor, rate: int, rng: Generator) -> Tensor:
-    """Saturation, as in an amplifier, a tape or a compressor: tanh, driven at −6 to 12 dB relative to the RMS."""
+    """Saturation, as in an amplifier, tape or compressor: tanh of the stem, scaled to an RMS of −6 to 12 dB."""
     drive = 10 ** (rng.uniform(-6, 12) / 20)
     return torch.tanh(stem * (drive / _level(stem)))
 
@@ -78,7 +78,7 @@ def roughen(stem: Tensor, rate: int, rng: Generator) -> Tensor:
 
 
 def change_speed(piece: Tensor, samples: int) -> Tensor:
-    """Speed change by resampling in the frequency domain: a piece (c, t) becomes (c, `samples`)."""
+    """Speed change by resampling in the frequency domain: `piece` (c, t) → (c, `samples`)."""
     if piece.shape[-1] == samples:
         return piece
     # A truncated or zero-padded spectrum gives the same sound with a different number of samples.
@@ -90,7 +90,7 @@ def change_speed(piece: Tensor, samples: int) -> Tensor:
 
 
 def low_pass(stem: Tensor, rate: int, cutoff: float) -> Tensor:
-    """Low-pass filter, as in lossy files and old recordings: falls to zero over 800 Hz around the cutoff, in hertz."""
+    """Low-pass filter, as in lossy files or old recordings; the gain falls to zero over 800 Hz around `cutoff` (Hz)."""
     hertz = torch.fft.rfftfreq(stem.shape[-1], 1 / rate)
     gains = ((cutoff + 400 - hertz) / 800).clamp(0, 1)
     return torch.fft.irfft(torch.fft.rfft(stem) * gains, stem.shape[-1])
@@ -105,18 +105,18 @@ CHANGES: dict[Callable[[Tensor, int, Generator], Tensor], float] = {
     saturate: 0.25,
     roughen: 0.3,
 }
-"""Changes in the order in which they are applied, and the probability of each."""
+"""Changes in order of application, and the probability of each."""
 VOICE_ONLY, STEREO_ONLY = (double_track, roughen), (flip_channels, stereo_width, channel_gains, double_track)
 
 
 class Augmentation:
-    """Random augmentation of one example: a speed for each stem, `CHANGES` for each stem, a low-pass filter for all.
+    """Random augmentation of one example: a speed and `CHANGES` for each stem, then one low-pass filter for all.
 
     Args:
         seed: the same seed makes the same changes.
         stems: number of stems.
-        voice: number of the stem that `double_track` and `roughen` may change.
-        coherent: whether all stems come from one excerpt of one song, and therefore get one speed.
+        voice: index of the stem that `double_track` and `roughen` may change.
+        coherent: whether all stems come from one excerpt of one song, and therefore share one speed.
     """
 
     def __init__(self, seed: int, stems: int, *, voice: int = 0, coherent: bool = False) -> None:
@@ -125,17 +125,17 @@ class Augmentation:
         self.speeds: list[float] = (2 ** ((semitones[:1].repeat(stems) if coherent else semitones) / 12)).tolist()
 
     def lengths(self, samples: int) -> list[int]:
-        """Samples to read from each stem for `samples` of the example: more from a stem that is sped up."""
+        """Number of samples to read from each stem for an example of `samples`; higher for a stem that is sped up."""
         return [round(samples * speed) for speed in self.speeds]
 
     def __call__(self, pieces: Sequence[Tensor], samples: int, rate: int) -> list[Tensor]:
-        """Apply the changes: pieces (c, t), whose lengths are those of `lengths` → stems (c, samples).
+        """Apply the changes: pieces (c, t) with the lengths from `lengths` → stems (c, samples).
 
-        A stem gets back its root mean square before the low-pass filter; a silent stem stays silent.
+        Each stem is scaled back to the RMS of its piece before the low-pass filter; a silent stem stays silent.
         """
-        rng, stems = copy.deepcopy(self._rng), []  # so that the next call does the same
+        rng, stems = copy.deepcopy(self._rng), []  # so that every call makes the same changes
         for i, piece in enumerate(pieces):
-            own = np.random.default_rng(rng.integers(2**63))  # so that a silent stem changes nothing for the next one
+            own = np.random.default_rng(rng.integers(2**63))  # so that a silent stem does not affect the next one
             level = _level(piece)
             if not level:
                 stems.append(piece.new_zeros(len(piece), samples))
@@ -155,17 +155,18 @@ class Augmentation:
 class AugmentedRemixer(Remixer):
     """`Remixer` with coherent mixtures and augmentation, each for a fraction of the examples.
 
-    Arguments are those of `Remixer`, and the two below. If the voice is a target, it should be the first one.
+    Takes the arguments of `Remixer` and the two below. The first target counts as the voice, so a voice among
+    several targets should come first.
 
     Args:
         coherent_mix_prob: probability that all stems of an example come from the song and position drawn for the first
             target, so that they share key and tempo; each stem still has its own dropout and gain.
-        augment_prob: probability that an example is augmented, before the gains.
+        augment_prob: probability that an example is augmented; its gains are applied afterwards.
 
     Differs from the published model, where both probabilities are 0.
 
     Raises:
-        ValueError: when a stem has no salient window in any song, or one of the two is not a probability.
+        ValueError: when a stem has no salient window in any song, or one of the two probabilities is outside [0, 1].
     """
 
     def __init__(self, *args: Any, coherent_mix_prob: float = 0.0, augment_prob: float = 0.0, **options: Any) -> None:
@@ -189,7 +190,7 @@ class AugmentedRemixer(Remixer):
         return sources
 
     def draw_augmentation(self, sources: Sequence[Source], generator: torch.Generator) -> Augmentation | None:
-        """Draw the augmentation of an example; None if it has none."""
+        """Draw the augmentation of an example; None if it is not augmented."""
         if not self.augment_prob or float(torch.rand((), generator=generator)) >= self.augment_prob:
             return None
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -198,7 +199,7 @@ class AugmentedRemixer(Remixer):
         return Augmentation(seed, len(sources), voice=self.targets[0], coherent=coherent)
 
     def example(self, generator: torch.Generator) -> Example:
-        """One mixture, its target, and the sources of its stems."""
+        """Draw one example: the mixture, its target, and the names of its sources."""
         sources = self.draw(generator)
         augmentation = self.draw_augmentation(sources, generator)
         if augmentation is None:
@@ -215,12 +216,12 @@ class AugmentedRemixer(Remixer):
 
 
 def _level(stem: Tensor) -> float:
-    """Root mean square, the same to the last bit with any number of threads."""
+    """RMS of a stem, bit-identical for any number of threads."""
     return float(np.sqrt(np.square(stem.numpy(), dtype=np.float64).mean()))
 
 
 @cache
 def _octaves(samples: int, rate: int) -> np.ndarray:
-    """The bins of a spectrum in octaves relative to 1 kHz, (bins,); bins below 20 Hz count as 20 Hz."""
+    """Bin frequencies of a spectrum in octaves relative to 1 kHz, (bins,); those below 20 Hz count as 20 Hz."""
     hertz = np.fft.rfftfreq(samples, 1 / rate)
     return np.log2(np.maximum(hertz, 20) / 1_000).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Data sets: stems in files, MUSDB18-HQ for one, read where needed and never whole; synthesised songs, shared.
+"""Data sets: stem files such as MUSDB18-HQ, read in excerpts; and synthesised songs, shared between processes.
 
-    MUSDB18-HQ/train/<song>/{vocals,drums,bass,other}.wav      14 named songs validate, the others train
-    folder/{train,valid}/<song>/{vocals,drums,bass,other}.wav  the same by folders
-    folder/<song>/{vocals,drums,bass,other}.wav                every tenth song validates, of fewer the last
+    MUSDB18-HQ/train/<song>/{vocals,drums,bass,other}.wav      14 named songs for validation, the others for training
+    folder/{train,valid}/<song>/{vocals,drums,bass,other}.wav  training and validation songs by folder
+    folder/<song>/{vocals,drums,bass,other}.wav                every tenth song for validation; of fewer, the last
 
-WAV, FLAC or OGG. Every file is read once before a run starts, block by block, and all faults are reported together.
+Files are WAV, FLAC or OGG. Each is read once before a run starts, block by block; all faults are reported together.
 
 Book: "Scaling up". Source of the validation songs: the `musdb` package.
 """
@@ -44,18 +44,18 @@ VALIDATION = {
     "Patrick Talbot - A Reason To Leave", "Skelpolu - Human Mistakes", "Traffic Experiment - Sirens",
     "Triviul - Angelsaint", "Young Griffo - Pennies",
 }  # fmt: skip
-"""The songs of MUSDB18's training part that are kept for validation."""
+"""Songs of MUSDB18's training set that are held out for validation."""
 
 FILES_BETWEEN = 20
-"""How many files are searched before the cache is written."""
-_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's, of a FLAC that was written into a pipe
+"""Number of files that are searched between two writes of the cache."""
+_UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's value for a FLAC file that was written to a pipe
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-"""Goes through a list and may show how far it is."""
+"""Function that iterates over a list and may display the progress."""
 
 
 class DataError(ValueError):
-    """A folder that cannot be used for training; the message has a line for every fault."""
+    """A folder that cannot be used for training; the message has one line per fault."""
 
     def __init__(self, folder: Path, faults: Sequence[str], advice: str) -> None:
         self.faults = list(faults)
@@ -65,15 +65,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class FileTrack:
-    """One song's files, opened only while a piece is read.
+    """A song in files, which are opened only while an excerpt is read.
 
     Attributes:
-        name: of the song's folder.
-        stems: a file for each stem.
+        name: name of the song's folder.
+        stems: one file per stem.
         sample_rate: in hertz.
-        samples: of the shortest stem.
-        channels: c.
-        sha256: of each file, once it has been searched for activity.
+        samples: length of the shortest stem.
+        channels: number of channels, c.
+        sha256: SHA-256 of each file; empty until the files have been searched for activity.
     """
 
     name: str
@@ -84,10 +84,10 @@ class FileTrack:
     sha256: tuple[str, ...] = field(default=(), compare=False)
 
     def crop(self, stem: int, start: int, samples: int) -> Tensor:
-        """A piece of one stem, (c, samples) float32.
+        """Read an excerpt of one stem, (c, samples) float32.
 
         Raises:
-            OSError: when the file has gone, changed or broken since it was indexed.
+            OSError: when the file was removed, changed or damaged after it was indexed.
         """
         path = self.stems[stem]
         try:
@@ -105,7 +105,7 @@ class FileTrack:
         return torch.from_numpy(np.ascontiguousarray(frames.T))
 
     def label(self, stem: int) -> str:
-        """The file."""
+        """Path of a stem's file, for messages."""
         return str(self.stems[stem])
 
 
@@ -120,17 +120,17 @@ def search_dataset(
     on_bad_file: str = "stop",
     progress: Progress = lambda files: files,
 ) -> tuple[Windows, Windows]:
-    """The active windows of a data set: of the songs to train with, and of those to validate with.
+    """Find the active windows of a data set, for training and for validation.
 
     Args:
-        folder: as for `index_dataset`, and so are `stems`, `sample_rate` and `channels`.
+        folder, stems, sample_rate, channels: as for `index_dataset`.
         samples: length of a window.
-        targets: numbers of the stems that are to be separated.
-        on_bad_file: `stop`, or `skip` to leave out the songs with a faulty file, with a warning.
-        progress: goes through the files that are read.
+        targets: indices of the stems to separate.
+        on_bad_file: `stop`; or `skip` to leave out songs with a faulty file, with a warning.
+        progress: function that iterates over the files that are read.
 
     Raises:
-        DataError: for all faults in the folder at once; when too few songs are left, or a stem is silent in all.
+        DataError: for all faults in the folder together; for too few songs; or for a stem that is silent in all.
     """
     training, validation, faults, others = index_dataset(
         folder, samples, stems=stems, sample_rate=sample_rate, channels=channels
@@ -163,29 +163,29 @@ def search_dataset(
 def index_dataset(
     folder: Path, samples: int, *, stems: Sequence[str] = STEMS, sample_rate: int = 44_100, channels: int = 2
 ) -> tuple[list[FileTrack], list[FileTrack], list[str], list[Path]]:
-    """Index a data set: its songs, checked by the header of every file.
+    """Index a data set: list its songs, and check the header of every file.
 
     Args:
-        folder: in one of the three layouts above.
-        samples: least length of a song.
+        folder: a folder in one of the three layouts above.
+        samples: minimum length of a song.
         stems: names of the files without their extension.
-        sample_rate, channels: that they must have, in hertz the first.
+        sample_rate, channels: required sample rate in hertz, and required number of channels.
 
     Returns:
-        Songs to train with; songs to validate with by folder or name; a line for each fault of the others; and those
-        of their files that have none.
+        Training songs; validation songs, chosen by folder, name or position; one line for each fault; and the faultless
+        files of the songs that are left out.
 
     Raises:
-        DataError: when there are not two songs.
+        DataError: when fewer than two songs can be used.
     """
     if not folder.is_dir():
-        raise DataError(folder, ["is no folder"], "give the folder that holds the songs' folders")
+        raise DataError(folder, ["is not a folder"], "give the folder that holds the songs' folders")
     splits = [split for split in ("train", "valid") if (folder / split).is_dir()] or ["."]
     parts: tuple[list[FileTrack], list[FileTrack]] = ([], [])
     faults, others = [], []
     for split in splits:
         loose = sorted(path for path in (folder / split).iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
-        faults += [f"{path}: lies beside the songs' folders" for path in loose if not path.name.startswith(".")]
+        faults += [f"{path}: is outside the songs' folders" for path in loose if not path.name.startswith(".")]
         for number, song in enumerate(list_tracks(folder / split)):
             track, song_faults, readable = _index_song(song, samples, stems, sample_rate, channels)
             faults += song_faults
@@ -211,11 +211,11 @@ def find_active_windows(
     others: Sequence[Path] = (),
     progress: Progress = lambda files: files,
 ) -> tuple[Windows, list[str]]:
-    """Source activity detection in files: the windows that `data.find_windows` finds, and the faults in the files.
+    """Source activity detection in files: the windows, as `data.find_windows` finds them, and the files' faults.
 
-    Files without a fault are read once: `cache`, a file, keeps their windows of `samples` with the files' sizes and
-    times of change. Where it cannot be written, a warning says so. `others` are files of no track, read for their
-    faults. The windows' tracks know the SHA-256 of their files.
+    A faultless file is read again only after it has changed, because the file `cache` stores its windows of `samples`
+    with its size and modification times. A warning is issued if the cache cannot be written. `others` are files that
+    belong to no track and are read only to find faults. The returned tracks have the SHA-256 of their files.
     """
     known = _read_cache(cache, samples)
     paths = sorted({path for track in tracks for path in track.stems} | set(others))
@@ -230,7 +230,7 @@ def find_active_windows(
                 faults.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
             if number % FILES_BETWEEN == 0:
                 _write_cache(cache, samples, known)
-    finally:  # when interrupted, too
+    finally:  # also when interrupted
         if missing:
             _write_cache(cache, samples, known)
     windows: list[list[Window]] = [[] for _ in (tracks[0].stems if tracks else ())]
@@ -244,7 +244,7 @@ def find_active_windows(
 
 
 def fingerprints(windows: Windows) -> dict[str, str]:
-    """SHA-256 of every file of the songs in `windows`, by song and file name; none of songs in memory."""
+    """SHA-256 of every file of the songs in `windows`, by song and file name; songs in memory have none."""
     tracks = {track for stem in windows for track, _ in stem if isinstance(track, FileTrack)}
     return {
         f"{track.name}/{path.name}": sha256
@@ -254,14 +254,14 @@ def fingerprints(windows: Windows) -> dict[str, str]:
 
 
 def cache_path(folder: Path, samples: int) -> Path | None:
-    """Where the active windows of a folder are kept, in the user's cache; None without a home folder."""
+    """Path of the file in the user's cache that stores a folder's active windows; None without a home folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache"))
     key = hashlib.sha256(os.fsencode(os.path.realpath(folder)) + f"\n{samples}".encode()).hexdigest()[:16]
     return base / "bsmamba2" / f"activity-{key}.json" if base.is_absolute() else None
 
 
 def excerpts(windows: Sequence[Window], samples: int, count: int) -> list[Song]:
-    """Excerpts of tracks as songs: all stems at `count` of the target's windows, spread over all of them."""
+    """Excerpts of tracks as songs: all stems in at most `count` of the target's windows, evenly spread over them."""
     songs = []
     for track, start in spread(windows, count):
         stems = torch.stack([track.crop(stem, start, samples) for stem in range(len(track.stems))])
@@ -271,21 +271,22 @@ def excerpts(windows: Sequence[Window], samples: int, count: int) -> list[Song]:
 
 
 def shared_songs(count: int, **options: Any) -> list[Song]:
-    """`synthesise_songs(count, **options)`, made once per machine: its processes share the work and the memory.
+    """Synthesise songs once per machine, as `synthesise_songs(count, **options)`; its processes share work and memory.
 
-    Each writes its part to one file, which all map. The file has lost its name before anything is written, so killed
-    processes leave nothing behind. On Windows, where an open file cannot be removed, each process makes all songs.
+    Each process writes its part to one file, and all map the file into memory. The file is unlinked before anything is
+    written, so killed processes leave nothing behind. On Windows, where an open file cannot be removed, each process
+    makes all songs.
 
     Raises:
-        OSError: when the file cannot be written, a full disk for one; TMPDIR names its folder.
+        OSError: when the file cannot be written, for example on a full disk; TMPDIR sets its folder.
     """
     local, processes = local_rank_and_size()
     if os.name == "nt" or max(all_gather_object(processes)) == 1:
         return synthesise_songs(count, **options)
-    first = rank() - local  # of this machine's
+    first = rank() - local  # lowest rank on this machine
     with tempfile.NamedTemporaryFile(prefix="bsmamba2-") if local == 0 else nullcontext() as named:
         file = Path(all_gather_object(named.name if named else "")[first]).open("r+b")  # noqa: SIM115
-        all_gather_object(None)  # all have opened it
+        all_gather_object(None)  # wait until all have opened it
     songs: dict[int, Song] = {}  # by number, without their stems
     with file:
         try:
@@ -307,8 +308,8 @@ def shared_songs(count: int, **options: Any) -> list[Song]:
 def _index_song(
     song: TrackFolder, samples: int, stems: Sequence[str], sample_rate: int, channels: int
 ) -> tuple[FileTrack | None, list[str], list[Path]]:
-    """One song, or its faults; and its files whose headers are right."""
-    lengths: dict[Path, int] = {}  # of those with the right rate
+    """The song (None if it has faults), its faults, and its files whose headers are correct."""
+    lengths: dict[Path, int] = {}  # of the files with the right sample rate
     readable, faults = [], []
     for name in stems:
         matching = song.files.get(name, ())
@@ -354,13 +355,13 @@ def _index_song(
 
 
 def _search_file(path: Path, samples: int) -> dict[str, Any]:
-    """A file's entry in the cache: its size and times, the starts of its active windows, the SHA-256 of its bytes."""
+    """Cache entry of a file: its size and modification times, the starts of its active windows, and its SHA-256."""
     stamp, step = _stamp(path), samples // 2
     starts: list[int] = []
     first, pending = 0, torch.empty(0)
     with AudioReader(path) as file, open_regular(path) as raw:
         frames = soundfile.SoundFile(raw).frames
-        if file.frames != frames:  # of chained streams, for one
+        if file.frames != frames:  # for example when streams are chained
             raise AudioError(f"{path}: libsndfile finds {frames} of its {file.frames} samples: convert it to WAV")
         raw.seek(0)
         sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
@@ -378,7 +379,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _read_cache(path: Path | None, samples: int) -> dict[str, dict[str, Any]]:
-    """The entries of files in the cache; none when it is absent, damaged or of other parameters."""
+    """The cache's entries by file; empty if it is missing, damaged, or made with a different window length."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {"samples": None}
         entries = content["files"] if content["samples"] == samples else {}

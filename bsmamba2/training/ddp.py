@@ -1,4 +1,4 @@
-"""Data-parallel training: `Trainer` in several processes, whose gradients DistributedDataParallel averages.
+"""Data-parallel training: a `Trainer` in each process, with gradients averaged by DistributedDataParallel.
 
 Book: "Scaling up".
 """
@@ -19,19 +19,19 @@ from .distributed import all_gather_object, all_reduce, world_size
 
 
 class DistributedTrainer(Trainer):
-    """A trainer in each process of a process group; they step together, each with its own batches.
+    """Data-parallel `Trainer`, one in each process of a process group; all step together, each with its own batches.
 
-    All begin with the weights of the first process. Gradients are exchanged once per step, with the last of the
-    accumulated batches. Arguments and errors are those of `Trainer`.
+    All start with the weights of the first process. Gradients are exchanged once per step, with the last accumulated
+    batch. Arguments and errors are the same as for `Trainer`.
     """
 
     def __init__(self, model: BSMamba2, config: TrainConfig, *, optimisers: Sequence[Optimizer] = ()) -> None:
-        self.ddp_model = DistributedDataParallel(model)  # broadcasts the weights, before the average copies them
+        self.ddp_model = DistributedDataParallel(model)  # broadcasts the weights before the moving average copies them
         super().__init__(model, config, optimisers=optimisers)
         self.network = self.ddp_model
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """A context in which gradients are not averaged over processes."""
+        """Context in which gradients are not averaged over processes."""
         return self.ddp_model.no_sync()
 
     def reduce_loss(self, loss: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Initialise torch.distributed under torchrun, and clean up on exit; collectives that also work in one process.
 
-`torchrun` starts the processes, on one machine or many, and gives each its rank through the environment.
+`torchrun` starts the processes on one or more machines, and sets their ranks in environment variables.
 Without it there is one process, and every collective is the identity.
 
 Book: "Scaling up".
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, distributed
 
 TIMEOUT = timedelta(hours=6)
-"""How long a collective waits, for example for a process that searches a folder. torchrun notices dead processes."""
+"""How long a collective waits, for example while another process searches a folder. torchrun detects dead processes."""
 
 
 @contextmanager
 def init_distributed(device: str = "auto") -> Iterator[torch.device]:
-    """Initialise the process group under `torchrun`, and destroy it at the end; without torchrun only choose a device.
+    """Initialise the process group under `torchrun`, and destroy it at the end; without torchrun, only choose a device.
 
     Args:
         device: `cpu`, `cuda`, `mps`, or `auto`: a GPU if there is one. On a machine with several GPUs,
@@ -79,7 +79,7 @@ def local_rank_and_size() -> tuple[int, int]:
 
 
 def all_reduce(value: Tensor) -> Tensor:
-    """Sum over processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         distributed.all_reduce(value)
     return value
@@ -95,7 +95,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The first process's value."""
+    """Return the first process's value, in every process."""
     values = [value]
     if world_size() > 1:
         distributed.broadcast_object_list(values)

@@ -37,7 +37,7 @@ from .muon import muon_and_adamw
 from .run_dir import RunDir
 
 HELD_OUT = 1_000_000
-"""Added to `seed` for the synthesised songs for validation."""
+"""Offset added to `seed` for the synthesised validation songs."""
 _RECORDED = ("preset", "seed", "segment", "batch", "optimiser", "coherent_mix_prob", "augment_prob")
 _RECORDED_OF_SONGS = ("songs", "seconds_per_song", "val_songs", "mix_variety", "soundfont_share", "clean_share")
 _WHOLE, _SECONDS = "[0, inf)", "(0, inf)"
@@ -56,7 +56,7 @@ class JobConfig(TrainConfig):
     The defaults are for a first run on a CPU; the published values are in `notebooks/params/train_paper.yaml`.
 
     Raises:
-        ValueError: for a value of the wrong type or out of range; it names the parameter.
+        ValueError: for a value of the wrong type or out of range; the message names the parameter.
     """
 
     steps: int = _first_run("steps", 400)
@@ -111,11 +111,11 @@ class JobConfig(TrainConfig):
         if unknown := [stem for stem in self.stems if stem not in self.sources]:
             known = f"{', '.join(self.sources):.200}"
             raise ValueError(f"stems={short_repr(self.stems)}: no {short_repr(unknown[0])}; `sources` has {known}")
-        self.model_config  # noqa: B018  # checks its own
+        self.model_config  # noqa: B018  # raises ValueError for an invalid architecture
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> JobConfig:
-        """A job from names and values; ValueError for an unknown name."""
+        """Make a job from names and values; raises ValueError for an unknown name."""
         unknown = [name for name in values if name not in cls.names()]
         if unknown:
             listed = ", ".join(f"{name:.100}" if str(name).isidentifier() else short_repr(name) for name in unknown[:4])
@@ -124,12 +124,12 @@ class JobConfig(TrainConfig):
 
     @classmethod
     def names(cls) -> list[str]:
-        """The parameters' names."""
+        """Names of all parameters."""
         return [field.name for field in dataclasses.fields(cls)]
 
     @cached_property
     def model_config(self) -> ModelConfig:
-        """The architecture."""
+        """Architecture of the model."""
         sizes = {name: getattr(self, name) for name in ("depth", "dim", "mask_expand")}
         changed = {name: value for name, value in sizes.items() if value}
         if self.preset != "init":
@@ -141,7 +141,7 @@ class JobConfig(TrainConfig):
 
     @property
     def song_settings(self) -> dict[str, Any]:
-        """Arguments of `synth.synthesise_songs`, except number and seed (`seed`; `seed + HELD_OUT` for validation)."""
+        """Arguments of `synth.synthesise_songs`, except `count` and `seed` (for validation songs `seed + HELD_OUT`)."""
         names = ("mix_variety", "soundfont", "soundfont_share", "clean_share")
         rate = self.model_config.sample_rate
         return {"seconds": self.seconds_per_song, "sample_rate": rate} | {name: getattr(self, name) for name in names}
@@ -153,14 +153,14 @@ class JobConfig(TrainConfig):
 
     @property
     def samples(self) -> int:
-        """Length of a training example."""
+        """Length of a training example, in samples."""
         return round(self.segment * self.model_config.sample_rate)
 
     def windows(self, progress: Progress = lambda files: files) -> tuple[Windows, Windows]:
-        """The active windows for training and for validation; the first process searches the files.
+        """Find the active windows for training and validation; only the first process searches files.
 
         Raises:
-            DataError: for all faults in a folder together, with `on_bad_file="stop"`; with `skip` they are a warning.
+            DataError: for all faults in a folder together, with `on_bad_file="stop"`; `skip` makes them a warning.
         """
         if self.data == "songs":
             training = shared_songs(self.songs, seed=self.seed, **self.song_settings)
@@ -175,7 +175,7 @@ class JobConfig(TrainConfig):
         return broadcast_object(found)
 
     def batches(self, training: Windows) -> Remixer | Loader:
-        """The data loader: examples from one random stream, or by index with workers or several processes."""
+        """Make the data loader: examples from one random stream, or by index with workers or several processes."""
         remixer = AugmentedRemixer(
             training, self.samples, self.batch, targets=self.targets, seed=self.seed,
             coherent_mix_prob=self.coherent_mix_prob, augment_prob=self.augment_prob,
@@ -183,15 +183,15 @@ class JobConfig(TrainConfig):
         return remixer if not self.workers and world_size() == 1 else Loader(remixer, workers=self.workers)
 
     def start(self, training: Windows, held_out: Windows, device: torch.device | None = None) -> RunDir:
-        """Start a run in `output_dir`, or resume the run there; the first process logs the kernels on standard error.
+        """Start a run in `output_dir`, or resume the run there; the first process logs its kernels on standard error.
 
         Raises:
             ValueError: when `init` is not a checkpoint or has a different size; `FileNotFoundError` when it is missing.
-                A started run resumes without it, except with `preset: init`.
+                An existing run resumes without it, except with `preset: init`.
             BackendError: when `backend` cannot run here.
 
         Warns:
-            RuntimeWarning: when `precision` is bfloat16 and the processor has no bfloat16 products.
+            RuntimeWarning: when `precision` takes more than twice as long as float32 on this processor.
         """
         place, dtype = device or torch.device("cpu"), getattr(torch, self.precision)
         if rank() == 0 and (slow := slow_dtype_warning(place, dtype)):
@@ -228,11 +228,11 @@ class JobConfig(TrainConfig):
 
 
 def _load_weights(model: BSMamba2, path: Path, config: str) -> str:
-    """Load the weights of a checkpoint of the same size; returns the file's SHA-256."""
+    """Load the weights of a checkpoint of the same size, and return the file's SHA-256."""
     checkpoint = read_checkpoint(path, config=config or None)
     theirs, ours = dataclasses.asdict(checkpoint.config), dataclasses.asdict(model.config)
     if len(theirs["stems"]) == len(ours["stems"]):
-        theirs["stems"] = ours["stems"]  # other targets may be learned
+        theirs["stems"] = ours["stems"]  # the stems may have different names
     if theirs != ours:
         changed = [name for name in ours if theirs[name] != ours[name]]
         differ = "; ".join(f"{name} {short_repr(theirs[name])}, not {short_repr(ours[name])}" for name in changed)

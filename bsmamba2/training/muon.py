@@ -19,18 +19,18 @@ NS_COEFFS = (3.4445, -4.775, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: momentum SGD with orthogonalised updates (`newton_schulz`), and a step size for AdamW's learning rates.
+    """Muon: momentum SGD with orthogonalised updates (`newton_schulz`), and step sizes that fit AdamW's learning rates.
 
-    K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step size after J. Liu
-    et al., "Muon is scalable for LLM training", arXiv:2502.16982. It equals `torch.optim.Muon` with
+    K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step size follows
+    J. Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982. This class equals `torch.optim.Muon` with
     `adjust_lr_fn="match_rms_adamw"`, states included, except that on a CPU it orthogonalises in float32, because
-    bfloat16 takes 20 times as long on a CPU without bfloat16 products.
+    bfloat16 takes 20 times as long on a CPU without bfloat16 arithmetic.
 
     Args:
         params: matrices, or groups of them.
-        lr: step size, multiplied by 0.2 times the root of a matrix's longer side.
-        weight_decay: fraction, times `lr`, by which a step shrinks a matrix.
-        momentum: fraction of the momentum that a step keeps (Nesterov momentum).
+        lr: step size, multiplied by 0.2 times the square root of a matrix's longer side.
+        weight_decay: each step shrinks a matrix by the fraction `lr · weight_decay`.
+        momentum: fraction of the momentum that each step keeps (Nesterov momentum).
 
     Raises:
         ValueError: for a parameter that is not a matrix.
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all matrices that have a gradient; calls `closure` first, if given, and returns its result."""
+        """Update all matrices that have a gradient; if `closure` is given, call it first and return its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -67,13 +67,12 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, iterations: int = 5) -> Tensor:
     """Newton–Schulz orthogonalisation: the same singular vectors, with singular values in 0.68–1.21.
 
-    This range holds for singular values above 1/500 of the matrix's norm (the root of the sum of their squares);
-    smaller ones grow 485-fold or less.
+    This range holds for singular values above 1/500 of the matrix's Frobenius norm; smaller ones grow at most 485-fold.
 
     Args:
         matrix: (m, n).
-        dtype: of the products; by default float32 for a matrix on a CPU, and bfloat16 elsewhere.
-        iterations: how often an odd polynomial is applied to the singular values.
+        dtype: data type of the products; by default float32 for a matrix on a CPU, and bfloat16 elsewhere.
+        iterations: number of times that an odd polynomial is applied to the singular values.
 
     Returns:
         (m, n), in `dtype`.
@@ -91,7 +90,7 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None, *, iteration
 
 
 def muon_and_adamw(model: BSMamba2, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of all Linears, the first and last too, and AdamW for all other parameters."""
+    """Muon for the weights of all Linear layers, including the first and last, and AdamW for all other parameters."""
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     muon = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay)
     return [adamw(model, config, without=matrices), muon]

@@ -1,15 +1,16 @@
 """Run folder: states, log and checkpoints of a training run, from which it resumes bit for bit.
 
-    state-00000200.pt     everything that the run needs to resume: weights, average, optimiser, random numbers
-    state-00000100.pt     the one before, in case that one cannot be read
+    state-00000200.pt     everything that is needed to resume: weights, average, optimiser, random numbers
+    state-00000100.pt     the previous state, in case the newest cannot be read
     last.safetensors      the averaged weights, for `load_checkpoint`
     best.safetensors      the averaged weights with the best validation score so far
-    steps.jsonl           a line for every step
-    lock                  held by the process that trains here
+    steps.jsonl           one line per step
+    lock                  locked by the process that trains in this folder
 
-Every file is written atomically. A run that was killed and is started again loads the newest state with correct
-checksums, drops later lines of the log, and continues with the same batches: on a CPU it ends with the same bits as an
-uninterrupted run. Under `torchrun` only the first process writes. Files of other names are left unchanged.
+States and checkpoints are written atomically. A run that is restarted after it was killed loads the newest state with
+correct checksums, drops later lines of the log, and continues with the same batches. On a CPU, its result is
+bit-identical to that of an uninterrupted run. Under `torchrun` only the first process writes. Files with other names
+are left unchanged.
 
 Book: "Scaling up".
 """
@@ -61,24 +62,24 @@ class RunDir:
     """Training run in a folder: a trainer with states, a log and checkpoints; resumes from the newest state.
 
     Args:
-        folder: used by this run only; made if absent.
-        trainer: a new one. To resume, its model and configuration must be the run's; `compile` may change, and so may
-            `steps` unless the schedule is a cosine.
-        settings: further settings that must not change, as names and values for JSON.
-        validate: scores the averaged model, in dB for example (higher is better); or returns a mapping of scores, of
-            which `usdr` chooses the best model.
+        folder: folder of this run only; created if missing.
+        trainer: a new trainer. To resume a run, it must have that run's model and configuration, but `compile` may
+            change, and so may `steps` unless the schedule is cosine.
+        settings: further settings that must not change, as a mapping that JSON can store.
+        validate: function that scores the averaged model, in dB for example (higher is better). If it returns a mapping
+            of scores, `usdr` selects the best model.
         save_every: steps between two states.
         validate_every: steps between two validations.
         tensorboard: also write curves to `tensorboard/` in the folder.
-        checkpoints: write `last.safetensors` and `best.safetensors`; they cannot store a custom `sequence_layer`.
+        checkpoints: write `last.safetensors` and `best.safetensors`; these cannot store a custom `sequence_layer`.
 
     Attributes:
         best: the best score so far and its step, or None.
-        writer: whether this process writes.
+        writer: whether this process writes files.
 
     Raises:
         RunError: when the folder's run was started with different settings, none of its states can be read, or
-            `tensorboard` is requested and not installed.
+            `tensorboard` is requested but not installed.
     """
 
     def __init__(
@@ -110,11 +111,11 @@ class RunDir:
 
     @property
     def log(self) -> Path:
-        """One JSON object per line: step, loss, grad_norm, lr, seconds, and usdr after a validation."""
+        """Path of the log. Each line is a JSON object: step, loss, grad_norm, lr, seconds; usdr after a validation."""
         return self.folder / "steps.jsonl"
 
     def history(self) -> list[dict[str, Any]]:
-        """The log's lines so far, including those of earlier processes, except unfinished and damaged ones."""
+        """Lines of the log so far, including those of earlier starts, without unfinished or damaged lines."""
         lines: list[dict[str, Any]] = []
         if self.log.exists():
             for text in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -125,15 +126,15 @@ class RunDir:
         return lines
 
     def states(self) -> list[Path]:
-        """The states on disk, the newest first."""
+        """Paths of the states on disk, newest first."""
         paths = (path for path in self.folder.glob("state-*.pt") if _STATE.fullmatch(path.name))
         return sorted(paths, key=_step_of, reverse=True)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[Step]:
-        """Train to the end with `Trainer.run`; log every step, save and validate at their intervals.
+        """Train to the end with `Trainer.run`; log every step, and save and validate at the given intervals.
 
         Raises:
-            RunError: when another process trains in the folder, or has done so since this run was made.
+            RunError: when another process trains in the folder, or has trained there since this object was made.
             KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the step is finished and a state is saved. A second
                 Ctrl-C stops at once.
             FloatingPointError, OSError, RuntimeError, MemoryError: from `Trainer.run`, the file system or the device,
@@ -153,7 +154,7 @@ class RunDir:
                     yield step
                     if stopping and not last:
                         saved = f"stopped after step {step.step}, saved in {self.folder}"
-                        raise KeyboardInterrupt(f"{saved}: start it again to go on")
+                        raise KeyboardInterrupt(f"{saved}: run the command again to resume")
             except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
                 good = next(iter(self.states()), "none: the run did not get that far")
                 error.add_note(f"stopped after step {self.trainer.step}; last good state: {good}")
@@ -163,7 +164,7 @@ class RunDir:
         """Write a state and `last.safetensors`, then remove all but the newest two states.
 
         Raises:
-            OSError: when they cannot be written, on a full disk for example; the older states are kept.
+            OSError: when they cannot be written, for example on a full disk; the older states are kept.
         """
         path = self.folder / f"state-{self.trainer.step:08d}.pt"
         random_numbers = all_gather_object(_random_state(self.trainer.device))
@@ -173,7 +174,7 @@ class RunDir:
             torch.save({**state, "random": random_numbers}, buffer)
             self._save_checkpoint("last")
             write_atomically(path, buffer.getbuffer())
-            for damaged in self.damaged:  # they would take the place of good ones
+            for damaged in self.damaged:  # otherwise they would be kept in place of good ones
                 if damaged != path:
                     damaged.unlink(missing_ok=True)
             self.damaged.clear()
@@ -200,7 +201,7 @@ class RunDir:
             save_checkpoint(self.trainer.ema, path, metadata={"step": str(self.trainer.step), **metadata})
 
     def _resume(self) -> None:
-        """Load the newest state that can be read, in every process."""
+        """Load the newest readable state, in every process."""
         state = broadcast_object(self._latest_state() if self.writer else None)
         if state is None:
             return
@@ -211,26 +212,26 @@ class RunDir:
         if changed:
             more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
             started = f"the run was started with {'; '.join(changed[:4])}{more}"
-            raise RunError(f"{self.folder}: {started}: ask for the same, or use a different folder")
+            raise RunError(f"{self.folder}: {started}: use the same values, or a different folder")
         self.settings = {**before, **self.settings}
         try:
             _check_optimisers(state["optimisers"], self.trainer)
             self.trainer.load_state(state)
             _set_random_state(state["random"][rank()], self.trainer.device)
-        except Exception as error:  # of the many kinds that other contents raise
+        except Exception as error:  # wrong contents raise many kinds
             path = self.folder / f"state-{state['step']:08d}.pt"
             raise RunError(f"{path}: is not a state of this run ({_first_line(error)}): move it away") from error
         self.best = state["best"]
 
     def _latest_state(self) -> dict[str, Any] | None:
-        """The newest state that can be read; none in a new folder."""
+        """Read the newest readable state; None in a new folder."""
         self._check_files()
         states = self.states()
         for path in states:
             try:
                 return _load(path)
-            except Exception as error:  # of the dozen kinds that other contents raise
-                advice = "going back to the one before; the next save removes this one"
+            except Exception as error:  # wrong contents raise a dozen kinds
+                advice = "the previous state is used; the next save removes this one"
                 warnings.warn(f"{path} cannot be read ({_first_line(error)}): {advice}", stacklevel=4)
                 self.damaged.append(path)
         if states:
@@ -256,7 +257,7 @@ class RunDir:
             try:
                 if fcntl is not None:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # others come from file systems without locks
+            except OSError as error:  # other errors come from file systems without locks
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     advice = "stop it, or use a different folder"
                     raise RunError(f"{self.folder}: another process trains in it: {advice}") from error
@@ -270,13 +271,13 @@ class RunDir:
 
     @contextmanager
     def _log_to_append(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Yields the function that writes a line of the log; drops lines after the state that was loaded first."""
+        """Drop log lines that are later than the loaded state, then yield a function that appends a line."""
         if not self.writer:
             yield lambda line: None
             return
         lines = [line for line in self.history() if line["step"] <= self.trainer.step]
         write_atomically(self.log, "".join(json.dumps(line) + "\n" for line in lines))
-        with self.log.open("ab", buffering=0) as file:  # with a buffer, closing it would fail once more
+        with self.log.open("ab", buffering=0) as file:  # with a buffer, closing would fail again after a failed write
 
             def write(line: dict[str, Any]) -> None:
                 left = (json.dumps(line) + "\n").encode()
@@ -297,7 +298,7 @@ def _step_of(path: Path) -> int:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A state from its file, without executing anything; exceptions of any kind for other contents."""
+    """Load a state without executing anything; wrong contents raise exceptions of any kind."""
     state = load_pickle(path)
     if not isinstance(state, dict):
         raise ValueError(f"holds a {type(state).__name__}")
@@ -310,20 +311,20 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_optimisers(states: list[dict[str, Any]], trainer: Trainer) -> None:
-    """Raise ValueError unless tensors have the parameters' shapes, and `step` none; settings are the trainer's own."""
+    """Raise ValueError for tensors of the wrong shape; replace the stored settings with the trainer's."""
     for state, optimiser in zip(states, trainer.optimisers, strict=True):
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         for number, entry in state["state"].items():
             for name, value in entry.items():
                 shape = () if name == "step" else parameters[number].shape
                 if number < 0 or not isinstance(value, Tensor) or value.shape != shape or value.layout != torch.strided:
-                    raise ValueError(f"{name} of parameter {number} is of another shape")
+                    raise ValueError(f"{name} of parameter {number} has a different shape")
                 entry[name] = value.contiguous()  # fused optimisers read memory in order
         state["param_groups"] = optimiser.state_dict()["param_groups"]
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`name=old, now new` for every setting that differs, also within mappings."""
+    """`name=old, now new` for every setting that differs, also in nested mappings."""
     lines = []
     for name, new in now.items():
         old = before.get(name)
@@ -351,9 +352,9 @@ def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
 
 @contextmanager
 def _graceful_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set instead of raising; a second Ctrl-C raises KeyboardInterrupt."""
+    """Yield an event that Ctrl-C, SIGTERM and SIGHUP set without stopping; a second Ctrl-C raises KeyboardInterrupt."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield asked
         return
 

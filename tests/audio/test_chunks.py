@@ -57,7 +57,7 @@ def test_an_odd_chunk_without_its_padding(tmp_path: Path) -> None:
     for end in (b"", b"\0", LIST, b"\0" + LIST, LIST + b"id3 \2\0\0\0xx"):
         assert torch.equal(read(with_bytes(path, song(end)))[0], expected)
         assert torch.equal(read(with_bytes(path, song(end) + song(end)))[0], expected.repeat(1, 2))
-    with pytest.raises(AudioError, match="bytes behind the sound"):
+    with pytest.raises(AudioError, match="bytes after the sound"):
         read(with_bytes(path, song(b"\1\2\3" * 100)))
 
 

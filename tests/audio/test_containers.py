@@ -130,7 +130,7 @@ def test_bytes_between_frames_of_an_mp3(tmp_path: Path) -> None:
     for tag in (*tags, b"LYRICSBEGINla la la000020LYRICS200", b"".join(tags)):
         same_sound(path, song + tag + song + tag, song, song)
     refused(path, song + b"junk" + song, r"after 1\.0 s: neither a frame nor a tag")
-    with pytest.warns(AudioWarning, match=r"song: 4 bytes behind the sound are neither sound nor a tag"):
+    with pytest.warns(AudioWarning, match=r"song: 4 bytes after the sound are neither sound nor a tag"):
         same_sound(path, song + b"junk", song)
     refused(path, song + bytes(range(1, 251)) * 300, "neither a frame nor a tag")
     junk = np.random.default_rng(0).integers(1, 255, 1500, dtype="uint8").tobytes()
@@ -282,7 +282,7 @@ def test_wav_files_that_lack_sound_or_hold_more(tmp_path: Path) -> None:
     for cut in (1, 4, 12, 40, 1000, len(PCM) // 2):
         refused(path, wav()[:-cut], "cut short")
     refused(path, wav(len(PCM) + 46), "cut short")
-    refused(path, wav(len(PCM) // 2), "bytes behind the sound that its head counts")
+    refused(path, wav(len(PCM) // 2), "bytes after the sound that its head counts")
     refused(path, wav()[:44][:40] + bytes(4), "holds no samples")
     refused(path, wav()[:40] + bytes(4) + b"LIST\4\0\0\0INFO", "holds no samples")
 

@@ -127,6 +127,17 @@ ENCODED = {
 }
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_blocks_begin_again_at_the_start(tmp_path: Path, suffix: str) -> None:
+    soundfile.write(tmp_path / f"a.{suffix}", np.random.default_rng(0).normal(0, 0.1, (150_000, 2)), 44_100)
+    with AudioReader(tmp_path / f"a.{suffix}") as file:
+        block = next(file.blocks())  # a pass that is left early
+        first, second = (torch.cat(list(file.blocks()), 1) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first[:, : block.shape[1]], block)
+    assert first.shape == (2, file.frames)
+
+
 @pytest.mark.parametrize("name", ENCODED)
 def test_what_ffmpeg_reads_is_read_to_its_exact_length(tmp_path: Path, name: str) -> None:
     codec, rate, channels, video, samples = ENCODED[name]

@@ -75,7 +75,7 @@ def test_tags_in_front_and_behind_change_nothing(tmp_path: Path, name: str) -> N
 def test_junk_behind_the_sound_is_left_out_with_a_message(tmp_path: Path, name: str) -> None:
     content = encode(tmp_path, name)
     expected, path = read(tmp_path / name)[0], tmp_path / "song"
-    with pytest.warns(AudioWarning, match=r"song: 500 bytes behind the sound are neither sound nor a tag"):
+    with pytest.warns(AudioWarning, match=r"song: 500 bytes after the sound are neither sound nor a tag"):
         assert torch.equal(read(with_bytes(path, content + b"junk " * 100))[0], expected)
     with pytest.raises(AudioError, match="neither a frame nor a tag follows; "):
         read(with_bytes(path, content + b"junk " * 20_000))

@@ -201,7 +201,7 @@ BAD = {
     "NaN": (lambda p: with_samples(p / "bad.wav", math.nan), "NaN or infinite"),
     "infinite": (lambda p: with_samples(p / "bad.wav", -math.inf), "NaN or infinite"),
     "zero length": (lambda p: wave(p / "bad.wav", frames=0), "holds no samples"),
-    "1 Hz": (lambda p: wave(p / "bad.wav", rate=1), "1 Hz is no rate"),
+    "1 Hz": (lambda p: wave(p / "bad.wav", rate=1), "1 Hz is not a sample rate"),
     "2,000,000,000 Hz": (lambda p: poke(wave(p / "bad.wav"), 24, b"\0\x94\x35\x77"), "2,000,000,000 Hz"),
     "0 channels": (lambda p: poke(wave(p / "bad.wav"), 22, b"\0\0"), "cannot be read as audio"),
     "empty folder": (lambda p: folder(p / "bad"), "holds no WAV"),

@@ -87,7 +87,7 @@ def test_a_folder_with_its_own_validation_or_none(pool: list[Song], tmp_path: Pa
         ["Triviul - Angelsaint"],
         ["x"],
     )
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         look(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="at least two folders"):
@@ -241,7 +241,7 @@ def plant_faults(folder: Path, pool: list[Song]) -> dict[str, str]:
             soundfile.write(song / "vocals.flac", silence, RATE)
             said[str(song / "vocals")] = "there is vocals.flac, vocals.wav"
     soundfile.write(train / "loose.wav", silence, RATE)
-    said[str(train / "loose.wav")] = "lies beside"
+    said[str(train / "loose.wav")] = "is outside the songs' folders"
     return said
 
 

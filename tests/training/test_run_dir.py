@@ -111,7 +111,7 @@ def test_a_truncated_state_falls_back_to_the_one_before_and_says_so(tmp_path: Pa
     list(islice(run.steps(noise()), 5))
     newest = run.states()[0]
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with pytest.warns(UserWarning, match=r"state-00000004\.pt cannot be read .*the one before"):
+    with pytest.warns(UserWarning, match=r"state-00000004\.pt cannot be read .*the previous state"):
         run = begin(tmp_path / "cut")
     assert [step.step for step in run.steps(noise())] == [3, 4, 5, 6]
     assert same(weights(run), weights(whole))
@@ -197,7 +197,7 @@ sys.exit(min(main({arguments!r} + [folder]) for folder in sys.argv[1:]))
         os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
-    assert said.count("start it again to go on") == 3
+    assert said.count("run the command again to resume") == 3
     for folder in folders:
         last = json.loads((folder / "steps.jsonl").read_text().splitlines()[-1])["step"]
         assert [path.name for path in folder.glob("state-*.pt")] == [f"state-{last:08d}.pt"]

@@ -48,7 +48,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(states: list[Path]) -> None:
     assert noticed > 8
     content[content.index(b"data/7") + 300] ^= 1  # in a tensor
     states[0].write_bytes(content)
-    with pytest.warns(UserWarning, match=r"state-00000006\.pt cannot be read .*the one before") as caught:
+    with pytest.warns(UserWarning, match=r"state-00000006\.pt cannot be read .*the previous state") as caught:
         assert begin(states[0].parent).trainer.step == 4
     assert len(caught) == 1
 
@@ -180,9 +180,9 @@ def test_files_that_changed_are_named(tmp_path: Path) -> None:
     files = {f"song {i}/vocals.wav": "ab12" for i in range(9)}
     list(begin(tmp_path, steps=2, settings={"files": files}).steps(noise()))
     for now, message in (
-        ({**files, "song 3/vocals.wav": "cd34"}, r"with song 3/vocals\.wav='ab12', now 'cd34': ask"),
-        ({**files, "new/vocals.wav": "cd34"}, r"with new/vocals\.wav=None, now 'cd34': ask"),
-        ({"song 8/vocals.wav": "ab12"}, r"song 3/vocals\.wav='ab12', now None; and 4 more: ask"),
+        ({**files, "song 3/vocals.wav": "cd34"}, r"with song 3/vocals\.wav='ab12', now 'cd34': use the same"),
+        ({**files, "new/vocals.wav": "cd34"}, r"with new/vocals\.wav=None, now 'cd34': use the same"),
+        ({"song 8/vocals.wav": "ab12"}, r"song 3/vocals\.wav='ab12', now None; and 4 more: use the same"),
     ):
         with pytest.raises(RunError, match=message):
             begin(tmp_path, steps=2, settings={"files": now})

@@ -1,4 +1,4 @@
-"""Candidates of a benchmark: which take part, whether they can run here, and the job that each of them does.
+"""Candidates of a benchmark: their names, whether each can run here, and the job that it does.
 
 Axis letters: see `bsmamba2.config`.
 """
@@ -38,15 +38,15 @@ from .settings import BACKWARD, BASELINE_CHUNKS, BASELINES, DTYPES, FORWARD, STR
 EXAMPLES = 64
 """Examples that a run of the loading part reads; up to four of them have been prefetched."""
 ACCUMULATED = 2
-"""Batches of a training step."""
+"""Batches that a training step accumulates."""
 
 
 def groups(settings: Settings) -> Iterator[list[Case]]:
-    """All cases, grouped by job: those of a group are timed against each other. Some may be unsupported here."""
+    """All cases, grouped by job; the cases of a group are timed against each other. Some may be unsupported here."""
     for part, dtype, mode, seconds in itertools.product(
         settings.parts, settings.dtypes, settings.modes, settings.lengths
     ):
-        # Reading and separating have no gradient, a step has one; the loss is float32 whatever the model computes in.
+        # Loading and separation have no backward pass, a step always has one; the loss is always computed in float32.
         other_mode = mode != (BACKWARD if part == "step" else settings.modes[0])
         again = part in ("loading", "separation", "step") and other_mode
         again |= part in ("loading", "loss") and dtype != settings.dtypes[0]
@@ -55,7 +55,7 @@ def groups(settings: Settings) -> Iterator[list[Case]]:
 
 
 def candidates(settings: Settings, part: str) -> list[str]:
-    """Names of a part's candidates; the others are compared with the first."""
+    """Names of a part's candidates; the first is the reference for the others."""
     mixers = [f"transformers, chunk {chunk}" for chunk in BASELINE_CHUNKS if "transformers" in settings.baselines]
     roformer = [name for name in settings.baselines if name == "bs_roformer"]
     return {
@@ -71,7 +71,7 @@ def candidates(settings: Settings, part: str) -> list[str]:
 
 
 def unsupported_reason(case: Case, settings: Settings) -> str:
-    """The reason why a candidate cannot take part here, and the fix; empty when it can."""
+    """The reason why a candidate cannot run here, and the fix; empty if it can run."""
     package = case.candidate.partition(",")[0]
     if package in BASELINES and importlib.util.find_spec(package) is None:
         return f"not installed: {BASELINES[package][0]}"
@@ -91,7 +91,7 @@ def spectrogram_frames(seconds: float, config: ModelConfig) -> int:
 
 
 def units(case: Case, settings: Settings) -> float:
-    """Frames of a job's spectrogram; examples of loading and of a training step."""
+    """Size of a job: spectrogram frames, or examples for loading and for a training step."""
     examples = {"loading": EXAMPLES, "step": settings.batch * ACCUMULATED}
     return float(examples.get(case.part) or spectrogram_frames(case.seconds, ModelConfig.preset(settings.preset)))
 
@@ -99,8 +99,8 @@ def units(case: Case, settings: Settings) -> float:
 def flops(case: Case, settings: Settings) -> float | None:
     """Floating-point operations of a scan, a mixer, a model or a training step, counted by `bsmamba2.experiments.cost`.
 
-    All candidates of a job get the number of the candidate "chunked", so a candidate that needs more operations reaches
-    a lower fraction of the machine's peak. None for all other parts and for BS-RoFormer.
+    All candidates of a job get the count of the candidate "chunked", so a candidate that needs more operations reaches
+    a lower fraction of the machine's peak. Returns None for all other parts and for BS-RoFormer.
     """
     if case.part not in ("scan", "mixer", "model", "step") or case.candidate == "bs_roformer":
         return None
@@ -119,7 +119,7 @@ def flops(case: Case, settings: Settings) -> float | None:
 
 
 def least_bytes(case: Case, settings: Settings) -> float | None:
-    """Least bytes that a scan or a convolution moves in a forward pass: each input read and the output written once."""
+    """Fewest bytes that a forward scan or convolution can move: each input is read and the output written once."""
     config = ModelConfig.preset(settings.preset)
     values = {"scan": 2 * config.inner + 2 * config.d_state, "convolution": 2 * (config.inner + 2 * config.d_state)}
     if case.part not in values or case.mode == BACKWARD:
@@ -131,11 +131,11 @@ def least_bytes(case: Case, settings: Settings) -> float | None:
 # --- jobs -------------------------------------------------------------------------------------------------
 
 Job = Callable[[], Any]
-"""Does the work once, and returns the output to compare, if it is a tensor."""
+"""Function that does the work once; if it returns a tensor, this output is compared."""
 
 
 def prepare(case: Case, settings: Settings) -> Job:
-    """Make weights and inputs, the same for every candidate of a job."""
+    """Prepare the job of a case, with the same weights and inputs for every candidate."""
     torch.manual_seed(0)
     config = ModelConfig.preset(settings.preset)
     device = torch.device(settings.device)
@@ -166,10 +166,10 @@ def prepare(case: Case, settings: Settings) -> Job:
         shape = (bands, frames, config.dim) if case.axis == "time" else (frames, bands, config.dim)
         x = torch.randn(shape, device=device)
         mixer = _mixer(case, settings)
-        # In a model, the block around a mixer reads a few sequences at a time.
+        # In a model, the block around a mixer passes it a few sequences at a time.
         blocks = partial(blockwise.block_by_block, mixer) if case.candidate in ("chunked", "cpu") else mixer
         return _job(blocks, x, list(mixer.parameters()), case, device)
-    # As in the accelerated mixer, the inputs of scan and convolution have the frames first in memory.
+    # As in the accelerated mixer, frames are the first axis in memory for the inputs of scan and convolution.
     dtype = DTYPES[case.dtype]
     h, p, n = config.heads, config.headdim, config.d_state
     xBC = torch.randn(frames, settings.sequences, h * p + 2 * n, device=device).to(dtype)
@@ -198,7 +198,7 @@ CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {  # (t, b, w) → (t, b, w)
 
 
 def _torch_stft_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """The published loss as a sequence of PyTorch's operations: both signals transformed, and autograd's gradient."""
+    """The published loss in PyTorch's own operations: it transforms both signals, and autograd takes the gradient."""
     spectral = sum(
         (stft(estimate, max(w, 2048), 147, w) - stft(target, max(w, 2048), 147, w)).abs().mean() for w in WINDOWS
     )
@@ -220,7 +220,7 @@ def _accelerated(module: nn.Module, case: Case) -> nn.Module:
 
 
 def _job(run: Callable[[Tensor], Tensor], x: Tensor, others: Sequence[Tensor], case: Case, device: torch.device) -> Job:
-    # Scan and convolution are given narrow tensors; whole modules narrow them themselves.
+    # Scan and convolution get tensors of the case's type; mixer and model run under autocast.
     narrow = case.dtype == "bfloat16" and case.part in ("mixer", "model")
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=narrow)
 
@@ -272,7 +272,7 @@ def _model(case: Case, settings: Settings) -> Any:
 
 
 def _separation(case: Case, settings: Settings, config: ModelConfig) -> Job:
-    """Separate noise that arrives in blocks of ten seconds, in segments of eight; the results are dropped."""
+    """Separate noise that arrives in blocks of ten seconds, in segments of eight seconds; discard the results."""
     from ...audio import separate_stream  # needs libraries for audio files, as `_loading` does
 
     baseline = case.candidate in BASELINES
@@ -291,7 +291,7 @@ def _separation(case: Case, settings: Settings, config: ModelConfig) -> Job:
 
 
 class _OneStem(nn.Module):
-    """A baseline with the interface that `separate_stream` expects, padded where it returns fewer samples."""
+    """A baseline with the interface that `separate_stream` expects; shorter outputs are padded."""
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class _OneStem(nn.Module):
 
 
 def _loading(case: Case, config: ModelConfig) -> Job:
-    """Draw examples of four stems each from two songs of noise, in 16-bit files or in memory."""
+    """Draw examples of four stems each from two songs of noise, stored in 16-bit files or in memory."""
     import soundfile
 
     from ...training.datasets import FileTrack

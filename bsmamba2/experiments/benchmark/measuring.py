@@ -1,8 +1,8 @@
 """Measuring: a trial of every case in its own process, then rounds with the candidates in turn.
 
 The trial finds the memory that a job takes, and skips cases that are too large or too slow. The others are timed in
-rounds, one after the other, with a matrix product (`GemmPeak`) before and after each run. On a machine whose speed
-varies, runs of one round are therefore comparable, and so are a run and the products around it.
+rounds, one after the other, with a matrix product (`GemmPeak`) before and after each run. Even if the machine's speed
+varies, we can therefore compare runs of the same round, and each run with the products around it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ...kernels import is_out_of_memory
 from .candidates import Job, flops, groups, prepare, units, unsupported_reason
 from .settings import DTYPES, Case, Measurement, Settings, Skipped
 
-MIN_RUN = 0.05  # seconds of a timed run: a shorter job is repeated within the run
+MIN_RUN = 0.05  # least seconds of a timed run; a shorter job is repeated within the run
 LONG = 120.0  # seconds; a longer separation is timed only in its trial, because it repeats the same work many times
 IMPORT_LIMIT = 600.0  # seconds that a trial's process may take for imports, compiling, weights and inputs
-GEMM_SIZE = {"cpu": 1536}  # rows of the matrix product on a device; others: 8192
+GEMM_SIZE = {"cpu": 1536}  # rows of the matrices in the product, by device; on others 8192
 
 
 # --- a trial in its own process ----------------------------------------------------------------------------
@@ -37,7 +37,7 @@ GEMM_SIZE = {"cpu": 1536}  # rows of the matrix product on a device; others: 819
 
 @dataclass(frozen=True)
 class Trial:
-    """Largest memory before a job and at its end, in bytes, and the job's time in seconds."""
+    """Peak memory before and after a job, in bytes, and the job's time in seconds."""
 
     memory_before: int | None = None
     memory: int | None = None
@@ -45,8 +45,8 @@ class Trial:
 
 
 def trial(case: Case, settings: Settings) -> Trial | str:
-    """Do the job once in a new process: its memory and time, or the reason why it did not finish."""
-    context = multiprocessing.get_context("forkserver")  # a server that has imported torch starts a process at once
+    """Do the job once in a new process; returns its memory and time, or the reason why it did not finish."""
+    context = multiprocessing.get_context("forkserver")  # a server that has imported torch starts processes quickly
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_trial, args=(case, settings, torch.get_num_threads(), theirs), daemon=True)
@@ -94,7 +94,7 @@ def failure(error: BaseException) -> str:
 
 
 def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
-    """Mean time of a call, in seconds, with the GPU's work completed."""
+    """Mean time of a call, in seconds, including the time that the GPU needs to finish."""
     _wait(device)
     started = time.perf_counter()
     for _ in range(calls):
@@ -104,7 +104,7 @@ def time_job(job: Job, device: torch.device, calls: int = 1) -> float:
 
 
 def observe(job: Job, device: torch.device) -> Trial:
-    """Time and memory of one call. The memory is that of the tensors on a GPU, and that of the process elsewhere."""
+    """Time and memory of one call: memory allocated on a GPU, or on a CPU the memory of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = _peak_memory(device)
@@ -137,7 +137,7 @@ def free(device: torch.device) -> None:
 
 
 class GemmPeak:
-    """Peak rate of a square matrix product (GEMM) at this moment, in FLOP/s: the best of three."""
+    """Peak rate of a square matrix product (GEMM) at this moment, in FLOP/s: the best of three runs."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.size, self.device = GEMM_SIZE.get(device.type, 8192), device
@@ -152,7 +152,7 @@ class GemmPeak:
 
 
 def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement | Skipped]:
-    """Try every case of a job, then time those that finished in rounds."""
+    """Try every case of a job, then time the finished cases in rounds."""
     device = torch.device(settings.device)
     free(device)
     trials: dict[Case, Trial] = {}
@@ -163,7 +163,7 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement |
             yield Skipped(**vars(case), reason=outcome)
         else:
             trials[case] = outcome
-    jobs: dict[Case, tuple[Job, int]] = {}  # and how often it is called in a run
+    jobs: dict[Case, tuple[Job, int]] = {}  # each with its number of calls in a run
     differences: dict[Case, float] = {}
     reference = None
     for case in [case for case in trials if trials[case].seconds <= LONG or case.part != "separation"]:
@@ -208,7 +208,7 @@ def measure(cases: Sequence[Case], settings: Settings) -> Iterator[Measurement |
 
 
 def run(settings: Settings) -> Iterator[Measurement | Skipped]:
-    """All cases; a candidate that is too slow or too large at one length is not tried at a greater one."""
+    """Measure all cases; a candidate that is skipped at one length is not tried at a greater one."""
     failed: dict[tuple[str, ...], Skipped] = {}
     for cases in groups(settings):
         for case in cases:

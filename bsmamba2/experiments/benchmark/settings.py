@@ -18,13 +18,13 @@ PARTS = ("scan", "convolution", "mixer", "model", "step", "separation", "loss", 
 FORWARD, BACKWARD = "forward", "forward + backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("plain", "chunked", "cpu", "triton", "matrix", "recurrent", "auto")
-"""Those of `kernels.accelerate`, and the plain model with `ssd.matrix` or `ssd.recurrent` as its scan."""
+"""The backends of `kernels.accelerate`, and the plain model with `ssd.matrix` or `ssd.recurrent` as its scan."""
 BASELINES = {  # module: how to install it, and what it is
     "transformers": ("pip install transformers", "Hugging Face's Mamba2Mixer, with our weights"),
     "bs_roformer": ("pip install BS-RoFormer", "BS-RoFormer, one attention layer along each axis, hop 441"),
 }
 BASELINE_CHUNKS = (32, 64)  # the fastest of 32, 64, 128 and 256 for Hugging Face's mixer on the CPUs that we tried
-STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: arguments of `separate_stream`
+STREAM_MODES: dict[str, dict[str, Any]] = {  # mode of separating a song: arguments of `separate_stream`
     "end to end": {"overlap": 0.0},
     "overlapping by half": {"overlap": 0.5},
     "stateful, 2 s look-ahead": {"look_ahead": 2.0},
@@ -33,12 +33,12 @@ STREAM_MODES: dict[str, dict[str, Any]] = {  # of separating a song: arguments o
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Choice of measurements, checked on creation; a `ValueError` names the field that is wrong.
+    """Choice of measurements, checked on creation; a `ValueError` names the wrong field.
 
     Candidates that cannot run here are listed as skipped. For whole modules, bfloat16 means autocast, as in training.
     """
 
-    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  #: of the audio, in seconds
+    lengths: tuple[float, ...] = (1.0, 4.0, 8.0, 16.0, 32.0)  #: lengths of the audio, in seconds
     parts: tuple[str, ...] = PARTS
     backends: tuple[str, ...] = BACKENDS[:-1]
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -48,12 +48,12 @@ class Settings:
     preset: str = "paper"  #: size of the model
     sequences: int = 16  #: batch of the scan and the convolution
     baselines: tuple[str, ...] = tuple(BASELINES)
-    batch: int = 1  #: of a training step, which accumulates two
+    batch: int = 1  #: examples in a batch; a training step accumulates two batches
     gradient_checkpointing: bool = True  #: recompute the model's layers in its backward pass
     compile: bool = False  #: `torch.compile` the layers of a training step
     limit: float = 60.0  #: seconds that one run may take
     memory: float = 12.0  #: gigabytes that one run may take beyond its inputs, on a CPU under Linux
-    isolated: bool = True  #: first try each case in its own process; if False, `limit` and `memory` do not hold
+    isolated: bool = True  #: first try each case in its own process; if False, `limit` and `memory` are not enforced
 
     def __post_init__(self) -> None:
         names = {"parts": PARTS, "backends": BACKENDS, "dtypes": DTYPES, "modes": (FORWARD, BACKWARD)}
@@ -89,12 +89,12 @@ class Case:
 
     @property
     def job(self) -> tuple[Any, ...]:
-        """All but the candidate: cases of one job are timed against each other."""
+        """All fields but the candidate; cases of one job are timed against each other."""
         return self.part, self.axis, self.seconds, self.dtype, self.mode
 
     @property
     def series(self) -> tuple[str, ...]:
-        """All but the length."""
+        """All fields but the length."""
         return self.part, self.axis, self.dtype, self.mode, self.candidate
 
 
@@ -103,12 +103,12 @@ class Measurement(Case):
     """The measured times and memory of a case."""
 
     times: tuple[float, ...]  #: seconds of a job, for each round
-    gemm_peaks: tuple[float, ...]  #: FLOP/s of the matrix products timed before and after it, for each round
+    gemm_peaks: tuple[float, ...]  #: mean FLOP/s of the matrix products before and after the job, for each round
     flops: float | None  #: floating-point operations of the job (`candidates.flops`); None where they are not counted
     units: float  #: frames of a spectrogram; examples for loading and training steps
-    memory: int | None  #: largest resident memory, in bytes, of a process that does only this job (GPU: of its tensors)
-    memory_before: int | None  #: the same before the job, with all imports, weights and inputs
-    difference: float | None  #: of the output from that of the job's first candidate, relative, in the Euclidean norm
+    memory: int | None  #: peak resident memory, in bytes, of a process that does only this job (GPU: of its tensors)
+    memory_before: int | None  #: peak memory before the job, including imports, weights and inputs
+    difference: float | None  #: relative difference from the output of the job's first candidate, in the Euclidean norm
 
     @property
     def median(self) -> float:
@@ -117,7 +117,7 @@ class Measurement(Case):
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Quartiles of the times, in seconds; for a single round, its time twice."""
+        """First and third quartile of the times, in seconds; for a single round, its time twice."""
         low, _, high = statistics.quantiles(self.times * (3 if len(self.times) == 1 else 1), n=4, method="inclusive")
         return low, high
 
@@ -128,7 +128,7 @@ class Measurement(Case):
 
     @property
     def fraction(self) -> float | None:
-        """Fraction of the matrix-product peak around each run, the median over the rounds."""
+        """Fraction of the matrix-product peak measured around each run, as the median over the rounds."""
         if self.flops is None:
             return None
         pairs = zip(self.times, self.gemm_peaks, strict=True)

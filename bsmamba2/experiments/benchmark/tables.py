@@ -1,4 +1,4 @@
-"""Tables of a benchmark's results, and the file that holds them."""
+"""Tables of a benchmark's results, and the file that contains them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .settings import BACKWARD, Case, Measurement
 
 
 def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
-    """The measurements that the benchmark notebook wrote, with their machine and date.
+    """Load the measurements that the benchmark notebook wrote, with their machine and date.
 
     Raises:
-        ValueError: when the notebook did not write the file.
+        ValueError: if the notebook did not write the file.
     """
     names = [field.name for field in dataclasses.fields(Measurement)]
     try:
@@ -34,7 +34,7 @@ def load(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
 
 
 def results_table(rows: Sequence[Measurement], part: str) -> list[dict[str, Any]]:
-    """One line for each measurement of a part; each job's first candidate comes first."""
+    """One line for each measurement of a part; "times the first" compares it with its job's first candidate."""
     lines = []
     for row in [row for row in rows if row.part == part]:
         first = next(other for other in rows if other.job == row.job)
@@ -53,7 +53,7 @@ def results_table(rows: Sequence[Measurement], part: str) -> list[dict[str, Any]
 
 
 def case_columns(case: Case) -> dict[str, Any]:
-    """The columns of a table that name a case."""
+    """The columns of a table that identify a case."""
     axis = {"axis": case.axis} if case.axis else {}
     return {
         "audio (s)": f"{case.seconds:g}",
@@ -65,14 +65,14 @@ def case_columns(case: Case) -> dict[str, Any]:
 
 
 def digits(value: float) -> str:
-    """A number for a table, with three significant digits, or all digits before the point."""
+    """A number for a table, with three significant digits; from 1,000 on, as a whole number."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def growth_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Time and memory at a length as multiples of those at a quarter of it (32 s and 8 s), where both were run.
+    """Ratios of time and memory between a length and a quarter of it (32 s and 8 s), where both were measured.
 
-    Memory is counted from its level before the job.
+    Memory is the increase over its level before the job.
     """
     lines = []
     for long, short in itertools.permutations(rows, 2):
@@ -92,7 +92,7 @@ def growth_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
 
 
 def loading_table(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Examples per second that reading delivers, and that training steps of one example consume."""
+    """Examples per second: how many loading delivers, and how many training steps of one example consume."""
     lines = []
     for row in [row for row in rows if row.part == "loading"]:
         job = ("model", row.seconds, BACKWARD)
