@@ -181,8 +181,8 @@ def _find_global(module: object, name: object) -> object:
 class _Machine:
     """Pickle's stack machine without classes and sets; only `_FUNCTIONS` are called. `pickletools` decodes the opcodes.
 
-    Python's unpickler would run calls, allocate 32 GB for a memo index of 2^31, and hash nested tuples in exponential
-    time.
+    Python's unpickler would execute any call, allocate 32 GB for a memo index of 2^31, and hash nested tuples in
+    exponential time.
     """
 
     def __init__(self, content: BinaryIO, read_storage: Callable[[str, int], Tensor]) -> None:

@@ -84,7 +84,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Published figures and how their protocol differs; if it does not, they are comparable, perhaps with a `note`."""
+    """Published figures and how their protocol differs; if it does not, they are comparable. A `note` is optional."""
 
     published: Published
     differs: tuple[str, ...]

@@ -1,6 +1,6 @@
 """Evaluation report: rows averaged over tracks, tables, and the files `evaluation.json` and `rows.csv`.
 
-rows → mean, median → a table by segment length, by vocal occupancy, and with published figures
+rows → mean, median → tables by segment length and by vocal occupancy, and a comparison with published figures
 
 Book: "Measuring".
 """

@@ -209,7 +209,7 @@ def source_hash() -> str:
 
 
 def to_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as columns, which take a third of the space in a JSON file."""
+    """Convert rows to columns, which take a third of the space of rows in a JSON file."""
     return {name: [row[name] for row in rows] for name in COLUMNS}
 
 

@@ -182,7 +182,7 @@ class Backend:
 
 
 def backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> list[Backend]:
-    """List the backends of this machine and the choice of `auto`; runs each self-test once.
+    """List the backends of this machine and the choice of `auto`, after each self-test has run once.
 
     Args:
         device: device of the model; None: the current GPU if there is one, else the CPU.

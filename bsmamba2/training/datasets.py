@@ -261,7 +261,7 @@ def cache_path(folder: Path, samples: int) -> Path | None:
 
 
 def excerpts(windows: Sequence[Window], samples: int, count: int) -> list[Song]:
-    """Excerpts of tracks as songs: all stems in at most `count` of the target's windows, evenly spread over them."""
+    """Excerpts of tracks as songs: all stems, in at most `count` evenly spread windows of the target."""
     songs = []
     for track, start in spread(windows, count):
         stems = torch.stack([track.crop(stem, start, samples) for stem in range(len(track.stems))])
