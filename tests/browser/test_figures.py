@@ -35,6 +35,7 @@ def test_a_figure_is_enlarged_by_mouse_and_by_keyboard(book: str, reader: Page) 
         assert dialog.get_attribute("aria-label") == drawing.get_attribute("aria-label")
         reader.keyboard.press(close)
         assert dialog.count() == 0
+        drawing.locator("svg:visible").wait_for()  # the drawing returns a moment after the dialog is gone
         assert drawing.evaluate(size_of) == before
         assert button.evaluate("button => button === document.activeElement")
 
